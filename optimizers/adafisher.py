@@ -1,0 +1,165 @@
+"""AdaFisher and AdaFisherW: Adam with the Fisher's Kronecker-factored diagonal in place of the second moment.
+
+Source: Gomes et al., "AdaFisher: Adaptive Second Order Optimization via Fisher Information", ICLR 2025 (arXiv
+2405.16397). For each layer, ``F~ = diag(H) (x) diag(S) + Lambda``, with H and S normalised and averaged over steps;
+then ``m = beta m + (1 - beta) g`` and ``theta -= lr / (1 - beta^t) * m / F~``: no square root.
+
+Two things differ from the published code on purpose, and are tested: parameters are paired with layers by identity
+(there, by running index and shape, which leaves some layers untrained), and norm layers use the exact diagonal of their
+Fisher block, of which the paper's Proposition 3.1 is an approximation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from optimizers.base import CurvatureOptimizer, Params, check_range
+from optimizers.curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
+from optimizers.curvature.layers import AffineLayer, Layer
+
+
+def minmax(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """``(x - min) / (max - min + eps)`` over all entries: in [0, 1] whatever the scale of the loss."""
+    low, high = torch.aminmax(x)
+    return (x - low) / (high - low + eps)
+
+
+class AdaFisher(CurvatureOptimizer):
+    """AdaFisher with L2 regularisation in the gradient. Plain ``loss.backward()`` serves as well as ``backward``.
+
+    Parameters without a supported layer (positional embeddings, tied weights, ...) get Adam's denominator at the same
+    lr; see ``coverage()``.
+
+    Args:
+        model: the whole module.
+        params: parameters or groups; default all. ``lr, momentum, damping, weight_decay`` may differ between groups.
+        lr: learning rate (alpha in the paper).
+        momentum: decay of the first moment (beta_1).
+        damping: added to every curvature (Lambda). With ``ema="reference"`` curvature settles below 1e-4, so the
+            published 1e-3 dominates it: ``diagnostics()`` reports the share of directions in which it does not.
+        decay: decay of the factors' average (gamma).
+        update_every: steps between curvature updates (T_cov).
+        ema: ``"reference"``: the published recursion ``c = 0.1 gamma c + 0.01 gamma new`` from ones, which is no
+            average (its weights sum to 0.088 at gamma = 0.8); ``"average"``: the paper's Eq. 3,
+            ``c = gamma c + (1 - gamma) new``, the first update replacing.
+        normalize: ``"minmax"`` scales each new factor to [0, 1]; ``"none"`` keeps its units (the per-example loss's).
+        damping_mode: ``"absolute"``, or ``"relative"``: Lambda times the layer's mean curvature.
+        weight_decay: L2 coefficient.
+        loss_reduction: how the loss sums over examples; matters for ``normalize="none"`` only.
+    """
+
+    decoupled_decay: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        decay: float = 0.8,
+        update_every: int = 100,
+        ema: Literal["reference", "average"] = "reference",
+        normalize: Literal["minmax", "none"] = "minmax",
+        damping_mode: Literal["absolute", "relative"] = "absolute",
+        weight_decay: float = 0.0,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        check_range("lr", lr, 0)
+        check_range("momentum", momentum, 0, 1, open_high=True)
+        check_range("damping", damping, 0, open_low=True)
+        check_range("decay", decay, 0, 1, open_high=True)
+        check_range("weight_decay", weight_decay, 0)
+        for name, value, choices in (
+            ("ema", ema, ("reference", "average")),
+            ("normalize", normalize, ("minmax", "none")),
+            ("damping_mode", damping_mode, ("absolute", "relative")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
+        super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction)
+        self.decay, self.ema, self.normalize, self.damping_mode = decay, ema, normalize, damping_mode
+        # F~ by parameter, and the Lambda it was made with (a schedule may change it between updates).
+        self._fisher: dict[Tensor, tuple[float, Tensor]] = {}
+        self._watch(self._block)
+        self._owner: dict[Tensor, Approximation] = {p: b for b in self.blocks.values() for p in b.layer.parameters}
+
+    @staticmethod
+    def _block(layer: Layer) -> Approximation:
+        return KroneckerDiagonal(layer) if isinstance(layer, AffineLayer) else Diagonal(layer)
+
+    def _update_curvature(self) -> None:
+        for name, new in self._estimates().items():
+            factors = self.blocks[name].factors
+            for key, value in new.items():
+                value = minmax(value) if self.normalize == "minmax" else value
+                if self.ema == "reference":
+                    old = factors.get(key, torch.ones_like(value))
+                    value = (0.1 * self.decay) * old + (0.01 * self.decay) * value
+                elif key in factors:
+                    value = torch.lerp(value, factors[key], self.decay)
+                factors[key] = value
+        self._fisher.clear()
+
+    def _refresh(self, params: list[Tensor], damping: float) -> None:
+        """Recompute F~ of the parameters whose factors or Lambda changed."""
+        stale = {p for p in params if p in self._owner and self._fisher.get(p, (None,))[0] != damping}
+        for block in dict.fromkeys(self._owner[p] for p in params if p in stale):
+            if not block.factors:
+                continue
+            diagonals = block.diagonal(block.factors)
+            unit = 1.0
+            if self.damping_mode == "relative":
+                mean = float(torch.stack([d.sum() for d in diagonals]).sum()) / sum(d.numel() for d in diagonals)
+                unit = max(mean, torch.finfo(torch.float32).tiny)
+            for p, diagonal in zip(block.layer.parameters, diagonals, strict=True):
+                if p in stale:
+                    self._fisher[p] = (damping, (diagonal + damping * unit).to(p.dtype))
+
+    def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        lr, beta, decay = group["lr"], group["momentum"], group["weight_decay"]
+        self._refresh(params, group["damping"])
+        moments, sizes = [], []
+        for p in params:
+            state = self.state[p]
+            if "exp_avg" not in state:
+                state.update(step=0, exp_avg=torch.zeros_like(p))
+            state["step"] += 1
+            moments.append(state["exp_avg"])
+            sizes.append(-lr / (1 - beta ** state["step"]))
+        torch._foreach_lerp_(moments, grads, 1 - beta)
+        if decay and not self.decoupled_decay:  # m of (g + decay * theta), without a copy of g
+            torch._foreach_add_(moments, params, alpha=decay * (1 - beta))
+        bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._fisher]
+        fallback = self._fallback(bare)
+        fisher = [self._fisher[p][1] if p in self._fisher else fallback[p] for p in params]
+        if decay and self.decoupled_decay:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        torch._foreach_addcdiv_(params, moments, fisher, sizes)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See CurvatureOptimizer."""
+        super().load_state_dict(state_dict)
+        self._fisher.clear()
+
+    def diagnostics(self) -> dict[str, float]:
+        """Adds ``curvature/above_damping``: the share of covered directions whose curvature exceeds Lambda."""
+        damping = {p: g["damping"] for g in self.param_groups for p in g["params"]}
+        above = total = 0.0
+        for block in self.blocks.values():
+            if block.factors and self.damping_mode == "absolute":
+                for p, diagonal in zip(block.layer.parameters, block.diagonal(block.factors), strict=True):
+                    above += float((diagonal > damping[p]).sum())
+                    total += diagonal.numel()
+        return super().diagnostics() | ({"curvature/above_damping": above / total} if total else {})
+
+
+class AdaFisherW(AdaFisher):
+    """AdaFisher with decoupled weight decay: ``theta -= lr (m_hat / F~ + weight_decay theta)``. Arguments as there."""
+
+    decoupled_decay = True

@@ -1,0 +1,274 @@
+"""AdaHessian: Adam with a Hutchinson estimate of the Hessian's diagonal in place of the gradient's second moment.
+
+Source: Yao et al., "ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning", AAAI 2021 (arXiv 2006.00719),
+Algorithm 1. With Rademacher z, ``D = |z * (H z)|`` is averaged over blocks of each parameter (section 3.2), then
+``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) D^2`` and ``theta -= lr (m_hat / (v_hat^(k/2) + eps) + wd theta)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimizers.base import CurvatureOptimizer, Params, check_range
+from optimizers.curvature import communication
+from optimizers.curvature.recorder import PlainAttention
+
+
+def rademacher(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Independent ±1 entries in the shapes of ``tensors``: a pure function of ``seed``, whatever the rank.
+
+    Every bit of a random byte string is a sign, looked up eight at a time: one draw an entry would cost more than the
+    update itself.
+    """
+    device = tensors[0].device
+    total = sum(t.numel() for t in tensors)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    words = torch.randint(-(2**63), 2**63 - 1, ((total + 63) // 64,), generator=generator, device=device)
+    bits = (torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)) & 1
+    signs = (2 * bits - 1).to(tensors[0].dtype)[words.view(torch.uint8).int()].flatten()
+    pieces = signs[:total].split([t.numel() for t in tensors])
+    return [piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors, strict=True)]
+
+
+def hutchinson(
+    gradients: Sequence[Tensor], params: Sequence[Tensor], seed: int, samples: int = 1
+) -> list[Tensor | None]:
+    """``mean_s z_s * (H z_s)``, whose expectation is the Hessian's diagonal: signed, one tensor a parameter.
+
+    Args:
+        gradients: gradients of a scalar by ``params``, with a graph (``create_graph=True``); it is freed.
+        params: the parameters.
+        seed: of the probes; the same seed gives the same probes on every rank and in every micro-batch.
+        samples: how many probes are averaged.
+
+    Returns:
+        None for a parameter that the gradients do not depend on (its Hessian is zero).
+    """
+    curved = [g.requires_grad for g in gradients]
+    roots = [g for g, c in zip(gradients, curved, strict=True) if c]
+    result: list[Tensor | None] = [None] * len(params)
+    if not roots:
+        return result
+    for sample in range(samples):
+        probes = rademacher(params, seed + sample)
+        chosen = [z for z, c in zip(probes, curved, strict=True) if c]
+        products = torch.autograd.grad(
+            roots, params, grad_outputs=chosen, retain_graph=sample + 1 < samples, allow_unused=True
+        )
+        for i, (z, hz) in enumerate(zip(probes, products, strict=True)):
+            if hz is not None:  # out of place: what autograd returns may be an expanded view, or shared
+                previous = result[i]
+                result[i] = z * hz if previous is None else torch.addcmul(previous, z, hz)
+    if samples > 1:
+        result = [None if r is None else r / samples for r in result]
+    return result
+
+
+def block_mean(curvature: Tensor, block_size: int | None) -> Tensor:
+    """Average ``|D|`` over the blocks of one parameter, as the published implementations do; size 1 where averaged.
+
+    Three or more dimensions: over the kernel positions (dimensions 2 and up). Two dimensions: over blocks of
+    ``block_size`` along each row (the last may be shorter), or not at all if it is None. One or none: not at all.
+    """
+    if curvature.dim() >= 3:
+        return curvature.mean(dim=list(range(2, curvature.dim())), keepdim=True)
+    if curvature.dim() == 2 and block_size is not None:
+        means = [part.mean(1, keepdim=True) for part in curvature.split(block_size, dim=1)]
+        return torch.cat(means, dim=1)
+    return curvature
+
+
+def block_expand(means: Tensor, shape: torch.Size, block_size: int | None) -> Tensor:
+    """Spread the result of ``block_mean`` over the blocks again: a view where that can be."""
+    if means.shape == shape:
+        return means
+    if len(shape) == 2:
+        assert block_size is not None
+        return means.repeat_interleave(block_size, dim=1)[:, : shape[1]]
+    return means.expand(shape)
+
+
+def _owned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, cloned where they share memory or are expanded: what ``.grad`` may hold and others may change."""
+    seen: set[int] = set()
+    result = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        own = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        result.append(tensor if own else tensor.clone(memory_format=torch.contiguous_format))
+    return result
+
+
+class AdaHessian(CurvatureOptimizer):
+    """AdaHessian.
+
+    On due steps ``backward`` differentiates the gradient once more (at about the cost of two more backward passes),
+    through ``autograd.grad``: nothing is left in ``.grad`` that keeps the graph alive. A script that calls
+    ``loss.backward(create_graph=True)`` itself works too. Probes depend on (seed, step) alone, so a resumed run and
+    every rank draw the same; across ranks the estimate is averaged *before* the absolute value, as on the joint batch.
+
+    Given a module, fused attention (which has no second derivative) is switched to the plain kernel on due steps.
+
+    Args:
+        params: parameters, groups, or a whole module. ``lr, betas, eps, weight_decay, hessian_power`` may differ
+            between groups.
+        lr: learning rate (eta).
+        betas: decay of the gradient's and of the squared curvature's averages (beta_1, beta_2).
+        eps: added to the denominator.
+        weight_decay: decoupled, as in AdamW.
+        hessian_power: k in [0, 1]; 1 is a Newton-like step, 0 is momentum.
+        hessian_every: steps between curvature estimates; in between the last average stands.
+        samples: probes a due step, averaged.
+        block_size: length of the blocks that curvature of matrices is averaged over (32 in the paper's translation
+            runs); None: no averaging for matrices. Convolution kernels always average over their positions.
+        seed: of the probes.
+    """
+
+    needs_graph = True
+
+    def __init__(
+        self,
+        params: nn.Module | Params,
+        *,
+        lr: float = 0.15,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        weight_decay: float = 0.0,
+        hessian_power: float = 1.0,
+        hessian_every: int = 1,
+        samples: int = 1,
+        block_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_range("lr", lr, 0)
+        for i, beta in enumerate(betas):
+            check_range(f"betas[{i}]", beta, 0, 1, open_high=True)
+        check_range("eps", eps, 0, open_low=True)
+        check_range("weight_decay", weight_decay, 0)
+        check_range("hessian_power", hessian_power, 0, 1)
+        check_range("hessian_every", hessian_every, 1)
+        check_range("samples", samples, 1)
+        if block_size is not None:
+            check_range("block_size", block_size, 1)
+        model = params if isinstance(params, nn.Module) else None
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "hessian_power": hessian_power,
+        }
+        super().__init__(model, None if isinstance(params, nn.Module) else params, defaults, update_every=hessian_every)
+        self.samples, self.block_size, self.seed = samples, block_size, seed
+        self._pending: dict[Tensor, Tensor] = {}  # z * (H z) of this step, summed over micro-batches
+        self._denominators: dict[Tensor, Tensor] = {}
+        self._attention = None if self.model is None else PlainAttention(self.model, self._due)
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def backward(self, loss: Tensor, outputs: Tensor | None = None, *, scale: float = 1.0) -> None:
+        """See CurvatureOptimizer. Where ranks train together, the gradient of a due step is averaged here."""
+        if not self._due():
+            loss.backward()
+            return
+        params = self._trainable()
+        try:
+            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            found = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+            del grads
+            self._collect([p for p, _ in found], [g for _, g in found], scale)
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise RuntimeError(
+                "AdaHessian needs second derivatives and an operation of this model has none (fused attention is the "
+                f"usual one: give AdaHessian the whole module, not its parameters). PyTorch says: {error}"
+            ) from error
+        gradients = _owned([g.detach() for _, g in found])
+        communication.average_(gradients)
+        for (p, _), g in zip(found, gradients, strict=True):
+            p.grad = g if p.grad is None else p.grad + g
+
+    def _collect(self, params: list[Tensor], grads: list[Tensor], scale: float) -> None:
+        for p, term in zip(params, hutchinson(grads, params, self._probe_seed(), self.samples), strict=True):
+            term = torch.zeros_like(p) if term is None else term if scale == 1.0 else term / scale
+            self._pending[p] = self._pending[p] + term if p in self._pending else term
+
+    def _probe_seed(self) -> int:
+        return (self.seed * 1_000_003 + self.steps) * 4096  # room for `samples` draws a step
+
+    def _update_curvature(self) -> None:
+        if not self._pending:
+            self._from_graph()
+        params = list(self._pending)
+        curvature = list(self._pending.values())
+        communication.average_(curvature)
+        torch._foreach_abs_(curvature)
+        for p, d in zip(params, curvature, strict=True):
+            state = self.state[p]
+            beta = next(g["betas"][1] for g in self.param_groups if any(q is p for q in g["params"]))
+            mean = block_mean(d, self.block_size)
+            if "exp_hessian_sq" not in state:
+                state.update(hessian_step=0, exp_hessian_sq=torch.zeros_like(mean))
+            state["hessian_step"] += 1
+            state["exp_hessian_sq"].mul_(beta).addcmul_(mean, mean, value=1 - beta)
+        self._denominators.clear()
+
+    def _from_graph(self) -> None:
+        """Curvature from the gradients of ``loss.backward(create_graph=True)``; breaks their reference cycle."""
+        params = [p for p in self._trainable() if p.grad is not None]
+        if not any(p.grad.requires_grad for p in params):  # type: ignore[union-attr]
+            raise RuntimeError(
+                "AdaHessian has no second derivatives for this step: call optimizer.backward(loss) in place of "
+                "loss.backward() (or loss.backward(create_graph=True))."
+            )
+        with torch.enable_grad():
+            self._collect(params, [p.grad for p in params], 1.0)  # type: ignore[misc]
+        for p in params:
+            p.grad = p.grad.detach()  # type: ignore[union-attr]
+
+    def _denominator(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        if p not in self._denominators:
+            state = self.state[p]
+            if "exp_hessian_sq" not in state:
+                return torch.ones_like(p)
+            corrected = state["exp_hessian_sq"] / (1 - group["betas"][1] ** state["hessian_step"])
+            root = corrected.sqrt_() if group["hessian_power"] == 1 else corrected.pow_(group["hessian_power"] / 2)
+            self._denominators[p] = block_expand(root.add_(group["eps"]), p.shape, self.block_size).contiguous()
+        return self._denominators[p]
+
+    def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        lr, (beta, _), decay = group["lr"], group["betas"], group["weight_decay"]
+        moments, sizes = [], []
+        for p in params:
+            state = self.state[p]
+            if "exp_avg" not in state:
+                state.update(step=0, exp_avg=torch.zeros_like(p))
+            state["step"] += 1
+            moments.append(state["exp_avg"])
+            sizes.append(-lr / (1 - beta ** state["step"]))
+        torch._foreach_lerp_(moments, grads, 1 - beta)
+        if decay:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        torch._foreach_addcdiv_(params, moments, [self._denominator(p, group) for p in params], sizes)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._pending.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See CurvatureOptimizer."""
+        super().load_state_dict(state_dict)
+        self._denominators.clear()
+
+    def close(self) -> None:
+        """See CurvatureOptimizer."""
+        super().close()
+        if self._attention is not None:
+            self._attention.close()

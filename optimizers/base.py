@@ -1,0 +1,354 @@
+"""What every curvature-aware optimizer shares: the ``backward`` verb, blocks over layers, the fallback, the state."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from optimizers.curvature import communication
+from optimizers.curvature.approximations import Approximation
+from optimizers.curvature.layers import Layer, adapt
+from optimizers.curvature.recorder import Recorder
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel or torch.compile wrappers, whose names are stable."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def check_range(
+    name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raise ValueError with a sentence unless ``value`` is in the interval (ends included unless open)."""
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below):  # also catches NaN
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == float('inf') else ']'}"
+        raise ValueError(f"{name} must be in {interval}, got {value!r}")
+
+
+@dataclass
+class Coverage:
+    """Which parameters have which curvature, as a table (``str(coverage)``).
+
+    Attributes:
+        rows: (module or parameter, method, factor shapes, parameters, bytes of curvature) a line.
+    """
+
+    rows: list[tuple[str, str, str, int, int]] = field(default_factory=list)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the trainable parameters that have curvature rather than the fallback."""
+        total = sum(row[3] for row in self.rows)
+        return sum(row[3] for row in self.rows if not row[1].startswith("fallback")) / max(total, 1)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all curvature."""
+        return sum(row[4] for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("module", "curvature", "factors", "parameters", "bytes")
+        cells = [header, *((m, k, f, f"{n:,}", f"{b:,}") for m, k, f, n, b in self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(5)]
+        template = "  ".join(f"{{:{align}{width}}}" for align, width in zip("<<<>>", widths, strict=True))
+        lines = [template.format(*row) for row in cells]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.append(f"{self.fraction:.1%} of the trainable parameters under curvature, {self.bytes:,} bytes of it")
+        return "\n".join(lines)
+
+
+class CurvatureOptimizer(Optimizer):
+    """Base of the optimizers that take more from the backward pass than the gradient.
+
+    Training differs from any other optimizer in one line::
+
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        loss = criterion(outputs, targets)
+        optimizer.backward(loss, outputs)      # in place of loss.backward()
+        optimizer.step()
+
+    Several ``backward`` calls on ``loss / k`` before one ``step`` are gradient accumulation: k micro-batches equal one
+    batch. Hyper-parameters that may differ between parameters live in ``param_groups``; curvature is kept under layer
+    *names* in ``state_dict()["curvature"]``, so a checkpoint of a wrapped model loads into a bare one and back.
+
+    Args:
+        model: the whole module (or None where the method needs parameters only). Wrappers are looked through.
+        params: parameters or groups to train; default all of the model's.
+        defaults: hyper-parameters of a group.
+        update_every: curvature is gathered every so many steps, starting with the first.
+        loss_reduction: how the loss sums over examples; the gradient of the per-example loss is worked out from it.
+
+    Raises:
+        ValueError: for a hyper-parameter out of its range.
+    """
+
+    #: Whether gradients must be differentiable (no torch.compile, no fused attention on due steps).
+    needs_graph: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        params: Params | None,
+        defaults: dict[str, Any],
+        *,
+        update_every: int = 1,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        check_range("update_every", update_every, 1)
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        self.model = None if model is None else unwrap(model)
+        self.update_every = update_every
+        self.loss_reduction = loss_reduction
+        self.steps = 0
+        self.rejected = 0  # layer statistics that were not finite and not used
+        self.blocks: dict[str, Approximation] = {}
+        self._recorder: Recorder | None = None
+        self._scale = 1.0
+        self._uncovered: dict[str, str] = {}
+        if params is None:
+            if self.model is None:
+                raise ValueError("params must be given where there is no model")
+            params = self.model.parameters()
+        super().__init__(params, defaults)
+
+    # -- curvature of layers -----------------------------------------------------------------------------------------
+
+    def _watch(self, make_block: Callable[[Layer], Approximation]) -> None:
+        """Give each supported layer a block and let the recorder feed it; note why the other parameters have none.
+
+        A layer is left to the fallback when any of its parameters is shared with another module (its curvature would
+        be the sum of both roles') or is not this optimizer's to train.
+        """
+        assert self.model is not None
+        owners: dict[nn.Parameter, list[str]] = {}
+        for module_name, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(parameter, []).append(module_name)
+        mine = {p for group in self.param_groups for p in group["params"]}
+        reasons: dict[nn.Parameter, str] = {}
+        layers: list[Layer] = []
+        for name, module in self.model.named_modules():
+            layer = adapt(name, module)
+            own = list(module.parameters(recurse=False))
+            if layer is None:
+                reason = "unsupported layer" if type(module).__module__.startswith("torch.nn.") else "free parameter"
+            elif shared := [o for p in own for o in owners[p] if o != name]:
+                reason = "tied to " + ", ".join(dict.fromkeys(shared))
+            elif len(own) > len(layer.parameters):
+                reason = "layer with extra parameters"  # weight_norm, adapters, ...
+            elif all(p in mine for p in layer.parameters):
+                self.blocks[name] = make_block(layer)
+                layers.append(layer)
+                continue
+            else:
+                reason = "layer trained in part by another optimizer"
+            for p in own:
+                reasons.setdefault(p, reason)
+        self._uncovered = {n: reasons[p] for n, p in self.model.named_parameters() if p in reasons and p in mine}
+        self._recorder = Recorder(self.model, layers, self._due, self._observe)
+
+    def _due(self) -> bool:
+        """Whether the step under way gathers curvature."""
+        return self.steps % self.update_every == 0
+
+    def _observe(self, layer: Layer, x: Tensor, g: Tensor) -> None:
+        self.blocks[layer.name].accumulate(x, g if self._scale == 1.0 else g / self._scale)
+
+    def _estimates(self) -> dict[str, dict[str, Tensor]]:
+        """This step's factors by layer, averaged over ranks.
+
+        A layer that no rank saw is left out, and so is one whose statistics are not finite (it keeps its last good
+        factors, and ``rejected`` counts it).
+        """
+        assert self._recorder is not None
+        if not self._recorder.examples and communication.world_size() == 1:
+            warnings.warn(
+                "no backward pass came through the model in training mode since the last step, so its curvature was "
+                "not updated: call model.train(), and the whole model rather than its parts, before the forward pass.",
+                stacklevel=4,
+            )
+            return {}
+        examples = max(self._recorder.examples, 1)
+        gradient_scale = float(examples) if self.loss_reduction == "mean" else 1.0
+        estimates, weights = {}, []
+        for name, block in self.blocks.items():
+            if block.observed:
+                estimates[name] = block.estimate(gradient_scale, examples)
+            elif communication.world_size() > 1:  # every rank must bring the same shapes to the exchange
+                estimates[name] = block.zeros()
+            else:
+                continue
+            weights += [float(block.observed)] * len(estimates[name])
+        if communication.world_size() > 1:
+            tensors = [t for factors in estimates.values() for t in factors.values()]
+            seen = torch.tensor(weights, device=tensors[0].device)
+            communication.average_(tensors, seen)
+        if estimates:  # one synchronisation for all layers
+            sums = torch.stack([sum((t.sum() for t in f.values()), start=torch.zeros(())) for f in estimates.values()])
+            good = [name for name, finite in zip(estimates, sums.isfinite().tolist(), strict=True) if finite]
+            self.rejected += len(estimates) - len(good)
+            estimates = {name: estimates[name] for name in good}
+        return estimates
+
+    def curvature_matrices(self) -> dict[str, Tensor]:
+        """Dense, undamped blocks by layer name, row-major over ``[d_out, d_in (+ 1)]``. For small nets."""
+        return {name: block.to_dense() for name, block in self.blocks.items() if block.factors}
+
+    def coverage(self) -> Coverage:
+        """The table module → method → factor sizes → bytes, and what falls back to a first-order rule, and why."""
+        table = Coverage()
+        for name, block in self.blocks.items():
+            shapes = block.shapes()
+            item = 8 if block.layer.parameters[0].dtype == torch.float64 else 4
+            described = " ".join(f"{key}{list(shape)}" for key, shape in shapes.items())
+            count = sum(p.numel() for p in block.layer.parameters if p.requires_grad)
+            size = sum(item * int(torch.Size(shape).numel()) for shape in shapes.values())
+            table.rows.append((name or "(root)", type(block).__name__, described, count, size))
+        named = dict(self.model.named_parameters()) if self.model is not None else {}
+        for name, reason in self._uncovered.items():
+            if named[name].requires_grad:
+                table.rows.append((name, f"fallback: {reason}", "", named[name].numel(), 0))
+        return table
+
+    # -- the verbs -----------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, outputs: Tensor | None = None, *, scale: float = 1.0) -> None:
+        """Leave ``.grad`` as ``loss.backward()`` would, and gather curvature where this step is due.
+
+        Args:
+            loss: scalar; in accumulation, the micro-batch's loss divided by the number of micro-batches.
+            outputs: the model's outputs, ``[batch, ...]``; needed only by methods that sample targets.
+            scale: a factor inside ``loss`` that curvature must not see (``GradScaler.get_scale()``).
+        """
+        self._scale = float(scale)
+        try:
+            loss.backward()
+        finally:
+            self._scale = 1.0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update curvature if it is due, then the parameters.
+
+        Args:
+            closure: optional; zeroes gradients, computes the loss, calls ``backward`` and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._due():
+            self._update_curvature()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in params):
+                raise RuntimeError(f"{type(self).__name__} takes no sparse gradients: use nn.Embedding(sparse=False).")
+            if params:
+                self._update_parameters(group, params, [p.grad for p in params])
+        self._reset()
+        self.steps += 1
+        return loss
+
+    def _update_curvature(self) -> None:
+        """Fold what this step gathered into the running averages."""
+        raise NotImplementedError
+
+    def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Update, in place, the parameters of one group that have gradients."""
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients and whatever curvature was gathered since the last step (an overflowed AMP step, say)."""
+        super().zero_grad(set_to_none)
+        self._reset()
+
+    def _reset(self) -> None:
+        for block in self.blocks.values():
+            block.reset()
+        if self._recorder is not None:
+            self._recorder.reset()
+
+    def _fallback(
+        self, bare: list[tuple[Tensor, Tensor]], decay: float = 0.999, eps: float = 1e-8
+    ) -> dict[Tensor, Tensor]:
+        """Adam's denominators ``sqrt(v_hat) + eps`` of (parameter, gradient) pairs: steps of about lr."""
+        if not bare:
+            return {}
+        params, grads = [p for p, _ in bare], [g for _, g in bare]
+        squares = [self.state[p].setdefault("fallback_sq", torch.zeros_like(p)) for p in params]
+        torch._foreach_mul_(squares, decay)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - decay)
+        corrections = []
+        for p in params:
+            self.state[p]["fallback_step"] = self.state[p].get("fallback_step", 0) + 1
+            corrections.append((1 - decay ** self.state[p]["fallback_step"]) ** 0.5)
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, corrections)
+        torch._foreach_add_(denominators, eps)
+        return dict(zip(params, denominators, strict=True))
+
+    def diagnostics(self) -> dict[str, float]:
+        """Scalars worth a line in the log; computed only when asked for."""
+        return {"curvature/rejected": float(self.rejected)} if self.blocks else {}
+
+    def close(self) -> None:
+        """Remove every hook from the model. Idempotent; the optimizer then keeps the curvature it has."""
+        if self._recorder is not None:
+            self._recorder.close()
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's optimizer state and ``"curvature"``: {"steps", "layers": {name: {factor: tensor}}}; plain tensors."""
+        state = super().state_dict()
+        state["curvature"] = {
+            "steps": self.steps,
+            "layers": {name: dict(block.factors) for name, block in self.blocks.items() if block.factors},
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; the argument is neither changed nor aliased.
+
+        Raises:
+            ValueError: if the state is not of this kind of optimizer or of another model.
+        """
+        if "curvature" not in state_dict:
+            raise ValueError(f"this state has no curvature: it was not saved by {type(self).__name__}.")
+        layers = state_dict["curvature"]["layers"]
+        if unknown := sorted(set(layers) - set(self.blocks)):
+            raise ValueError(f"the state holds curvature of {unknown[0]!r}, which is not a layer of this model.")
+        super().load_state_dict(copy.deepcopy({k: state_dict[k] for k in ("state", "param_groups")}))
+        self.steps = int(state_dict["curvature"]["steps"])
+        for name, block in self.blocks.items():
+            saved, shapes = layers.get(name, {}), block.shapes()
+            for key, tensor in saved.items():
+                if tuple(tensor.shape) != tuple(shapes[key]):
+                    raise ValueError(
+                        f"factor {key} of {name!r} is {list(tensor.shape)} in the state but {list(shapes[key])} here."
+                    )
+            block.factors = {k: t.to(block.layer.parameters[0].device, copy=True) for k, t in saved.items()}
+        self._reset()

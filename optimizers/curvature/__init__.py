@@ -1,0 +1,1 @@
+"""What the families of optimizers share: recorder, layer adapters, block approximations, communication."""

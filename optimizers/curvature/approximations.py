@@ -1,0 +1,142 @@
+"""Block approximations: what is kept of a layer's Fisher block, how a step estimates it, what it looks like densely.
+
+A block goes through the same life in every method: ``accumulate`` in each backward pass of a step, ``estimate`` once at
+its end (a dict of factors), and an average over steps that the optimizer keeps in ``factors``. With ``g`` the gradient
+of the *per-example* loss, the estimated Fisher block is ``E[(sum_t a_t (x) g_t)(sum_t a_t (x) g_t)^T]``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from optimizers.curvature.layers import AffineLayer, ElementwiseLayer, Layer
+
+
+def statistics_dtype(tensor: Tensor) -> torch.dtype:
+    """Curvature is accumulated in float32, or float64 where the model is; never in half precision."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+class Approximation(ABC):
+    """Curvature of one layer.
+
+    Attributes:
+        layer: the layer's adapter.
+        factors: the running averages, by name; empty until the first update.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.factors: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    @property
+    def observed(self) -> bool:
+        """Whether a backward pass came through since the last ``reset``."""
+        return bool(self._sums)
+
+    def reset(self) -> None:
+        """Drop what was accumulated in this step."""
+        self._sums.clear()
+
+    def accumulate(self, x: Tensor, g: Tensor) -> None:
+        """Add one backward pass: layer input ``x`` and the gradient ``g`` of the step's loss by the layer's output."""
+        dtype = statistics_dtype(self.layer.parameters[0])
+        x = x.to(dtype) if x.is_floating_point() else x
+        for key, value in self._statistics(x, g.to(dtype)):
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    @abstractmethod
+    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
+        """Sums to accumulate, by name."""
+
+    @abstractmethod
+    def estimate(self, gradient_scale: float, examples: int) -> dict[str, Tensor]:
+        """The step's factors.
+
+        Args:
+            gradient_scale: what turns an observed gradient into one of the per-example loss.
+            examples: how many examples the step's statistics were summed over.
+        """
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the factors, known before the first step: what memory will be used and what ranks exchange."""
+
+    def zeros(self) -> dict[str, Tensor]:
+        """Factors of nothing: what a rank that did not see the layer brings to the exchange."""
+        weight = self.layer.parameters[0]
+        dtype = statistics_dtype(weight)
+        return {key: torch.zeros(shape, dtype=dtype, device=weight.device) for key, shape in self.shapes().items()}
+
+    @abstractmethod
+    def diagonal(self, factors: dict[str, Tensor]) -> list[Tensor]:
+        """The diagonal that ``factors`` stand for, one tensor for each of the layer's parameters, in its shape."""
+
+    def to_dense(self) -> Tensor:
+        """The block as a matrix in the row-major order of the ``[d_out, d_in (+ 1)]`` weight matrix, bias last."""
+        return torch.diag(self._flatten(self.diagonal(self.factors)))
+
+    def _flatten(self, tensors: list[Tensor]) -> Tensor:
+        if isinstance(self.layer, AffineLayer):
+            return self.layer.to_matrix(tensors[0], tensors[1] if len(tensors) > 1 else None).flatten()
+        return torch.cat([t.flatten() for t in tensors])
+
+
+class KroneckerDiagonal(Approximation):
+    """``diag(A) (x) diag(G)`` of an affine layer: AdaFisher's block (arXiv 2405.16397, section 3).
+
+    ``H = mean_{i,t} a_it^2`` over examples and positions, ``S = mean_i sum_t g_it^2``: for a layer without shared
+    positions, the diagonals of K-FAC's factors; with them, those under K-FAC's *expand* setting.
+    """
+
+    layer: AffineLayer
+
+    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
+        squares, count = self.layer.input_square_sums(x)
+        return [
+            ("H", squares),
+            ("count", squares.new_tensor(float(count))),
+            ("S", self.layer.gradient_square_sums(g)),
+        ]
+
+    def estimate(self, gradient_scale: float, examples: int) -> dict[str, Tensor]:
+        """See Approximation."""
+        return {
+            "H": self._sums["H"] / self._sums["count"],
+            "S": self._sums["S"] * (gradient_scale**2 / examples),
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Approximation."""
+        return {"H": (self.layer.groups, self.layer.columns), "S": (self.layer.groups, self.layer.d_out)}
+
+    def diagonal(self, factors: dict[str, Tensor]) -> list[Tensor]:
+        """See Approximation."""
+        return self.layer.from_matrix(factors["S"].unsqueeze(-1) * factors["H"].unsqueeze(-2))
+
+
+class Diagonal(Approximation):
+    """The exact diagonal of the Fisher block of an elementwise layer, all parameters in one vector ``D``."""
+
+    layer: ElementwiseLayer
+
+    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
+        return [("D", torch.cat([t.flatten() for t in self.layer.square_sums(x, g)]))]
+
+    def estimate(self, gradient_scale: float, examples: int) -> dict[str, Tensor]:
+        """See Approximation."""
+        return {"D": self._sums["D"] * (gradient_scale**2 / examples)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Approximation."""
+        return {"D": (sum(p.numel() for p in self.layer.parameters),)}
+
+    def diagonal(self, factors: dict[str, Tensor]) -> list[Tensor]:
+        """See Approximation."""
+        parameters: list[nn.Parameter] = self.layer.parameters
+        pieces = factors["D"].split([p.numel() for p in parameters])
+        return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]

@@ -1,0 +1,36 @@
+"""Averaging over ranks: the only file of the optimizers that talks to other processes; nothing at world size 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes that train together (1 without a process group)."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def average_(tensors: Sequence[Tensor], weight: Tensor | None = None) -> None:
+    """Replace each tensor, in place, by its mean over ranks: one all-reduce a dtype.
+
+    Args:
+        tensors: the same shapes, in the same order, on every rank.
+        weight: for each tensor, how much this rank's value counts ([len(tensors)]; default 1 each). A rank that has
+            nothing to say passes zeros with weight 0; where all weights are 0 the result is 0.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    weights = [torch.ones((), device=t.device) for t in tensors] if weight is None else list(weight)
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        chosen = [(t, w.to(t)) for t, w in zip(tensors, weights, strict=True) if t.dtype == dtype]
+        flat = torch.cat([(t * w).flatten() for t, w in chosen] + [torch.stack([w for _, w in chosen])])
+        dist.all_reduce(flat)
+        total = flat[-len(chosen) :].clamp(min=torch.finfo(dtype).tiny)
+        offset = 0
+        for (tensor, _), count in zip(chosen, total, strict=True):
+            tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor) / count)
+            offset += tensor.numel()

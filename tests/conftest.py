@@ -1,0 +1,44 @@
+"""Fixtures of all tests: real data where it is present, a clean random state, one thread a worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Two xdist workers on two cores: more threads each would only fight over them.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Every test starts from the same random state and leaves the default dtype alone."""
+    dtype = torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Double precision by default: what the dense oracles are computed in."""
+    torch.set_default_dtype(torch.float64)
+    yield
+
+
+@pytest.fixture
+def shared_data() -> Callable[[str], Path]:
+    """Path of a real data set, from $CURVLAB_DATA or the folder shared beside the project; skips where it is absent."""
+
+    def find(name: str) -> Path:
+        for folder in (os.environ.get("CURVLAB_DATA"), ROOT.parent / "shared" / "datasets"):
+            if folder and (Path(folder) / name).exists():
+                return Path(folder) / name
+        pytest.skip(f"the real data set {name!r} is not on this machine (set CURVLAB_DATA to the folder that holds it)")
+
+    return find

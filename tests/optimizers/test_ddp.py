@@ -1,0 +1,70 @@
+"""Two gloo processes on halves of a batch equal one process on the joint batch, and replicas stay bit-identical."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.optimizers.problems import PROBLEMS
+from tests.optimizers.test_contract import OPTIMIZERS, build, train_step, weights
+
+STEPS = 20
+NAMES = ["sgd", "adam", "adafisher", "adafisher_average", "adafisherw", "adahessian", "adahessian_delayed"]
+MODELS = ["mlp", "groupnorm", "embedding"]
+
+
+def batches(problem: str) -> list[tuple[Tensor, Tensor]]:
+    inputs, targets = PROBLEMS[problem][1](8)
+    return [(inputs.roll(step, 0), targets.roll(2 * step, 0)) for step in range(STEPS)]
+
+
+def run(name: str, problem: str, rank: int, world: int) -> Tensor:
+    """Train on this rank's share of every batch; DistributedDataParallel when there is more than one rank."""
+    torch.manual_seed(0)
+    model = PROBLEMS[problem][0]()
+    optimizer = build(name, model)
+    network: nn.Module = DistributedDataParallel(model) if world > 1 else model
+    for inputs, targets in batches(problem):
+        train_step(optimizer, network, (inputs[rank::world], targets[rank::world]))
+    return weights(model)
+
+
+def worker(rank: int, folder: str, cases: list[tuple[str, str]]) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+    )
+    try:
+        torch.save({case: run(*case, rank, 2) for case in cases}, Path(folder) / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Tensor]]:
+    """Final weights of every case on each of two real processes."""
+    folder = tmp_path_factory.mktemp("ddp")
+    cases = [(name, problem) for name in NAMES for problem in MODELS]
+    mp.spawn(worker, args=(str(folder), cases), nprocs=2, join=True)  # fails on any worker's exit code
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("problem", MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_equal_one(name: str, problem: str, ranks: list[dict[tuple[str, str], Tensor]]) -> None:
+    first, second = (results[name, problem] for results in ranks)
+    assert torch.equal(first, second), "replicas drifted apart"
+    torch.manual_seed(0)
+    start = weights(PROBLEMS[problem][0]())
+    alone = run(name, problem, 0, 1)
+    assert not torch.allclose(alone, start)
+    torch.testing.assert_close(first, alone, rtol=1e-8, atol=1e-8)

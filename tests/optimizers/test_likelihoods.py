@@ -1,0 +1,47 @@
+"""Likelihoods against autograd: the square root is the Hessian's, samples have the model's moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optimizers import Bernoulli, Categorical, Gaussian, Likelihood
+
+CASES = [Categorical(), Bernoulli(), Gaussian(), Gaussian(sigma=0.3)]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("likelihood", CASES, ids=lambda c: type(c).__name__)
+def test_hessian_sqrt_is_the_hessian_of_the_nll(likelihood: Likelihood) -> None:
+    outputs = torch.randn(1, 5)
+    targets = likelihood.sample(outputs, torch.Generator().manual_seed(0))
+    hessian = torch.autograd.functional.hessian(lambda o: likelihood.nll(o, targets), outputs).view(5, 5)
+    root = likelihood.hessian_sqrt(outputs)[0]
+    torch.testing.assert_close(root @ root.T, hessian, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("likelihood", CASES, ids=lambda c: type(c).__name__)
+def test_sampled_gradients_have_the_fisher_as_covariance(likelihood: Likelihood) -> None:
+    outputs = torch.randn(1, 3).expand(40_000, 3).clone().requires_grad_()
+    targets = likelihood.sample(outputs, torch.Generator().manual_seed(0))
+    (g,) = torch.autograd.grad(likelihood.nll(outputs, targets) * len(outputs), outputs)
+    root = likelihood.hessian_sqrt(outputs[:1])[0]
+    fisher = root @ root.T
+    torch.testing.assert_close(g.T @ g / len(g), fisher, rtol=0, atol=0.03 * float(fisher.abs().max()))
+    assert float(g.mean(0).abs().max()) < 0.03 * float(fisher.abs().max().sqrt())
+
+
+def test_categorical_takes_sequences_and_ignores_padding() -> None:
+    outputs, targets = torch.randn(2, 3, 5), torch.tensor([[1, 2, -100], [0, 4, 3]])
+    kept = targets.flatten() != -100
+    expected = -outputs.flatten(0, 1).log_softmax(-1)[kept, targets.flatten()[kept]].mean()
+    torch.testing.assert_close(Categorical().nll(outputs, targets), expected)
+    assert Categorical().sample(outputs).shape == (2, 3)
+
+
+def test_bad_arguments_are_sentences() -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got 1.0"):
+        Categorical(label_smoothing=1.0)
+    with pytest.raises(ValueError, match="sigma must be a positive number, got 0"):
+        Gaussian(sigma=0)
