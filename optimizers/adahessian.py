@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
-from optimizers.base import CurvatureOptimizer, Params, check_range
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_range
 from optimizers.curvature import communication
-from optimizers.curvature.recorder import PlainAttention
+from optimizers.curvature.recorder import TwiceDifferentiable
 
 
 def rademacher(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
@@ -167,7 +168,7 @@ class AdaHessian(CurvatureOptimizer):
         self.samples, self.block_size, self.seed = samples, block_size, seed
         self._pending: dict[Tensor, Tensor] = {}  # z * (H z) of this step, summed over micro-batches
         self._denominators: dict[Tensor, Tensor] = {}
-        self._attention = None if self.model is None else PlainAttention(self.model, self._due)
+        self._passes = None if self.model is None else TwiceDifferentiable(self.model, self._due)
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -196,7 +197,9 @@ class AdaHessian(CurvatureOptimizer):
             p.grad = g if p.grad is None else p.grad + g
 
     def _collect(self, params: list[Tensor], grads: list[Tensor], scale: float) -> None:
-        for p, term in zip(params, hutchinson(grads, params, self._probe_seed(), self.samples), strict=True):
+        with record_function(CURVATURE):
+            terms = hutchinson(grads, params, self._probe_seed(), self.samples)
+        for p, term in zip(params, terms, strict=True):
             term = torch.zeros_like(p) if term is None else term if scale == 1.0 else term / scale
             self._pending[p] = self._pending[p] + term if p in self._pending else term
 
@@ -270,5 +273,5 @@ class AdaHessian(CurvatureOptimizer):
     def close(self) -> None:
         """See CurvatureOptimizer."""
         super().close()
-        if self._attention is not None:
-            self._attention.close()
+        if self._passes is not None:
+            self._passes.close()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.optim.optimizer import Optimizer
 
 from optimizers.curvature import communication
@@ -18,6 +19,9 @@ from optimizers.curvature.layers import Layer, adapt
 from optimizers.curvature.recorder import Recorder
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+#: Name under which a profiler finds the time that goes into curvature.
+CURVATURE = "curvature"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -172,7 +176,8 @@ class CurvatureOptimizer(Optimizer):
         return self.steps % self.update_every == 0
 
     def _observe(self, layer: Layer, x: Tensor, g: Tensor) -> None:
-        self.blocks[layer.name].accumulate(x, g if self._scale == 1.0 else g / self._scale)
+        with record_function(CURVATURE):
+            self.blocks[layer.name].accumulate(x, g if self._scale == 1.0 else g / self._scale)
 
     def _estimates(self) -> dict[str, dict[str, Tensor]]:
         """This step's factors by layer, averaged over ranks.
@@ -261,7 +266,8 @@ class CurvatureOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._due():
-            self._update_curvature()
+            with record_function(CURVATURE):
+                self._update_curvature()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):

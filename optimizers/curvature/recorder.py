@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optimizers.curvature.layers import Layer
+from optimizers.curvature.second_order import SecondOrder
 
 Observer = Callable[[Layer, Tensor, Tensor], None]
 
@@ -111,30 +113,33 @@ class Recorder:
         self._observe(layer, x, g.detach())
 
 
-class PlainAttention:
-    """Runs a model's attention on the plain kernel, the one with second derivatives, in forward passes that are due.
+class TwiceDifferentiable:
+    """Lets the forward passes that are due run on kernels with (cheap) second derivatives; see ``SecondOrder``.
+
+    Attention runs on the plain kernel meanwhile: the fused ones cannot be differentiated twice.
 
     Args:
         root: the whole model.
-        due: asked at each training forward pass.
+        due: asked at each forward pass with gradients.
     """
 
     def __init__(self, root: nn.Module, due: Callable[[], bool]) -> None:
         self._due = due
-        self._entered: list[Any] = []
+        self._entered: list[ExitStack] = []
         self._handles = [
             root.register_forward_pre_hook(_Hook(self._enter)),
             root.register_forward_hook(_Hook(self._exit), always_call=True),
         ]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        stack = ExitStack()
         if torch.is_grad_enabled() and self._due():
-            self._entered.append(sdpa_kernel(SDPBackend.MATH))
-            self._entered[-1].__enter__()
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(SecondOrder())
+        self._entered.append(stack)
 
     def _exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._entered:
-            self._entered.pop().__exit__(None, None, None)
+        self._entered.pop().close()
 
     def close(self) -> None:
         """Remove the hooks. Idempotent."""

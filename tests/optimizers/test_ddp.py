@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.optimizers.problems import PROBLEMS
-from tests.optimizers.test_contract import OPTIMIZERS, build, train_step, weights
+from tests.optimizers.test_contract import build, train_step, weights
 
 STEPS = 20
 NAMES = ["sgd", "adam", "adafisher", "adafisher_average", "adafisherw", "adahessian", "adahessian_delayed"]

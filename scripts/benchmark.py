@@ -1,0 +1,279 @@
+"""What a step costs: every optimizer on the same model and batches, interleaved in one run, as ratios to SGD.
+
+    python scripts/benchmark.py model=resnet18 optimizers=[sgd,adam,adafisher,adahessian,pytorch_optimizer.AdaHessian]
+    python scripts/benchmark.py model=autoencoder batch_size=256 optimizers=[adam,adafisher:update_every=10]
+
+An entry of ``optimizers`` is a file of configs/optimizer or a class by its dotted path (a peer), with options behind
+colons. Blocks of steps alternate between the optimizers, so what else the machine does hits all of them alike. The step
+time is the median of ordinary steps plus, for methods with an interval, the median surplus of a due step divided by the
+interval: what a step costs over a whole run. Curvature seconds are read off a profiler in steps of their own, peak
+memory off a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import models
+from optimizers import Bernoulli, Categorical, CurvatureOptimizer, Likelihood, build_optimizer
+from optimizers.base import CURVATURE
+
+
+@dataclass
+class Options:
+    """Command-line options, ``key=value``.
+
+    Attributes:
+        model: ``autoencoder`` (the 784-400-200-100-50-25-6 mirror of the auto-encoder papers) or a configs/model name.
+        optimizers: what to compare; SGD is added where it is missing, as the unit.
+        batch_size: examples a step.
+        image_size: side of the images (models but the auto-encoder).
+        rounds: how many times the blocks alternate.
+        block: steps a block.
+        threads: CPU threads.
+        device: cpu or cuda.
+        memory: measure peak memory, one process an optimizer.
+        only: (internal) run this one optimizer and print its peak memory.
+        json: also write the rows to this file.
+    """
+
+    model: str = "resnet18"
+    optimizers: list[str] = field(
+        default_factory=lambda: ["sgd", "adam", "adafisher", "adafisher:update_every=10", "adahessian"]
+    )
+    batch_size: int = 32
+    image_size: int = 32
+    rounds: int = 8
+    block: int = 3
+    threads: int = torch.get_num_threads()
+    device: str = "cpu"
+    memory: bool = True
+    only: str | None = None
+    json: str | None = None
+
+
+def load(path: str) -> Callable[..., Any]:
+    """A class or function by its dotted path."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def make_model(options: Options) -> tuple[nn.Module, Likelihood, list[tuple[Tensor, Tensor]]]:
+    """The model, its likelihood and a few random batches to cycle through."""
+    torch.manual_seed(0)
+    batches: list[tuple[Tensor, Tensor]] = []
+    likelihood: Likelihood
+    if options.model == "autoencoder":
+        widths = [400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400]
+        model = models.mlp(hidden=widths, in_channels=1, image_size=28, num_classes=784)
+        likelihood = Bernoulli()
+        for _ in range(8):
+            pixels = torch.rand(options.batch_size, 1, 28, 28)
+            batches.append((pixels, pixels.flatten(1)))
+    else:
+        config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / f"{options.model}.yaml"))
+        assert isinstance(config, dict)
+        facts = {"in_channels": 3, "num_classes": 10, "image_size": options.image_size}
+        model = models.build_model(load(str(config.pop("_target_"))), facts, **config)
+        likelihood = Categorical()
+        for _ in range(8):
+            images = torch.randn(options.batch_size, 3, options.image_size, options.image_size)
+            batches.append((images, torch.randint(0, 10, (options.batch_size,))))
+    device = torch.device(options.device)
+    return model.to(device), likelihood, [(x.to(device), y.to(device)) for x, y in batches]
+
+
+def make_optimizer(entry: str, model: nn.Module, likelihood: Likelihood) -> torch.optim.Optimizer:
+    """``adafisher:update_every=10`` or ``package.Class:option=value`` as an optimizer."""
+    name, *changes = entry.split(":")
+    overrides = OmegaConf.to_container(OmegaConf.from_dotlist(changes))
+    assert isinstance(overrides, dict)
+    if "." in name:
+        config: dict[Any, Any] = {"_target_": name}
+    else:
+        loaded = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "optimizer" / f"{name}.yaml"))
+        assert isinstance(loaded, dict)
+        config = loaded
+    # A tiny step: the cost of one does not depend on its length, but diverging or vanishing activations are slow.
+    config |= {"lr": 1e-5, **overrides}
+    return build_optimizer(load(str(config.pop("_target_"))), model, likelihood=likelihood, **config)
+
+
+@dataclass
+class Arm:
+    """One optimizer with a model of its own and the times of its steps, by phase."""
+
+    entry: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    likelihood: Likelihood
+    batches: list[tuple[Tensor, Tensor]]
+    ordinary: list[tuple[float, float, float]] = field(default_factory=list)
+    due: list[tuple[float, float, float]] = field(default_factory=list)
+    count: int = 0
+
+    @property
+    def interval(self) -> int:
+        """Steps between curvature updates; 1 where every step is alike."""
+        return self.optimizer.update_every if isinstance(self.optimizer, CurvatureOptimizer) else 1
+
+    def step(self) -> tuple[float, float, float]:
+        """One training step: seconds of forward, backward and update."""
+        inputs, targets = self.batches[self.count % len(self.batches)]
+        self.count += 1
+        ours = isinstance(self.optimizer, CurvatureOptimizer)
+        marks = [now(inputs)]
+        self.optimizer.zero_grad()
+        loss = self.likelihood.nll(self.model(inputs), targets)
+        marks.append(now(inputs))
+        if isinstance(self.optimizer, CurvatureOptimizer):
+            self.optimizer.backward(loss)
+        else:
+            loss.backward(create_graph=not ours and type(self.optimizer).__name__ == "AdaHessian")
+        marks.append(now(inputs))
+        self.optimizer.step()
+        marks.append(now(inputs))
+        return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
+
+    def block(self, steps: int) -> None:
+        """A block of timed steps; where curvature has an interval, its first step is a due one."""
+        if isinstance(self.optimizer, CurvatureOptimizer):
+            self.optimizer.steps -= self.optimizer.steps % self.interval
+        for index in range(steps):
+            is_due = self.interval > 1 and index == 0
+            (self.due if is_due else self.ordinary).append(self.step())
+
+    def phases(self) -> list[float]:
+        """Amortised seconds of forward, backward, update."""
+        usual = [statistics.median(column) for column in zip(*self.ordinary, strict=True)]
+        if not self.due:
+            return usual
+        due = [statistics.median(column) for column in zip(*self.due, strict=True)]
+        return [u + (d - u) / self.interval for u, d in zip(usual, due, strict=True)]
+
+    def seconds(self) -> float:
+        """Amortised seconds of a whole step."""
+        usual = statistics.median(map(sum, self.ordinary))
+        return usual + (statistics.median(map(sum, self.due)) - usual) / self.interval if self.due else usual
+
+    def curvature_seconds(self) -> float:
+        """Amortised seconds of curvature work, from two profiled due steps."""
+        if not isinstance(self.optimizer, CurvatureOptimizer):
+            return 0.0
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(2):
+                self.optimizer.steps -= self.optimizer.steps % self.interval
+                self.step()
+        total = sum(event.cpu_time_total for event in profiler.key_averages() if event.key == CURVATURE)
+        return total / 1e6 / 2 / self.interval
+
+
+def now(like: Tensor) -> float:
+    """Seconds, after the device has finished what it was given."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
+
+
+def peak_memory(options: Options, entry: str) -> float:
+    """MiB that training with one optimizer adds to a process that has the libraries loaded."""
+    arguments = [f"model={options.model}", f"batch_size={options.batch_size}", f"image_size={options.image_size}"]
+    arguments += [f"device={options.device}", f"threads={options.threads}", f"only={entry}"]
+    command = [sys.executable, "-W", "ignore", __file__, *arguments]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_peak_memory(options: Options) -> None:
+    """The process behind ``peak_memory``: a few steps, then MiB on standard output."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model, likelihood, batches = make_model(options)
+    arm = Arm(str(options.only), model, make_optimizer(str(options.only), model, likelihood), likelihood, batches)
+    for _ in range(3):
+        arm.step()
+    if options.device == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main(arguments: list[str]) -> list[dict[str, Any]]:
+    """Run the benchmark and print its table; returns the rows."""
+    try:
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli(arguments)))
+    except OmegaConfBaseException as error:
+        raise SystemExit(f"error: {str(error).splitlines()[0]} (options: {', '.join(Options().__dict__)})") from error
+    assert isinstance(options, Options)
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", message=".*create_graph.*")  # what a peer's own recipe does
+    if options.only is not None:
+        print_peak_memory(options)
+        return []
+    entries = list(dict.fromkeys(["sgd", *options.optimizers]))
+    arms = []
+    for entry in entries:
+        model, likelihood, batches = make_model(options)
+        arms.append(Arm(entry, model, make_optimizer(entry, model, likelihood), likelihood, batches))
+    for arm in arms:
+        arm.step()
+        arm.step()
+    for index in range(options.rounds):
+        for arm in arms[index % len(arms) :] + arms[: index % len(arms)]:  # nobody always follows the same neighbour
+            arm.block(options.block)
+    unit = arms[0].seconds()
+    rows = []
+    for arm in arms:
+        forward, backward, update = arm.phases()
+        row = {
+            "optimizer": arm.entry,
+            "ms": 1e3 * arm.seconds(),
+            "ratio": arm.seconds() / unit,
+            "forward_ms": 1e3 * forward,
+            "backward_ms": 1e3 * backward,
+            "update_ms": 1e3 * update,
+            "curvature_ms": 1e3 * arm.curvature_seconds(),
+            "memory_mib": peak_memory(options, arm.entry) if options.memory else None,
+        }
+        rows.append(row)
+    where = f"{options.device}, {options.threads} threads, torch {torch.__version__}"
+    title = f"{options.model}, batch {options.batch_size}, {where}"
+    table = Table(title=title, caption="curvature is part of backward and update; steps amortised over the interval")
+    for column in ("optimizer", "step ms", "× SGD", "forward", "backward", "update", "curvature", "peak MiB"):
+        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    for row in rows:
+        numbers = [row[key] for key in ("forward_ms", "backward_ms", "update_ms", "curvature_ms")]
+        memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
+        table.add_row(
+            row["optimizer"], f"{row['ms']:.1f}", f"{row['ratio']:.3f}", *(f"{n:.1f}" for n in numbers), memory
+        )
+    Console(width=120).print(table)
+    if options.json:
+        report = {"options": asdict(options), "machine": platform.processor() or platform.machine(), "rows": rows}
+        Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
