@@ -70,15 +70,16 @@ def hutchinson(
 
 
 def block_mean(curvature: Tensor, block_size: int | None) -> Tensor:
-    """Average ``|D|`` over the blocks of one parameter, as the published implementations do; size 1 where averaged.
+    """``|D|`` averaged over the blocks of one parameter, as in the published implementations; size 1 where averaged.
 
     Three or more dimensions: over the kernel positions (dimensions 2 and up). Two dimensions: over blocks of
-    ``block_size`` along each row (the last may be shorter), or not at all if it is None. One or none: not at all.
+    ``block_size`` along each row (the last may be shorter), or not at all if it is None. One or none: not at all; the
+    sign, which the square will take away, then stays.
     """
     if curvature.dim() >= 3:
-        return curvature.mean(dim=list(range(2, curvature.dim())), keepdim=True)
+        return curvature.abs().mean(dim=list(range(2, curvature.dim())), keepdim=True)
     if curvature.dim() == 2 and block_size is not None:
-        means = [part.mean(1, keepdim=True) for part in curvature.split(block_size, dim=1)]
+        means = [part.mean(1, keepdim=True) for part in curvature.abs().split(block_size, dim=1)]
         return torch.cat(means, dim=1)
     return curvature
 
@@ -167,7 +168,7 @@ class AdaHessian(CurvatureOptimizer):
         super().__init__(model, None if isinstance(params, nn.Module) else params, defaults, update_every=hessian_every)
         self.samples, self.block_size, self.seed = samples, block_size, seed
         self._pending: dict[Tensor, Tensor] = {}  # z * (H z) of this step, summed over micro-batches
-        self._denominators: dict[Tensor, Tensor] = {}
+        self._denominators: dict[Tensor, tuple[Tensor, float]] = {}
         self._passes = None if self.model is None else TwiceDifferentiable(self.model, self._due)
 
     def _trainable(self) -> list[Tensor]:
@@ -209,18 +210,20 @@ class AdaHessian(CurvatureOptimizer):
     def _update_curvature(self) -> None:
         if not self._pending:
             self._from_graph()
-        params = list(self._pending)
-        curvature = list(self._pending.values())
-        communication.average_(curvature)
-        torch._foreach_abs_(curvature)
-        for p, d in zip(params, curvature, strict=True):
-            state = self.state[p]
-            beta = next(g["betas"][1] for g in self.param_groups if any(q is p for q in g["params"]))
-            mean = block_mean(d, self.block_size)
-            if "exp_hessian_sq" not in state:
-                state.update(hessian_step=0, exp_hessian_sq=torch.zeros_like(mean))
-            state["hessian_step"] += 1
-            state["exp_hessian_sq"].mul_(beta).addcmul_(mean, mean, value=1 - beta)
+        communication.average_(list(self._pending.values()))
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in self._pending]
+            if not params:
+                continue
+            means = [block_mean(self._pending[p], self.block_size) for p in params]
+            for p, mean in zip(params, means, strict=True):
+                if "exp_hessian_sq" not in self.state[p]:
+                    self.state[p].update(hessian_step=0, exp_hessian_sq=torch.zeros_like(mean))
+                self.state[p]["hessian_step"] += 1
+            squares = [self.state[p]["exp_hessian_sq"] for p in params]
+            beta = group["betas"][1]
+            torch._foreach_mul_(squares, beta)
+            torch._foreach_addcmul_(squares, means, means, value=1 - beta)
         self._denominators.clear()
 
     def _from_graph(self) -> None:
@@ -236,30 +239,34 @@ class AdaHessian(CurvatureOptimizer):
         for p in params:
             p.grad = p.grad.detach()  # type: ignore[union-attr]
 
-    def _denominator(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+    def _denominator(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+        """``(d, c)`` with ``v_hat^(k/2) + eps = d / c``: the bias correction c costs no pass over the parameter."""
         if p not in self._denominators:
-            state = self.state[p]
-            if "exp_hessian_sq" not in state:
-                return torch.ones_like(p)
-            corrected = state["exp_hessian_sq"] / (1 - group["betas"][1] ** state["hessian_step"])
-            root = corrected.sqrt_() if group["hessian_power"] == 1 else corrected.pow_(group["hessian_power"] / 2)
-            self._denominators[p] = block_expand(root.add_(group["eps"]), p.shape, self.block_size).contiguous()
+            state, power = self.state[p], group["hessian_power"]
+            if "exp_hessian_sq" not in state:  # never in a differentiated loss
+                return torch.ones_like(p), 1.0
+            correction = (1 - group["betas"][1] ** state["hessian_step"]) ** (power / 2)
+            square = state["exp_hessian_sq"]
+            root = (square.sqrt() if power == 1 else square ** (power / 2)).add_(group["eps"] * correction)
+            self._denominators[p] = block_expand(root, p.shape, self.block_size).contiguous(), correction
         return self._denominators[p]
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr, (beta, _), decay = group["lr"], group["betas"], group["weight_decay"]
-        moments, sizes = [], []
+        moments, denominators, sizes = [], [], []
         for p in params:
             state = self.state[p]
             if "exp_avg" not in state:
                 state.update(step=0, exp_avg=torch.zeros_like(p))
             state["step"] += 1
+            denominator, correction = self._denominator(p, group)
             moments.append(state["exp_avg"])
-            sizes.append(-lr / (1 - beta ** state["step"]))
+            denominators.append(denominator)
+            sizes.append(-lr * correction / (1 - beta ** state["step"]))
         torch._foreach_lerp_(moments, grads, 1 - beta)
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_addcdiv_(params, moments, [self._denominator(p, group) for p in params], sizes)
+        torch._foreach_addcdiv_(params, moments, denominators, sizes)
 
     def _reset(self) -> None:
         super()._reset()
