@@ -1,0 +1,64 @@
+"""What a data set is to the rest of the framework: three loaders and a few facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class DataError(Exception):
+    """A data set that is absent, unreadable or unfit; the message is one sentence that says what to do."""
+
+
+class BatchLoader(Protocol):
+    """One split of a data set, served in batches on the target device.
+
+    Attributes:
+        num_examples: examples an epoch serves, over all ranks (in training without the partial batch it drops).
+    """
+
+    num_examples: int
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same number on every rank."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches ``start, start + 1, ...`` of an epoch, this rank's share of each.
+
+        A pure function of (seed, epoch, batch index): going on in the middle of an epoch needs no saved state.
+
+        Args:
+            epoch: which pass over the data, from 0.
+            start: the first batch to serve, from 0 to ``len(self)``.
+
+        Returns:
+            Inputs (float32, normalised) and targets, on the loader's device.
+        """
+        ...
+
+
+@dataclass
+class DataModule:
+    """A data set, split in three that share no example: train to learn, val to choose, test to report once.
+
+    Attributes:
+        name: as in the configuration, such as ``cifar10``.
+        task: what is learned from it, such as ``classification``.
+        facts: what a model factory may ask for, such as ``{"in_channels": 3, "num_classes": 10, "image_size": 32}``.
+        train: shuffled and augmented; drops the last partial batch.
+        val: every example once, in a fixed order.
+        test: every example once, in a fixed order.
+        class_names: names of the classes, by target.
+    """
+
+    name: str
+    task: str
+    facts: dict[str, Any]
+    train: BatchLoader
+    val: BatchLoader
+    test: BatchLoader
+    class_names: list[str]

@@ -1,0 +1,38 @@
+"""Models: thin factories over plain modules. Nothing here knows optimizers, data sets or Hydra."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from models.mlp import mlp
+from models.resnet import resnet
+
+__all__ = ["build_model", "mlp", "resnet"]
+
+
+def build_model(factory: Callable[..., nn.Module], facts: Mapping[str, Any], **options: Any) -> nn.Module:
+    """Call a model factory with its options and with whatever facts of the data set its signature names.
+
+    Args:
+        factory: any callable that returns a module; the parameters it names (``num_classes``, ``in_channels``, ...)
+            are looked up in the facts.
+        facts: of the data set, such as ``{"in_channels": 3, "num_classes": 10, "image_size": 32}``.
+        options: the factory's other arguments; they win over a fact of the same name.
+
+    Raises:
+        ValueError: the factory requires something that is neither an option nor a fact.
+    """
+    named = inspect.signature(factory).parameters.values()
+    wanted = [p for p in named if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in options]
+    missing = [p.name for p in wanted if p.default is p.empty and p.name not in facts]
+    if missing:
+        name = getattr(factory, "__name__", str(factory))
+        raise ValueError(
+            f"{name} needs {missing[0]}, which this data set does not have (it has {', '.join(facts) or 'no facts'}): "
+            "choose another model or another data set"
+        )
+    return factory(**options, **{p.name: facts[p.name] for p in wanted if p.name in facts})
