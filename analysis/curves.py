@@ -1,0 +1,188 @@
+"""Pictures of one run, drawn from its `metrics.jsonl` alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+# One colour a split, distinct in grey and for colour-blind readers.
+COLOURS = {"train": "#4477aa", "val": "#cc6677", "test": "#228833"}
+LABELS = {"train": "training", "val": "validation", "test": "test"}
+GREY = "#555555"
+
+Series = tuple[list[float], list[float]]
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The events of a run, in order.
+
+    Args:
+        path: a `metrics.jsonl`, or the run folder that holds it.
+
+    Raises:
+        ValueError: a line that is no JSON object (the last one excepted: a killed run may have left half of it).
+    """
+    file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
+    lines = file.read_text().splitlines()
+    events: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {file} is not a JSON object: the file is damaged") from error
+    return events
+
+
+def series(events: Sequence[Mapping[str, Any]], metric: str, x: str = "epoch") -> Series:
+    """Values of one metric against `x`.
+
+    Args:
+        events: what `read_metrics` returned.
+        metric: e.g. "val/loss".
+        x: "step", "epoch", "seconds" (training seconds) or "wall".
+
+    Returns:
+        Positions and values; events without the metric, or with null for a value that was not finite, are left out.
+    """
+    points = [(float(e[x]), float(e[metric])) for e in events if e.get(metric) is not None and e.get(x) is not None]
+    return [point[0] for point in points], [point[1] for point in points]
+
+
+def plot_run(metrics_jsonl: str | Path, name: str | None = None) -> dict[str, Figure]:
+    """Draw the curves of one run.
+
+    Args:
+        metrics_jsonl: the run's `metrics.jsonl`, or its folder.
+        name: title; None: the names of the run's folder and of the one above it.
+
+    Returns:
+        {"loss", "accuracy", "lr"}: the figures of what the run logged; {} if it logged nothing. No figure is
+        registered with pyplot, so nothing has to be closed.
+    """
+    path = Path(metrics_jsonl)
+    events = read_metrics(path)
+    title = name or _name(path if path.is_dir() else path.parent)
+    figures: dict[str, Figure] = {}
+    if _has(events, "loss"):
+        figures["loss"] = _loss(events, title)
+    if _has(events, "accuracy"):
+        figures["accuracy"] = _accuracy(events, title)
+    if _has_metric(events, "lr"):
+        figures["lr"] = _learning_rate(events, title)
+    return figures
+
+
+def _loss(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    by_epoch, by_time = figure.subplots(1, 2, sharey=True)
+    for axes, x, label in ((by_epoch, "epoch", "epoch"), (by_time, "seconds", "training seconds")):
+        values = _draw_splits(axes, events, "loss", x, best=min)
+        _dress(axes, label, "loss" if axes is by_epoch else "")
+    if values and min(values) > 0 and max(values) / min(values) > 30:
+        by_epoch.set_yscale("log")  # shared with the other
+        by_epoch.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _legend(by_epoch, "upper right")
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _accuracy(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    values = _draw_splits(axes, events, "accuracy", "epoch", best=max)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(values) - min(values) > 0.05 else 1))
+    _dress(axes, "epoch", "accuracy")
+    _legend(axes, "lower right")
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _learning_rate(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*series(events, "lr"), color=GREY, linewidth=1.8)
+    axes.set_ylim(bottom=0)
+    _dress(axes, "epoch", "learning rate")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _draw_splits(axes: Axes, events: Sequence[Mapping[str, Any]], metric: str, x: str, best: Any) -> list[float]:
+    """Draw a metric of every split, mark the best validation value, and return all values drawn."""
+    drawn: list[float] = []
+    for split, colour in COLOURS.items():
+        positions, values = series(events, f"{split}/{metric}", x)
+        if not values:
+            continue
+        drawn += values
+        if split == "test":  # evaluated once, at the end
+            label = f"{LABELS[split]} {_figure(metric, values[-1])}"
+            axes.plot(positions[-1:], values[-1:], "D", color=colour, markersize=6, label=label)
+        elif split == "val":
+            marker = 4 if len(values) <= 40 else 0
+            axes.plot(positions, values, "o-", color=colour, linewidth=1.8, markersize=marker, label=LABELS[split])
+            at = values.index(best(values))
+            label = f"{'lowest' if best is min else 'highest'} {LABELS[split]} {_figure(metric, values[at])}"
+            axes.plot(positions[at], values[at], "o", mfc="none", mec=colour, mew=1.5, markersize=11, label=label)
+        else:
+            _draw_training(axes, positions, values, colour)
+    return drawn
+
+
+def _figure(metric: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.3g}"
+
+
+def _draw_training(axes: Axes, positions: list[float], values: list[float], colour: str) -> None:
+    """Training values are means of a few batches: a smooth line over the faint raw one where they are many."""
+    smooth = _running_mean(values, max(1, len(values) // 40))
+    many = len(values) >= 60
+    if many:
+        axes.plot(positions, values, color=colour, linewidth=0.8, alpha=0.3)
+    axes.plot(positions, smooth if many else values, color=colour, linewidth=1.8, label=LABELS["train"])
+
+
+def _running_mean(values: list[float], width: int) -> list[float]:
+    """Centred mean over at most `2 width + 1` values, fewer at the ends."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    means = []
+    for i in range(len(values)):
+        reach = min(width, i, len(values) - 1 - i)
+        means.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+    return means
+
+
+def _dress(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    axes.grid(alpha=0.25, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(axes: Axes, place: Literal["upper right", "lower right"]) -> None:
+    axes.legend(loc=place, frameon=True, framealpha=0.9, edgecolor="none", fontsize="small")
+
+
+def _has(events: Sequence[Mapping[str, Any]], metric: str) -> bool:
+    return any(_has_metric(events, f"{split}/{metric}") for split in COLOURS)
+
+
+def _has_metric(events: Sequence[Mapping[str, Any]], metric: str) -> bool:
+    return any(event.get(metric) is not None for event in events)
+
+
+def _name(folder: Path) -> str:
+    folder = folder.resolve()
+    return f"{folder.parent.name} / {folder.name}"

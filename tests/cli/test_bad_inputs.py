@@ -1,0 +1,162 @@
+"""Whatever is wrong with a command ends in one sentence and exit code 1, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.conftest import QUICK, Outcome, runs, summary
+from tests.conftest import ROOT
+
+# (name, arguments, what the sentence says)
+REFUSED = [
+    ("unknown key", ["optimizer.betas=[0.9,0.99]", "optimizer=sgd"], r"optimizer has no key 'betas'; it has lr, momentum"),
+    ("mistyped key", ["optimizer.momentun=0.5"], r"no key 'momentun' \(did you mean 'momentum'\?\)"),
+    ("mistyped group", ["optimzer=adam"], r"unknown key 'optimzer' \(did you mean 'optimizer'\?\)"),
+    ("key without its group", ["lr=0.1"], r"unknown key 'lr' \(did you mean 'optimizer.lr'\?\)"),
+    ("added key", ["+optimizer.foo=1"], r"cannot be added with \+; optimizer has no key 'foo'"),
+    ("added key that exists", ["+optimizer.lr=1"], r"cannot be added with \+: write optimizer.lr=1"),
+    ("forced key", ["++optimizer.nestorov=true", "optimizer=sgd"], r"cannot be added with \+"),
+    ("number for text", ["optimizer.lr=fast"], r"optimizer.lr must be a number, got 'fast'"),
+    ("fraction for a count", ["dataset.batch_size=1.5"], r"dataset.batch_size must be a whole number, got 1.5"),
+    ("number for a flag", ["trainer.deterministic=3"], r"trainer.deterministic must be true or false, got 3"),
+    ("null for a number", ["optimizer.lr=null"], r"optimizer.lr must be a number, got null"),
+    ("one of", ["dataset.augment=cutuot"], r"dataset.augment must be one of .* \(did you mean 'cutout'\?\)"),
+    ("wrong length", ["optimizer=adam", "optimizer.betas=[0.9]"], r"optimizer.betas must be a list of 2 values"),
+    ("learning rate", ["optimizer.lr=-1"], r"optimizer.lr must be .*, got -1"),
+    ("learning rate of torch's", ["optimizer=sgd", "optimizer.lr=-1"], r"optimizer: Invalid learning rate: -1"),
+    ("batch size", ["dataset.batch_size=0"], r"dataset.batch_size must be at least 1, got 0"),
+    ("damping", ["optimizer.damping=0"], r"optimizer.damping must be .*, got 0"),
+    ("held-out share", ["dataset.val_fraction=1.5"], r"dataset.val_fraction must be .*, got 1.5"),
+    ("label smoothing", ["trainer.label_smoothing=1.5"], r"trainer.label_smoothing must be .*, got 1.5"),
+    ("schedule", ["scheduler.warmup=2"], r"scheduler.warmup must be .*, got 2"),
+    ("seed", ["seed=-1"], r"seed must be between 0 and \d+, got -1"),
+    ("unknown optimizer", ["optimizer=adan"], r"optimizer has no choice 'adan' \(did you mean 'adam'\?\); it has adafisher"),
+    ("unknown model", ["model=resnet19"], r"model has no choice 'resnet19' \(did you mean 'resnet18'\?\)"),
+    ("unknown data set", ["dataset=cifar"], r"dataset has no choice 'cifar' \(did you mean 'cifar10'\?\)"),
+    ("unknown experiment", ["experiment=adafisher/cifar10"], r"experiment has no choice .*did you mean 'adafisher/cifar10_re"),
+    ("no choice at all", ["optimizer=null"], r"optimizer must be one of adafisher, .*, got null"),
+    ("removed group", ["~optimizer"], r"optimizer is missing from the configuration"),
+    ("two budgets", ["trainer.max_steps=5"], r"trainer.max_steps and max_epochs are both set.*max_epochs=null"),
+    ("no budget", ["trainer.max_epochs=null"], r"trainer.max_epochs, max_steps or max_time must be set"),
+    ("mandatory value", ["dataset=image_folder"], r"dataset.root is required: give dataset.root="),
+    ("no such folder", ["dataset=image_folder", "dataset.root=photos"], r"there is no folder .*photos: set dataset.root"),
+    ("more than there is", ["dataset.batch_size=5000"], r"dataset.batch_size must be at most the \d+ examples"),
+    ("broken interpolation", ["paths.data=${paths.dat}"], r"paths.data cannot be resolved: .*did you mean 'paths.data'"),
+    ("malformed", ["optimizer.lr"], r"malformed override 'optimizer.lr': write key=value"),
+    ("unbalanced", ["optimizer.betas=[0.9,0.99"], r"malformed override 'optimizer.betas=\[0.9,0.99'"),
+    ("flag", ["--optimizer=adam"], r"unknown flag '--optimizer=adam': values are given as key=value"),
+    ("sweep without -m", ["optimizer=sgd,adam"], r"'optimizer=sgd,adam' holds several values: add -m"),
+    ("wrong key in a sweep", ["-m", "optimizer=sgd,adam", "optimizer.lrr=1"], r"no key 'lrr' \(did you mean 'lr'\?\)"),
+    ("bad value in a sweep", ["-m", "optimizer.lr=0.1,-1"], r"optimizer.lr must be .*, got -1"),
+    ("the same run twice", ["-m", "optimizer.lr=0.1,0.10"], r"two jobs of this sweep are the same run"),
+    ("nothing to resume", ["resume=runs/none"], r"resume=runs/none: there is no such file or folder"),
+    ("nothing to start from", ["init_from=weights.pt"], r"init_from=weights.pt: there is no such file"),
+    ("unknown device", ["trainer.device=tpu9"], r"trainer.device must be auto, cpu, cuda"),
+    ("half precision", ["trainer.device=cpu", "trainer.precision=fp16"], r"precision=fp16 needs a CUDA GPU"),
+    ("unknown metric", ["trainer.monitor=val/f1"], r"trainer.monitor must be one of val/loss, val/accuracy, got 'val/f1'"),
+    ("unknown callable", ["optimizer._target_=torch.optim.Sdg"], r"torch.optim has no callable 'Sdg' \(did you mean 'SGD'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "says"), [pytest.param(argv, says, id=name) for name, argv, says in REFUSED])
+def test_one_sentence_and_no_folder(argv: list[str], says: str, command: Callable[..., Outcome], work: Path) -> None:
+    outcome = command("model=mlp", *argv)
+    sentence = outcome.sentence()
+    assert re.search(says, sentence), sentence
+    assert outcome.code == 1
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(quick: Callable[..., Outcome], work: Path) -> None:
+    outcome = quick("trainer.device=cuda")
+    assert re.search(r"device=cuda, but torch sees no GPU", outcome.sentence())
+    assert outcome.code == 1 and list(work.iterdir()) == []
+
+
+def test_offline(quick: Callable[..., Outcome], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    outcome = quick("dataset=cifar10")
+    assert re.search(r"cifar10 .*cannot be downloaded .*dataset=digits", outcome.sentence())
+    assert outcome.code == 1 and runs(work) == []
+
+
+def test_damaged_files(quick: Callable[..., Outcome], work: Path) -> None:
+    assert quick().code == 0
+    (run,) = runs(work)
+    good = run / "checkpoints" / "best.pt"
+    content = bytearray(good.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    damaged = run / "checkpoints" / "damaged.pt"
+    damaged.write_bytes(content)
+    stray = work / "stray.pt"
+    stray.write_bytes(good.read_bytes())
+    text = work / "weights.pt"
+    text.write_text("no weights")
+
+    for argv, says in (
+        (f"resume={damaged}", r"The checkpoint .*damaged.pt is damaged \(checksum"),
+        (f"init_from={damaged}", r"init_from=.*damaged.pt is damaged \(checksum"),
+        (f"resume={stray}", r"stray.pt lies in no run folder of train.py: .* use init_from"),
+        (f"resume={work}", r"lies in no run folder of train.py: it has no config.yaml"),
+        (f"init_from={text}", r"init_from=.*weights.pt cannot be read: it is damaged, or no file of tensors"),
+    ):
+        outcome = quick(argv)
+        assert re.search(says, outcome.sentence())
+        assert outcome.code == 1
+        assert runs(work) == [run]
+
+
+def test_divergence_keeps_the_last_good_checkpoint(quick: Callable[..., Outcome], work: Path) -> None:
+    """The one bad input that keeps its folder: it was only found out by training."""
+    frequent = ("trainer.log_every_steps=1", "trainer.checkpoint_every_steps=1")
+    outcome = quick("optimizer=sgd", "optimizer.lr=1e30", *frequent)
+    assert re.search(r"loss is nan .*lower the learning rate", outcome.sentence())
+    assert outcome.code == 1
+    (run,) = runs(work)
+    assert summary(run)["status"] == "diverged"
+    saved = torch.load(sorted((run / "checkpoints").glob("step_*.pt"))[-1], weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_a_bug_keeps_its_trace(quick: Callable[..., Outcome], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("a bug in the loop")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", fault)
+    outcome = quick("optimizer=sgd")
+    assert outcome.code == 1
+    assert "Traceback" in outcome.err and "a bug in the loop" in outcome.err
+    (run,) = runs(work)
+    assert summary(run)["status"] == "failed" and "a bug in the loop" in summary(run)["error"]
+
+
+def test_debug_variable_shows_the_trace(command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CURVLAB_DEBUG", "1")
+    outcome = command("optimizer.lr=-1")
+    assert "Traceback" in outcome.err and outcome.err.splitlines()[-1].startswith("error: optimizer.lr must be")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["optimizer.lrr=1"], r"error: optimizer has no key 'lrr' \(did you mean 'lr'\?\)"),
+        (["dataset=image_folder", "dataset.root=photos"], r"error: there is no folder .*photos: set dataset.root"),
+        (["-m", "seed=0,-1"], r"error: seed must be between 0 and"),
+    ],
+)
+def test_as_a_program(argv: list[str], says: str, work: Path) -> None:
+    program = [sys.executable, str(ROOT / "train.py"), *QUICK]
+    done = subprocess.run([*program, *argv], capture_output=True, text=True, cwd=work, env={**os.environ}, timeout=120)
+    assert done.returncode == 1
+    assert re.fullmatch(says + ".*\n", done.stderr), done.stderr
+    assert list(work.iterdir()) == []

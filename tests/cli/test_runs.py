@@ -1,0 +1,209 @@
+"""A run from the command line: its folder, its identity, resuming and starting from other weights."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.cli.conftest import QUICK, Outcome, metrics, runs, summary, unfinish
+from tests.conftest import ROOT
+from training.config import compose
+from training.warm_start import warm_start
+
+
+def test_a_run_and_its_folder(command: Callable[..., Outcome], work: Path) -> None:
+    outcome = command("model=mlp", "trainer.max_epochs=1", "seed=3")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err == ""
+    (run,) = runs(work)
+    assert run.parent.name == "adafisher_mlp_digits"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_s3_[0-9a-f]{8}", run.name)
+    assert f"tensorboard --logdir {run.relative_to(work)}" in outcome.out
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "summary.json", "train.log", "tensorboard", "checkpoints",
+        "loss.png", "accuracy.png", "lr.png",
+    }  # fmt: skip
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["choices"]["optimizer"] == "adafisher" and config["dataset"]["_target_"] == "data.digits"
+    assert summary(run)["status"] == "finished"
+    assert summary(run)["config_id"] == run.name[-8:]
+    assert [path.name for path in work.iterdir()] == ["runs"], "something was written beside the run folder"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adafisher", "adafisherw", "adahessian"])
+def test_every_optimizer_trains(optimizer: str, quick: Callable[..., Outcome], work: Path) -> None:
+    outcome = quick(f"optimizer={optimizer}", "trainer.max_epochs=3", "optimizer.lr=0.01")
+    assert outcome.code == 0, outcome.err
+    (run,) = runs(work)
+    losses = [event["val/loss"] for event in metrics(run) if event["event"] == "eval"]
+    assert losses[-1] < losses[0]
+
+
+def test_the_same_command_gives_the_same_numbers(quick: Callable[..., Outcome], work: Path) -> None:
+    for _ in range(2):
+        assert quick("dataset.augment=cutout", "model.dropout=0.2").code == 0
+    first, second = runs(work)
+    assert metrics(first) == metrics(second)
+
+
+def test_identity_ignores_what_does_not_change_the_result() -> None:
+    base = compose(["dataset=cifar10"])
+    same = (
+        "trainer.device=cpu", "trainer.max_epochs=99", "paths.data=/elsewhere", "paths.runs=there", "logger=quiet",
+        "callbacks=none", "name=other", "trainer.checkpoint_every_steps=5",
+    )  # fmt: skip
+    for override in same:
+        assert compose(["dataset=cifar10", override]).id == base.id, override
+    for override in ("seed=1", "optimizer.lr=0.5", "dataset.batch_size=32", "model=mlp", "callbacks=early_stopping"):
+        assert compose(["dataset=cifar10", override]).id != base.id, override
+    assert compose(["dataset=cifar10", "trainer.max_epochs=99"]).job_id != base.job_id
+    assert compose(["optimizer.lr=1"]).id == compose(["optimizer.lr=1.0"]).id
+
+
+def test_resume_auto(quick: Callable[..., Outcome], work: Path) -> None:
+    outcome = quick("resume=auto", "trainer.max_epochs=3")
+    assert outcome.code == 0 and "no run of this configuration to resume" in outcome.out
+    (run,) = runs(work)
+    expected = metrics(run)
+
+    assert "not trained again" in quick("resume=auto", "trainer.max_epochs=3").out
+    assert runs(work) == [run] and metrics(run) == expected
+
+    unfinish(run)
+    outcome = quick("resume=auto", "trainer.max_epochs=3")
+    assert outcome.code == 0 and f"resuming {run.relative_to(work)} from step_" in outcome.out
+    assert runs(work) == [run] and metrics(run) == expected
+
+    outcome = quick("resume=auto", "trainer.max_epochs=4")
+    assert outcome.code == 0 and "resuming" in outcome.out
+    assert summary(run)["epochs"] == 4
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 4
+
+    assert quick("resume=auto", "trainer.max_epochs=3", "seed=1").code == 0
+    assert len(runs(work)) == 2, "another configuration is another run"
+
+
+def test_resume_auto_passes_over_a_run_without_a_checkpoint(quick: Callable[..., Outcome], work: Path) -> None:
+    assert quick().code == 0
+    (run,) = runs(work)
+    (run / "summary.json").unlink()
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    outcome = quick("resume=auto")
+    assert outcome.code == 0 and "starting a new one" in outcome.out
+    assert len(runs(work)) == 2
+
+
+def test_resume_by_path(quick: Callable[..., Outcome], command: Callable[..., Outcome], work: Path) -> None:
+    assert quick("optimizer=adam", "optimizer.lr=0.01", "trainer.max_epochs=2").code == 0
+    (run,) = runs(work)
+    expected = metrics(run)
+    first, last = sorted((run / "checkpoints").glob("step_*.pt"))
+
+    unfinish(run)
+    assert command(f"resume={run}").code == 0, "the saved configuration is enough"
+    assert metrics(run) == expected
+
+    outcome = command(f"resume={first.relative_to(work)}")
+    assert outcome.code == 0 and f"from {first.name}" in outcome.out
+    assert metrics(run) == expected and last.exists()
+
+    assert "not trained again" in command(f"resume={run}").out
+    assert command(f"resume={run}", "trainer.max_epochs=3").code == 0
+    assert summary(run)["epochs"] == 3 and runs(work) == [run]
+
+    for override, says in (
+        ("optimizer=sgd", r"is a run with optimizer=adam, which optimizer=sgd contradicts"),
+        ("experiment=digits_mlp", r"is a run without experiment, which experiment=digits_mlp contradicts"),
+        ("optimizer.lr=0.5", r"optimizer.lr is 0.01 in the checkpoint .* cannot change"),
+        ("seed=7", r"seed is 0 in the checkpoint"),
+        ("model.hiden=[3]", r"no key 'hiden' \(did you mean 'hidden'\?\)"),
+    ):
+        assert re.search(says, command(f"resume={run}", override).sentence())
+    assert command(f"resume={run}", "optimizer.lr=0.01", "model=mlp").code == 0, "saying the same again is no fault"
+    assert "leave resume out" in command("-m", "seed=0,1", f"resume={run}").sentence()
+
+
+def test_resume_from_a_folder_with_a_strange_name(command: Callable[..., Outcome], quick: Callable[..., Outcome]) -> None:
+    assert quick("paths.runs='r=1,b'").code == 0
+    (run,) = runs(Path(), "r=1,b/*/*")
+    outcome = command(f"resume={run}")
+    assert outcome.code == 0 and "not trained again" in outcome.out
+
+
+def test_resumed_data_may_have_moved(command: Callable[..., Outcome], work: Path, shared_data: Callable[..., Path]) -> None:
+    source = shared_data("cifar10-subset")
+    few = ("dataset.limit_train=0.02", "dataset.limit_val=0.1", "dataset.eval_batch_size=64", "dataset.batch_size=32")
+    (work / "here").mkdir()
+    (work / "here" / "photos").symlink_to(source)
+    data = ("dataset=image_folder", "dataset.root=${paths.data}/photos")
+    assert command(*QUICK, *few, *data, "paths.data=here", "trainer.max_epochs=2").code == 0
+    (run,) = runs(work)
+    unfinish(run)
+    (work / "here").rename(work / "there")
+    assert command(f"resume={run}", "paths.data=there").code == 0
+    assert summary(run)["status"] == "finished"
+
+
+def test_init_from(quick: Callable[..., Outcome], work: Path) -> None:
+    assert quick("trainer.max_epochs=2", "optimizer=adam").code == 0
+    (run,) = runs(work)
+    outcome = quick(f"init_from={run}", "optimizer=sgd", "optimizer.lr=0")
+    assert outcome.code == 0 and f"4 of 4 tensors loaded from {run}/checkpoints/best.pt" in outcome.out
+    weights = torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model"]
+    started = next(path for path in runs(work) if path != run)
+    after = torch.load(next((started / "checkpoints").glob("step_*.pt")), weights_only=True)["model"]
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+
+    outcome = quick(f"init_from={run}/checkpoints/best.pt", "model.hidden=[16,16]")
+    assert "2 of 6 tensors loaded" in outcome.out and "3.weight [10, 16] -> [16, 16]" in outcome.out
+    assert "fresh (not in the file): 5.weight, 5.bias" in outcome.out
+
+    outcome = quick(f"init_from={run}", "model.hidden=[7,7,7,7]")
+    assert re.search(r"none of its 4 tensors fits this model", outcome.sentence())
+
+
+def test_a_head_of_another_class_count_is_replaced(tmp_path: Path) -> None:
+    def net(classes: int) -> torch.nn.Sequential:
+        return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, classes))
+
+    source, target = net(10), net(100)
+    fresh = target[2].weight.clone()
+    wrapped = {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in source.state_dict().items()}}
+    torch.save(wrapped, tmp_path / "other.pt")
+    line = warm_start(target, tmp_path / "other.pt")
+    assert torch.equal(target[0].weight, source[0].weight) and torch.equal(target[2].weight, fresh)
+    assert "7 of 9 tensors loaded" in line
+    assert "replaced by fresh ones (other shape): 2.weight [10, 3] -> [100, 3], 2.bias [10] -> [100]" in line
+
+
+def test_a_signal_saves_and_says_how_to_go_on(work: Path) -> None:
+    """SIGTERM, as a queue sends it: exit code 75, and `resume=auto` goes on."""
+    program = [sys.executable, str(ROOT / "train.py"), *QUICK, "trainer.max_epochs=null", "trainer.max_steps=100000"]
+    program += ["trainer.checkpoint_every_steps=20", "trainer.checkpoint_every_epochs=null"]
+    child = subprocess.Popen(program, cwd=work, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(work.glob("runs/*/*/checkpoints/step_*.pt")):
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 75
+    (run,) = runs(work)
+    assert summary(run)["status"] == "interrupted"
+    assert f"resume={run.relative_to(work)}" in err and "Traceback" not in err
+    steps = summary(run)["steps"]
+    again = subprocess.run(
+        [*program, f"trainer.max_steps={steps + 5}", "resume=auto"], cwd=work, capture_output=True, text=True, timeout=60
+    )
+    assert again.returncode == 0, again.stderr
+    assert summary(run)["steps"] == steps + 5

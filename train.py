@@ -1,0 +1,83 @@
+"""Train one model, or sweep over many: compose, validate, build, fit, summarise.
+
+Examples: `python train.py optimizer=adafisher model=resnet18 dataset=digits`, `python train.py --help`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from models import build_model
+from optimizers import build_optimizer
+from training import cli, distributed, resume, tasks
+from training.config import CONFIG_FOLDER, CONFIG_NAME
+from training.rng import seed_everything
+from training.run_config import RunConfig
+from training.schema import build, build_schedule, refusals
+from training.warm_start import warm_start
+
+
+def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
+    """Train what a checked configuration describes, in this process or as one of those that torchrun started.
+
+    Everything is built before the run folder exists: a value that is refused leaves nothing behind.
+
+    Returns:
+        The summary (as in `summary.json`) and the run folder.
+    """
+    config = run.values
+    with ExitStack() as stack:
+        with refusals("trainer", config["trainer"]):
+            world = stack.enter_context(distributed.session(config["trainer"]["device"]))
+        start = cli.on_main(world, partial(resume.plan, run))
+        cli.say(start.note)
+        if start.summary is not None:
+            return start.summary, start.folder
+
+        seed_everything(config["seed"])
+        trainer = build(config["trainer"], "trainer")
+        place: dict[str, Any] = {"device": world.device, "rank": world.rank, "world_size": world.world_size}
+        data = build(config["dataset"], "dataset", seed=config["seed"], **place)
+        with refusals("trainer", config["trainer"]):
+            task = tasks.build(data.task, data.facts, trainer.label_smoothing)
+        model = build(config["model"], "model", through=build_model, facts=data.facts).to(world.device)
+        if config["init_from"] and start.checkpoint is None:
+            cli.say(warm_start(model, config["init_from"]))
+        extras: dict[str, Any] = {"model": model, "likelihood": task.likelihood, "seed": config["seed"]}
+        optimizer = build(config["optimizer"], "optimizer", through=build_optimizer, **extras)
+        schedule = build_schedule(config["scheduler"])
+        callbacks = [build(node, f"callbacks.{name}") for name, node in config["callbacks"].items()]
+        loggers = [build(node, f"logger.{name}") for name, node in config["logger"].items()]
+        with refusals("trainer", config["trainer"]):
+            trainer.check(data, task, world, callbacks, optimizer=optimizer, schedule=schedule)
+        state = resume.load_state(start)
+
+        folder = cli.on_main(world, partial(resume.enter, start, run))
+        summary = trainer.fit(
+            model, optimizer, data, task, folder=folder, schedule=schedule, world=world, callbacks=callbacks,
+            loggers=loggers, resume=state, config=run.record(), config_id=run.id,
+        )  # fmt: skip
+    return summary, folder.path
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=CONFIG_NAME)
+def job(cfg: DictConfig) -> float:
+    """One job of this command; the monitored metric is what a sweeper may optimize."""
+    return cli.run_job(train, cfg)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
+    return cli.main(job, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The command line around Hydra: one line and an exit code for what a user can mend, a trace for a bug."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from data import DataError
+from training import report
+from training.config import current, prepare
+from training.distributed import World, broadcast_object
+from training.errors import UserError
+from training.resume import sweep_folder
+from training.run_config import RunConfig
+from training.run_folder import RunFolder
+from training.signals import CTRL_C, Interrupted
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# Hydra would print exceptions in its own way and exit; with this they reach `main`.
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+T = TypeVar("T")
+
+# What a user can mend: a sentence, no trace.
+MENDABLE = (UserError, DataError)
+
+# Jobs of the sweep that runs in this process: name and summary, in order.
+_rows: list[tuple[str, dict[str, Any]]] = []
+
+
+def main(job: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
+    """Run a Hydra program.
+
+    Args:
+        job: the function that `hydra.main` made.
+        argv: arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0, 1 for an error, 75 or 130 for a run that a signal stopped (it can be resumed).
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    program = sys.argv
+    _rows.clear()
+    try:
+        sys.argv = [program[0], *prepare(given)]
+        job()
+    except MENDABLE as error:
+        _complain(error)
+        return 1
+    except KeyboardInterrupt:
+        return CTRL_C
+    except SystemExit as stop:  # --help, a run that a signal stopped
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception:  # noqa: BLE001 - the last resort: whatever it is, it is shown and the exit code says so
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.argv = program
+        _close_sweep()
+    return int(any(summary.get("status") == "failed" for _, summary in _rows))
+
+
+def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: DictConfig) -> float:
+    """Run the job that Hydra composed; in a sweep a failure is recorded and the sweep goes on.
+
+    Args:
+        train: trains and returns the summary and the run folder.
+        cfg: the composed configuration.
+
+    Returns:
+        The monitored metric, for sweepers: the worst possible for a run that failed.
+    """
+    run = current(cfg)
+    summary: dict[str, Any]
+    if run.sweep is not None:
+        say(f"\nrun {len(_rows) + 1}: {run.label}")
+    try:
+        summary, folder = train(run)
+    except Interrupted as stop:
+        if _is_main():
+            sys.stderr.write(f"{stop}\n")
+        raise SystemExit(stop.exit_code) from stop  # no Exception: Hydra would go on with the sweep's next job
+    except Exception as error:
+        _complain(error)
+        if run.sweep is None:
+            raise SystemExit(1) from error  # no Exception: Hydra would add lines of its own
+        folder = sweep_folder(run)
+        summary = record_failure(folder, run, error)
+    if run.sweep is not None:
+        _rows.append((run.label or folder.name, summary))
+    monitor = monitored(run)
+    value = (summary.get("best") or {}).get(monitor)
+    worst = float("inf") if monitor.endswith("loss") else float("-inf")
+    return float(value) if isinstance(value, int | float) else worst
+
+
+def record_failure(folder: Path, run: RunConfig, error: Exception) -> dict[str, Any]:
+    """Write that a run failed into its `summary.json`, unless the trainer has said how it ended; rank 0 alone writes.
+
+    Args:
+        folder: of the run; made if it failed before there was one.
+        run: its configuration.
+        error: the sentence of a `UserError`, or the trace of a bug, is what is recorded.
+
+    Returns:
+        The summary.
+    """
+    text = str(error) if isinstance(error, MENDABLE) else "".join(traceback.format_exception(error))
+    summary = (RunFolder(folder).read_summary() if folder.exists() else None) or {}
+    if summary.get("status") not in ("diverged", "failed"):
+        summary |= {"status": "failed", "config_id": run.id}
+    summary |= {} if summary["status"] == "diverged" else {"error": text}
+    if _is_main():
+        made = RunFolder(folder) if folder.exists() else RunFolder.create(folder, run.to_yaml())
+        made.write_summary(summary)
+    return summary
+
+
+def monitored(run: RunConfig) -> str:
+    """The metric that chooses a run's best weights."""
+    return run.values["trainer"].get("monitor") or "val/accuracy"
+
+
+def _close_sweep() -> None:
+    """The table of a sweep's jobs, and why some of them failed."""
+    if _rows and _is_main():
+        monitor = next((summary["monitor"] for _, summary in _rows if "monitor" in summary), "val/accuracy")
+        report.say("", report.sweep_table(_rows, monitor))
+        say("\n".join([*report.failure_lines(_rows)]))
+
+
+def say(text: str) -> None:
+    """A line on the terminal, from rank 0 alone; "" says nothing."""
+    if text and _is_main():
+        report.say(text)
+
+
+def on_main(world: World, function: Callable[[], T]) -> T:
+    """The result of a function that rank 0 alone calls, on every rank; its sentence, if it ends in one, too."""
+    outcome: Any = None
+    if world.is_main:
+        try:
+            outcome = function()
+        except MENDABLE as error:
+            outcome = error
+    outcome = broadcast_object(outcome, world)
+    if isinstance(outcome, MENDABLE):
+        raise outcome
+    return outcome
+
+
+def _complain(error: Exception) -> None:
+    """One line on stderr for what a user can mend, the trace of anything else; `CURVLAB_DEBUG=1` shows it always."""
+    if not isinstance(error, MENDABLE) or os.environ.get("CURVLAB_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, MENDABLE) and _is_main():
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+
+
+def _is_main() -> bool:
+    """Whether this process speaks for all that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"

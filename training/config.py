@@ -1,0 +1,372 @@
+"""From a command line to a checked configuration. Besides train.py and scripts/, nothing else imports Hydra.
+
+Hydra composes; the checks here turn whatever is wrong with a command into one sentence before anything runs:
+`prepare` composes and checks every job of a command, `current` gives the running job its `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from training import schema
+from training.errors import UserError
+from training.run_config import RunConfig, find, load, replace_folder
+from training.schema import TARGET, did_you_mean
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
+CONFIG_NAME = "train"
+# Groups without a `_target_` of their own, which hold named nodes that have one.
+CONTAINERS = ("logger", "callbacks")
+# What these two are anyway; Hydra refuses null as a choice on the command line.
+NOTHING = ("experiment=null", "debug=null")
+# Groups that a resumed run may choose anew: they do not change what is learned.
+FREE = ("paths", "logger", "callbacks")
+# Keys whose state lies in a checkpoint: a resumed run cannot change them.
+RESTORED = ("seed", "model", "optimizer", "scheduler", "init_from")
+
+
+def prepare(argv: Sequence[str]) -> list[str]:
+    """Check a command line and complete it for Hydra.
+
+    Args:
+        argv: arguments after `train.py`.
+
+    Returns:
+        Arguments for Hydra: those given, the groups of a run to be resumed, the folder of a sweep.
+
+    Raises:
+        UserError: for whatever is wrong with any of the command's jobs.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    args = parser.parse_intermixed_args(list(argv))
+    if args.help or args.hydra_help or args.shell_completion:
+        return list(argv)
+    if args.config_name or args.config_path:
+        raise UserError("--config-name and --config-path are not supported: write an experiment file, experiment=NAME")
+    given = [_quote_path(text) for text in args.overrides]
+    flags = _flags(argv, args.overrides)
+    search = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
+    overrides = [_parse(text) for text in given]
+    _refuse_additions(overrides, search)
+    given = [*search, *_groups_of_resumed(overrides), *given]
+    if args.multirun:
+        return [*flags, *given, *_prepare_sweep([_parse(text) for text in given])]
+    for override in overrides:
+        if override.is_sweep_override():
+            raise UserError(
+                f"{override.input_line!r} holds several values: add -m to sweep over them, or write [a,b] for a list"
+            )
+    compose(given)
+    return [*flags, *(text for text in given if text not in NOTHING)]
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """Compose `configs/train.yaml` with overrides, check and resolve it.
+
+    Raises:
+        UserError: for an unknown key, group or choice, a malformed override, a broken file, or a bad value.
+    """
+    parsed = [_parse(text) for text in overrides]
+    options = _options(parsed)
+    for override in parsed:
+        if override.key_or_group in options and (fault := _fault_of_choice(override, options)):
+            raise UserError(fault)
+    try:
+        cfg = _compose([text for text in overrides if text not in NOTHING])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_diagnose(parsed, options, error)) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"a configuration file is not valid YAML: {error}") from error
+    run = settle(_without_hydra(cfg), cfg.hydra.runtime.choices, overrides)
+    schema.rehearse(run.values)
+    return run
+
+
+def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence[str] = ()) -> RunConfig:
+    """Check a composed configuration and resolve it; a run to be resumed has its saved one with this command's values.
+
+    Args:
+        cfg: the configuration, without Hydra's node.
+        choices: the file each group was taken from.
+        command: the overrides that led to it.
+
+    Raises:
+        UserError: for a missing or mistyped value, or a broken interpolation.
+    """
+    values = _resolve(cfg)
+    chosen = {group: choice for group, choice in choices.items() if choice and not group.startswith("hydra")}
+    if values.get("resume") not in (None, "auto"):
+        values, chosen = _take_up(values, chosen, command)
+    return RunConfig(validate(values), chosen, list(command))
+
+
+def current(cfg: DictConfig) -> RunConfig:
+    """The configuration of the job that Hydra runs now."""
+    hydra = HydraConfig.get()
+    run = settle(cfg, hydra.runtime.choices, list(hydra.overrides.task))
+    if hydra.mode != RunMode.MULTIRUN:
+        return run
+    return RunConfig(run.values, run.choices, run.command, Path(hydra.sweep.dir), hydra.job.override_dirname)
+
+
+def validate(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check every key and value against the signatures of what the configuration names.
+
+    Raises:
+        UserError: the first fault, in one sentence.
+    """
+    checked = schema.check_options(_top_level, values, "")
+    if not 0 <= checked["seed"] < 2**32:
+        raise UserError(f"seed must be between 0 and 4294967295, got {checked['seed']}")
+    checked["paths"] = schema.check_options(_paths, checked["paths"], "paths")
+    for group in ("optimizer", "scheduler", "model", "dataset", "trainer"):
+        checked[group] = schema.check(checked[group], group, group)
+    for group in CONTAINERS:
+        checked[group] = {
+            name: schema.check(node if isinstance(node, Mapping) else {TARGET: node}, f"{group}.{name}", group)
+            for name, node in (checked.get(group) or {}).items()
+            if node is not None  # callbacks.early_stopping=null switches it off
+        }
+    return checked
+
+
+def _top_level(
+    paths: dict, dataset: dict, model: dict, optimizer: dict, scheduler: dict, trainer: dict,
+    seed: int, name: str | None = None, resume: str | None = None, init_from: str | None = None,
+    logger: dict | None = None, callbacks: dict | None = None,
+) -> None:  # fmt: skip
+    """The signature that `configs/train.yaml` is checked against."""
+
+
+def _paths(data: str, runs: str, sweeps: str) -> None:
+    """The signature of the group `paths`."""
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return hydra_compose(CONFIG_NAME, list(overrides), return_hydra_config=True)
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_overrides([text])[0]
+    except OverrideParseException as error:
+        why = str(error).splitlines()[0]
+        hint = f" ({why}); quote values with special characters" if "=" in text else ": write key=value"
+        raise UserError(f"malformed override {text!r}{hint}") from error
+
+
+def _refuse(message: str) -> NoReturn:
+    """What argparse calls on a flag it does not know; values are given as key=value."""
+    unknown = re.search(r"unrecognized arguments: (--?)(\S+)", message)
+    if unknown:
+        flag = "".join(unknown.groups())
+        raise UserError(f"unknown flag {flag!r}: values are given as key=value, e.g. optimizer.lr=0.01 (see --help)")
+    raise UserError(f"{message} (see --help)")
+
+
+def _flags(argv: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The arguments that are no overrides, flags with their values."""
+    left = list(overrides)
+    flags = []
+    for text in argv:
+        if left and text == left[0]:
+            left.pop(0)
+        else:
+            flags.append(text)
+    return flags
+
+
+def _quote_path(text: str) -> str:
+    """Quote the path of an existing file whose name means something to Hydra's grammar (commas, =)."""
+    key, _, path = text.partition("=")
+    special = re.search(r"[=,{}\[\]()]", path) and not path.startswith(("'", '"', "["))
+    return f"{key}='{path}'" if special and Path(path).exists() else text
+
+
+def _refuse_additions(overrides: Iterable[Override], search: Sequence[str]) -> None:
+    """Hydra's + accepts any key, so a typo would be dropped in silence."""
+    for override in overrides:
+        if not (override.is_add() or override.is_force_add()):
+            continue
+        plain = (override.input_line or "").lstrip("+")
+        fault = _fault_of_key(override, _tree(search))
+        advice = f"; {fault}" if fault else f": write {plain}"
+        raise UserError(f"{override.input_line!r}: keys cannot be added with +{advice}")
+
+
+def _groups_of_resumed(overrides: Sequence[Override]) -> list[str]:
+    """The group choices of the run that `resume=PATH` names, unless the command contradicts them."""
+    given = {override.key_or_group: override.value() for override in overrides if override.package is None}
+    path = given.get("resume")
+    if path in (None, "", "auto") or not isinstance(path, str):
+        return []
+    folder, _ = find(path)
+    _, choices = load(folder)
+    for group in given.keys() & _options(overrides).keys() - {*FREE}:
+        if given[group] != choices.get(group) and given[group] is not None:
+            kind = f"with {group}={choices[group]}" if group in choices else f"without {group}"
+            raise UserError(
+                f"resume={path} is a run {kind}, which {group}={given[group]} contradicts: leave it out, or start a "
+                "new run from its weights with init_from"
+            )
+    return [f"{group}={choice}" for group, choice in choices.items() if group not in given]
+
+
+def _take_up(
+    composed: dict[str, Any], chosen: dict[str, str], command: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values and choices of the run to be resumed, with what this command gives for itself."""
+    folder, _ = find(composed["resume"])
+    saved, choices = load(folder)
+    values = replace_folder(saved, str(saved["paths"]["data"]), composed["paths"]["data"])
+    here = OmegaConf.create(composed)
+    for key in (_parse(text).key_or_group for text in command):
+        tree = OmegaConf.create(values)
+        before, now = OmegaConf.select(tree, key), OmegaConf.select(here, key)
+        if key.split(".")[0] in RESTORED and key not in choices and before != now:
+            raise UserError(
+                f"{key} is {before} in the checkpoint of resume={folder} and cannot change: leave it out, or start a new "
+                "run with init_from"
+            )
+        if key in FREE and chosen[key] != choices.get(key):
+            values, choices = {**values, key: composed[key]}, {**choices, key: chosen[key]}
+        elif "." in key and not key.startswith("hydra."):
+            OmegaConf.update(tree, key, now)
+            values = OmegaConf.to_container(tree)
+    return {**values, "paths": composed["paths"], "resume": composed["resume"]}, choices
+
+
+def _prepare_sweep(overrides: list[Override]) -> list[str]:
+    """Check every job of a sweep and name its folder and its runs after what they differ in."""
+    given = {override.key_or_group: override for override in overrides}
+    if given.get("resume") and given["resume"].value() not in (None, "auto"):
+        raise UserError("resume=PATH names one run, and a sweep resumes its own unfinished runs: leave resume out")
+    if all(override.is_discrete_sweep() for override in overrides if override.is_sweep_override()):
+        jobs = [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
+    else:  # a sweeper plugin will draw the values: check what is fixed
+        jobs = [[override.input_line or "" for override in overrides if not override.is_sweep_override()]]
+    runs = [compose(job) for job in jobs]
+    if len({run.job_id for run in runs}) < len(runs):
+        raise UserError("two jobs of this sweep are the same run: remove the value that is given twice")
+    names = {run.values["name"] for run in runs}
+    named = ("optimizer", "model", "dataset")
+    fixed = [runs[0].choices[group] for group in named if len({run.choices[group] for run in runs}) == 1]
+    name = names.pop() if len(names) == 1 else None
+    constant = [override.key_or_group for override in overrides if not override.is_sweep_override()]
+    folder = Path(runs[0].values["paths"]["sweeps"]) / (name or "_".join(fixed) or "sweep")
+    extra = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(constant)}]"]
+    return extra if "hydra.sweep.dir" in given else [*extra, f"hydra.sweep.dir='{folder}'"]
+
+
+def _resolve(cfg: DictConfig) -> dict[str, Any]:
+    """Plain containers, all interpolations resolved; a missing mandatory value or a broken one is a sentence."""
+    try:
+        for key in sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError(f"{key} is required: give {key}=...")
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        why = str(error).splitlines()[0]
+        broken = re.search(r"Interpolation key '([^']+)'", why)
+        hint = did_you_mean(broken[1], _keys(cfg)) if broken else ""
+        key = getattr(error, "full_key", None) or "the configuration"
+        raise UserError(f"{key} cannot be resolved: {why}{hint}") from error
+
+
+def _diagnose(overrides: Sequence[Override], options: Mapping[str, list[str]], error: Exception) -> str:
+    """Why a configuration does not compose, in a sentence about the override that is at fault."""
+    groups = [o.input_line or "" for o in overrides if o.key_or_group in options or o.key_or_group.startswith("hydra")]
+    tree = _tree(groups)
+    for override in overrides:
+        if tree is not None and (fault := _fault_of_key(override, tree)):
+            return fault
+    return " ".join(str(error).split())
+
+
+def _options(overrides: Sequence[Override]) -> dict[str, list[str]]:
+    """Every group with its choices, nested ones as `folder/name`."""
+    folders = [CONFIG_FOLDER]
+    for override in overrides:
+        if override.key_or_group == "hydra.searchpath":
+            folders += [Path(str(path).removeprefix("file://")) for path in override.value()]  # type: ignore[union-attr]
+    options: dict[str, list[str]] = {}
+    for group in (path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir()):
+        names = [path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml")]
+        options.setdefault(group.name, []).extend(sorted(names))
+    return options
+
+
+def _fault_of_choice(override: Override, options: Mapping[str, list[str]]) -> str | None:
+    group, value = override.key_or_group, override.value()
+    known = options[group]
+    if override.is_delete() or f"{group}={override.get_value_element_as_str()}" in NOTHING:
+        return None
+    for choice in value if isinstance(value, list) else [value]:
+        if not isinstance(choice, str):
+            return f"{group} must be one of {', '.join(known)}, got {override.get_value_element_as_str()}"
+        if choice not in known:
+            return f"{group} has no choice {choice!r}{did_you_mean(choice, known)}; it has {', '.join(known)}"
+    return None
+
+
+def _fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
+    """A sentence if the key is not in the tree, with what it may have been meant to be."""
+    key = override.key_or_group
+    if tree is None or key.startswith("hydra"):
+        return None
+    known = _keys(tree)
+    groups = sorted(_options([]))
+    if key in known or key in groups:
+        return None
+    parents = [parent for parent in itertools.accumulate(key.split("."), "{}.{}".format) if parent in known]
+    if parents:
+        parent, leaf = parents[-1], key.removeprefix(parents[-1])[1:].split(".")[0]
+        children = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
+        listed = [name for name in children if name != TARGET]
+        hint = f"; it has {', '.join(listed)}" if listed else "; it is a single value"
+        return f"{parent} has no key {leaf!r}{did_you_mean(leaf, listed) or hint}"
+    homes = [name for name in known if name.endswith(f".{key.split('.')[-1]}")]  # lr=0.1 for optimizer.lr=0.1
+    hint = f" (did you mean {homes[0]!r}?)" if homes else did_you_mean(key, [*known, *groups])
+    return f"unknown key {key!r}{hint or '; python train.py --cfg job prints all keys'}"
+
+
+def _tree(groups: Sequence[str]) -> DictConfig | None:
+    """The configuration that the group choices alone give, or None if they do not compose."""
+    try:
+        cfg = _compose(groups)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
+        return None  # the caller is explaining an error already and says it in its own words
+    return _without_hydra(cfg)
+
+
+def _without_hydra(cfg: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    """All dotted keys, groups included."""
+    keys: list[str] = []
+    for name in map(str, cfg):
+        keys.append(f"{prefix}{name}")
+        node = cfg._get_node(name)
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+            keys += _keys(node, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,53 @@
+"""Training that leaves the finite numbers is stopped before it overwrites anything good."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from training.distributed import maximum
+from training.errors import UserError
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+
+class Diverged(UserError):
+    """A loss, a weight or an optimizer's state that is no longer finite."""
+
+
+def require_finite_loss(run: Run, loss: float, which: str = "training") -> None:
+    """Raise Diverged unless a loss is finite.
+
+    Args:
+        run: for the sentence.
+        loss: the same on every rank.
+        which: "training" or "validation".
+    """
+    if not math.isfinite(loss):
+        raise Diverged(f"The {which} loss is {loss} by step {run.step}{_advice(run)}")
+
+
+def require_finite(run: Run) -> None:
+    """Raise Diverged unless the loss since the last log, the weights and the optimizer's state are finite.
+
+    Every rank must call it; waits for the device, once for the loss and once for all tensors.
+    """
+    if run.window_steps:
+        require_finite_loss(run, run.window.compute()["loss"])
+    states = (value for state in run.optimizer.state.values() for value in state.values())
+    # An optimizer may start a minimum at infinity, but none means NaN.
+    checks = [p.isfinite().all() for p in run.model.parameters()]
+    checks += [~value.isnan().any() for value in states if isinstance(value, Tensor)]
+    good = not checks or bool(torch.stack([check.to(run.world.device) for check in checks]).all())
+    if maximum([0.0 if good else 1.0], run.world)[0]:
+        raise Diverged(f"A weight or the optimizer's state is no longer finite at step {run.step}{_advice(run)}")
+
+
+def _advice(run: Run) -> str:
+    saved = sorted(run.folder.checkpoints.glob("step_*.pt"))
+    kept = f"; the last good checkpoint is {saved[-1].name}" if saved else ""
+    return f": lower the learning rate, warm it up (scheduler.warmup), or clip gradients (trainer.clip_norm){kept}."

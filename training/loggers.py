@@ -1,0 +1,358 @@
+"""Where the events of a run go: a file of JSON lines, TensorBoard, the terminal, and a log in words. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import rich.console
+import torch
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from training.run_folder import plain
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+#: Keys of an event that are not metrics.
+HEADER = ("event", "step", "epoch", "seconds", "wall")
+
+log = logging.getLogger(__name__)
+
+
+class Logger:
+    """Receives the events of a run. What cannot be written raises: a run without its record is not worth its time."""
+
+    def start(self, run: Run) -> None:
+        """Open whatever is written to; the run's counters say where a resumed run goes on."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One event: event, step, epoch, seconds, wall, and its values."""
+
+    def on_step(self, run: Run) -> None:
+        """After every optimizer step; values that lie on the device are not to be read."""
+
+    def flush(self) -> None:
+        """Bring everything to the disk: a checkpoint is about to rely on it."""
+
+    def finish(self, run: Run, summary: dict[str, Any]) -> None:
+        """The run ended by itself."""
+
+    def close(self) -> None:
+        """Let go of files and of the terminal, however the run ended. Idempotent."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain tensors and primitives."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` returned. Called before ``start``."""
+
+
+class JSONLines(Logger):
+    """``metrics.jsonl``: an event a line. A resumed run cuts off what was written after its checkpoint."""
+
+    def __init__(self) -> None:
+        self._file: BinaryIO | None = None
+        self._offset = 0
+
+    def start(self, run: Run) -> None:
+        """See Logger."""
+        path = run.folder.metrics_file
+        path.touch()
+        self._file = path.open("r+b")
+        size = self._file.seek(0, os.SEEK_END)
+        if size < self._offset:
+            log.warning("%s is shorter than the checkpoint says: what is missing stays missing.", path)
+        self._file.truncate(min(size, self._offset))
+        self._file.seek(0, os.SEEK_END)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """See Logger."""
+        assert self._file is not None
+        self._file.write((json.dumps(plain(record), allow_nan=False) + "\n").encode())
+        self._file.flush()  # whoever follows the file sees whole lines, and a killed process loses none
+
+    def flush(self) -> None:
+        """See Logger."""
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """See Logger."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Logger."""
+        assert self._file is not None
+        return {"offset": self._file.tell()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Logger."""
+        self._offset = state["offset"]
+
+
+class TensorBoard(Logger):
+    """Event files: scalars, the configuration, hyper-parameters beside their results, histograms on request.
+
+    Args:
+        histograms: of every weight and gradient at each evaluation. Slow for large models.
+        flush_seconds: how often the file is brought up to date for those who watch.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    def __init__(self, histograms: bool = False, flush_seconds: int = 30) -> None:
+        if flush_seconds < 1:
+            raise ValueError(f"flush_seconds must be at least 1, got {flush_seconds}")
+        self.histograms, self.flush_seconds = histograms, flush_seconds
+        self._writer: SummaryWriter | None = None
+        self._run: Run | None = None
+
+    def start(self, run: Run) -> None:
+        """See Logger."""
+        self._run = run
+        # TensorBoard forgets what earlier files of this run say about the steps that are now repeated.
+        purge = run.step + 1 if run.resumed else 0
+        self._writer = SummaryWriter(str(run.folder.tensorboard), purge_step=purge, flush_secs=self.flush_seconds)
+        if not run.resumed:
+            text = run.folder.config_file.read_text()
+            self._writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), 0)
+            experiment, start, _ = hparams(_flat(run.config), dict.fromkeys(self._results(run), 0.0))
+            # SummaryWriter.add_hparams would open a run of its own in a sub-folder.
+            self._write_summary(experiment, 0)
+            self._write_summary(start, 0)
+        self._writer.flush()
+
+    def _write_summary(self, summary: Any, step: int) -> None:
+        assert self._writer is not None
+        assert self._writer.file_writer is not None
+        self._writer.file_writer.add_summary(summary, step)
+
+    @staticmethod
+    def _results(run: Run) -> list[str]:
+        """Tags that the hyper-parameter tab shows."""
+        names = [f"{split}/{metric}" for split in ("val", "test") for metric in run.task.metrics]
+        return [f"{which}/{name}" for which in ("final", "best") for name in names]
+
+    def log(self, record: dict[str, Any]) -> None:
+        """See Logger."""
+        assert self._writer is not None and self._run is not None
+        step = record["step"]
+        for name, value in record.items():
+            if name not in HEADER and isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, step)
+        if self.histograms and record["event"] == "eval":
+            for name, parameter in self._run.model.named_parameters():
+                self._histogram(f"weights/{name}", parameter, step)
+                self._histogram(f"gradients/{name}", parameter.grad, step)
+
+    def _histogram(self, name: str, tensor: torch.Tensor | None, step: int) -> None:
+        assert self._writer is not None
+        if tensor is not None and bool(tensor.isfinite().all()):  # an overflowed fp16 gradient has no histogram
+            self._writer.add_histogram(name, tensor.detach().float(), step)
+
+    def flush(self) -> None:
+        """See Logger."""
+        assert self._writer is not None
+        self._writer.flush()
+
+    def finish(self, run: Run, summary: dict[str, Any]) -> None:
+        """See Logger."""
+        assert self._writer is not None
+        for name in self._results(run):
+            which, _, metric = name.partition("/")
+            value = (summary[which] or {}).get(metric)
+            if value is not None:
+                self._writer.add_scalar(name, value, run.step)
+        _, _, end = hparams({}, {})
+        self._write_summary(end, run.step)
+
+    def close(self) -> None:
+        """See Logger."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            try:
+                writer.flush()  # raises what its thread could not write
+            finally:
+                writer.close()
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Dotted names and plain values of a nested configuration; everything TensorBoard has no type for becomes text."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            number = isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
+            flat[prefix + key] = value if number else str(value)
+    return flat
+
+
+class Console(Logger):
+    """The terminal: a live progress bar, a line an evaluation, and a table of results at the end.
+
+    Where output is no terminal there is no bar.
+
+    Args:
+        progress: whether to draw the bar at all.
+    """
+
+    def __init__(self, progress: bool = True) -> None:
+        self.progress = progress
+        self._bar: Progress | None = None
+        self._shown: dict[str, float] = {}
+        self._next = 0.0
+        self._since = (0.0, 0.0)
+        self._out = rich.console.Console(highlight=False)
+
+    def start(self, run: Run) -> None:
+        """See Logger."""
+        self._out = rich.console.Console(highlight=False)
+        screen = self._out if self._out.is_terminal else rich.console.Console(stderr=True)
+        if self.progress and screen.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[values]}"))
+            self._bar = Progress(*columns, console=screen)
+            task = self._bar.add_task("starting", total=1.0, values="")
+            self._bar.update(task, completed=run.progress)
+            self._bar.start()
+        self._since = time.perf_counter(), run.progress
+        if run.resumed:
+            self._print(f"resumed at step {run.step}, epoch {run.epoch:.2f}")
+
+    def _print(self, text: str) -> None:
+        out = self._bar.console if self._bar is not None and self._out.is_terminal else self._out
+        out.print(text, soft_wrap=True, markup=False)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """See Logger."""
+        self._shown |= {k: v for k, v in record.items() if k not in HEADER}
+        if record["event"] == "eval":
+            values = {k: v for k, v in record.items() if k.startswith("val/")} | {
+                k: v for k, v in self._shown.items() if k == "train/loss"
+            }
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self._print(f"epoch {record['epoch']:.2f}  step {record['step']}  {numbers}  {record['seconds']:.1f} s")
+
+    def on_step(self, run: Run) -> None:
+        """See Logger."""
+        now = time.perf_counter()
+        if self._bar is None or now < self._next:
+            return
+        self._next = now + 0.1
+        began, before = self._since
+        gained = run.progress - before
+        left = (now - began) * (1 - run.progress) / gained if gained > 0 else math.nan
+        shown = [f"{k} {self._shown[k]:.4g}" for k in ("train/loss", run.monitor) if k in self._shown]
+        if "time/step" in self._shown:
+            shown.append(f"{1000 * self._shown['time/step']:.3g} ms/step")
+        if math.isfinite(left):
+            shown.append(f"{_duration(left)} left")
+        self._bar.update(
+            self._bar.task_ids[0], description=_position(run), completed=run.progress, values="  ".join(shown)
+        )
+
+    def finish(self, run: Run, summary: dict[str, Any]) -> None:
+        """See Logger."""
+        self.close()
+        path = run.folder.path.absolute()
+        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        seconds = summary["seconds"]
+        self._print(
+            f"{summary['status'].replace('_', ' ')} after {summary['steps']} steps, {summary['epochs']:.4g} epochs, "
+            f"{_duration(seconds['training'])} of training and {_duration(seconds['evaluation'])} of evaluation"
+        )
+        self._out.print(_results_table(summary, list(run.task.metrics)))
+        self._print(f"run folder:   {path}")
+        self._print(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))}")
+
+    def close(self) -> None:
+        """See Logger."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _results_table(summary: dict[str, Any], metrics: list[str]) -> Table:
+    """Final and best metrics of a run."""
+    final, best = summary["final"], summary["best"]
+    table = Table("metric")
+    table.add_column("last weights", justify="right")
+    if best:
+        table.add_column(f"best {best['metric']} (step {best['step']})", justify="right")
+    for name in (f"{split}/{metric}" for split in ("train", "val", "test") for metric in metrics):
+        if name in final:
+            cells = [_figure(name, final[name]), *([_figure(name, best[name]) if name in best else ""] if best else [])]
+            table.add_row(name, *cells)
+    return table
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4g}"
+
+
+def _position(run: Run) -> str:
+    """Where a run is in its budget, in the budget's own unit."""
+    if run.budget.max_time is not None:
+        return f"{_duration(run.seconds)} of {_duration(run.budget.max_time)}"
+    if run.budget.max_steps is not None:
+        return f"step {run.step}/{run.budget.max_steps}"
+    return f"epoch {run.epoch:.2f}/{run.budget.max_epochs:g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose failures raise; logging's own habit is to print them and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what ``emit`` caught."""
+        raise
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Whatever our packages log goes to a file, appended; warnings are still shown on the terminal.
+
+    Args:
+        path: ``train.log`` of a run.
+    """
+    root = logging.getLogger()
+    handlers: list[logging.Handler] = [_LogFile(path)]
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    if not root.handlers and logging.lastResort is not None:
+        handlers.append(logging.lastResort)  # logging itself falls back to it only while there is no other handler
+    ours = [logging.getLogger(name) for name in ("training", "optimizers", "data", "models", "analysis")]
+    levels = [logger.level for logger in ours]
+    for handler in handlers:
+        root.addHandler(handler)
+    for logger in ours:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in zip(ours, levels, strict=True):
+            logger.setLevel(level)
+        for handler in handlers:
+            root.removeHandler(handler)
+        handlers[0].close()

@@ -1,0 +1,173 @@
+"""The live state of one training run: what the loop, the callbacks, the loggers and the checkpoints share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from training.budgets import Budget, Clock, Pace, Phases
+from training.distributed import World, maximum
+from training.metrics import Meters
+from training.precision import Precision
+from training.run_folder import RunFolder
+from training.tasks import Task
+
+if TYPE_CHECKING:
+    from data import DataModule
+    from training.callbacks import Callback
+    from training.loggers import Logger
+
+
+@dataclass
+class Run:
+    """Everything of a run in one place; callbacks and loggers read it, the trainer writes it.
+
+    Attributes:
+        model: the bare module, on its device.
+        forward: what training calls: the model, compiled and wrapped as asked for.
+        optimizer: trains it.
+        scheduler: drives the optimizer's learning rates.
+        precision: number formats.
+        scaler: of fp16 gradients; does nothing otherwise.
+        data: the three sets.
+        task: loss and metrics.
+        world: this process among the others.
+        folder: where the run writes.
+        budget: how long it lasts.
+        accumulate: batches a step.
+        monitor: the metric that chooses the best weights, "val/...".
+        config: the resolved configuration.
+        config_id: its short name.
+        callbacks: on every rank.
+        loggers: on rank 0; none elsewhere.
+        step: optimizer steps done.
+        tick: how far the schedule has been driven.
+        seconds: training seconds that the budget was last decided on, the same on every rank.
+        lr: learning rate of the last step, of the first parameter group.
+        grad_norm: gradient norm of the last step before clipping, still on the device; None without clipping.
+        window: training metrics since the last log.
+        window_steps: steps in it.
+        best_written: step at which this process last wrote best.pt.
+        best: {"metric", "value", "step", "epoch", and the values of that evaluation}, or None before the first.
+        latest: the last known value of every metric.
+        evaluated: the step last evaluated at.
+        resumed: whether it goes on from a checkpoint.
+        stop_reason: why to stop before the budget is used up.
+    """
+
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    precision: Precision
+    data: DataModule
+    task: Task
+    world: World
+    folder: RunFolder
+    budget: Budget
+    accumulate: int
+    monitor: str
+    config: dict[str, Any] = field(default_factory=dict)
+    config_id: str | None = None
+    callbacks: list[Callback] = field(default_factory=list)
+    loggers: list[Logger] = field(default_factory=list)
+    step: int = 0
+    tick: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    grad_norm: Tensor | None = None
+    best: dict[str, Any] | None = None
+    latest: dict[str, float] = field(default_factory=dict)
+    evaluated: int | None = None
+    resumed: bool = False
+    stop_reason: str | None = None
+    scaler: torch.amp.GradScaler = field(init=False)
+    clock: Clock = field(init=False)
+    phases: Phases = field(init=False)
+    window: Meters = field(init=False)
+    window_steps: int = 0
+    best_written: int | None = None
+
+    def __post_init__(self) -> None:
+        device = self.world.device
+        self.scaler = self.precision.scaler()
+        self.clock = Clock(device)
+        self.phases = Phases(device)
+        self.window = self.task.meters(device)
+        self._pace = Pace(self.clock, device)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """(epoch, batch) of the next batch to train on."""
+        epoch, batch = divmod(self.step * self.accumulate, len(self.data.train))
+        return epoch, batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training set so far."""
+        return self.step * self.accumulate / len(self.data.train)
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is used up."""
+        return self.budget.done(self.step, self.seconds)
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used up, in [0, 1]."""
+        return self.budget.progress(self.step, self.seconds)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches from the present position on, epoch after epoch, without end."""
+        epoch, start = self.position
+        while True:
+            yield from self.data.train.epoch(epoch, start)
+            epoch, start = epoch + 1, 0
+
+    def advance(self, signal: int) -> int:
+        """End a step: drive the schedule, and agree with the other ranks on the time and on signals.
+
+        Args:
+            signal: the exit code this rank was asked to stop with, or 0.
+
+        Returns:
+            The exit code any rank was asked to stop with, or 0.
+        """
+        self.step += 1
+        self.window_steps += 1
+        timed = self.budget.max_time is not None
+        seconds = self._pace.seconds() if timed and self.world.is_main else 0.0
+        asked, self.seconds = maximum([float(signal), seconds], self.world)  # without others, what was passed
+        self.tick = self.budget.advance(self.scheduler, self.tick, self.step, self.seconds)
+        return int(asked)
+
+    def stop(self, reason: str) -> None:
+        """Ask the loop to end after this step. Every rank must ask alike."""
+        self.stop_reason = reason
+
+    def emit(self, event: str, values: dict[str, float]) -> None:
+        """Hand an event to the loggers and remember its values."""
+        self.latest |= values
+        record = {
+            "event": event,
+            "step": self.step,
+            "epoch": round(self.epoch, 6),
+            "seconds": self.clock.seconds(),
+            "wall": self.clock.seconds("wall"),
+            **values,
+        }
+        for logger in self.loggers:
+            logger.log(record)
+
+    def improves(self, values: dict[str, float]) -> bool:
+        """Whether an evaluation is the best so far."""
+        value, name = values[self.monitor], self.monitor.partition("/")[2]
+        if self.best is None:
+            return True
+        return value < self.best["value"] if self.task.metrics[name] == "min" else value > self.best["value"]

@@ -1,0 +1,133 @@
+"""One run's configuration as plain values: what identifies it, what `config.yaml` keeps of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from training.errors import UserError
+
+BUDGETS = ("max_epochs", "max_steps", "max_time")
+CHOICES = "choices"  # in config.yaml: the name of each group's file
+# What may differ between two launches of the same run: where it writes, how it reports, where it computes.
+VOLATILE = (
+    "paths", "logger", "resume", "name", "trainer.device", "trainer.profile", "trainer.log_every_steps",
+    "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run's configuration, checked and resolved.
+
+    Attributes:
+        values: plain containers, as in `configs/train.yaml` with its groups.
+        choices: name of the file each group was taken from ({"optimizer": "adafisher", ...}).
+        command: the overrides that led here.
+        sweep: folder of the sweep this run is a job of; None for a single run.
+        label: the job's swept values ("optimizer-sgd_seed-0"); "" for a single run.
+    """
+
+    values: dict[str, Any]
+    choices: dict[str, str]
+    command: list[str] = field(default_factory=list)
+    sweep: Path | None = None
+    label: str = ""
+
+    @property
+    def id(self) -> str:
+        """Eight hexadecimal digits that two runs share if they differ in volatile keys and budget alone."""
+        return identity(self.values)
+
+    @property
+    def job_id(self) -> str:
+        """The id of a sweep's job, in which the budget counts: runs of two budgets are two results."""
+        return identity(self.values, budget=True)
+
+    @property
+    def group_name(self) -> str:
+        """The folder that keeps this run beside its like: `name`, or optimizer, model and data set."""
+        return self.values["name"] or "_".join(self.choices[group] for group in ("optimizer", "model", "dataset"))
+
+    def record(self) -> dict[str, Any]:
+        """What `config.yaml` holds: the values and the choices they came from."""
+        return {**self.values, CHOICES: self.choices}
+
+    def to_yaml(self) -> str:
+        """Text of the run folder's `config.yaml`."""
+        command = " ".join(["python train.py", *self.command])
+        return f"# {command}\n{yaml.safe_dump(_lists(self.record()), sort_keys=False, allow_unicode=True)}"
+
+
+def identity(values: Mapping[str, Any], budget: bool = False) -> str:
+    """Eight hexadecimal digits of the configuration without what may differ between launches of the same run.
+
+    Args:
+        values: a checked configuration.
+        budget: whether `trainer.max_*` counts.
+    """
+    kept = _lists(values)
+    for key in (*VOLATILE, *(() if budget else (f"trainer.{name}" for name in BUDGETS))):
+        group, _, name = key.rpartition(".")
+        (kept.get(group, {}) if group else kept).pop(name, None)
+    plots = [name for name, node in (kept.get("callbacks") or {}).items() if str(node).endswith("Plots'}")]
+    kept["callbacks"] = {k: v for k, v in (kept.get("callbacks") or {}).items() if k not in plots}
+    kept = replace_folder(kept, str(values["paths"]["data"]), "<paths.data>")
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def find(path: str) -> tuple[Path, Path | None]:
+    """The run folder that `resume=path` means, and the checkpoint if the path is one.
+
+    Raises:
+        UserError: nothing is there, or it belongs to no run.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise UserError(f"resume={path}: there is no such file or folder; give a run folder or a checkpoint in one")
+    folder, checkpoint = (given, None) if given.is_dir() else (given.parent, given)
+    if folder.name == "checkpoints" or folder.absolute().name == "checkpoints":
+        folder = folder.parent if folder.name else folder.absolute().parent
+    if not (folder / "config.yaml").is_file():
+        advice = "to start from its weights alone use init_from" if checkpoint else "it has no config.yaml"
+        raise UserError(f"resume={path} lies in no run folder of train.py: {advice}")
+    return folder, checkpoint
+
+
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values and choices of a finished or stopped run, from its `config.yaml`.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = folder / "config.yaml"
+    try:
+        saved = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give the folder of a run of train.py") from error
+    if not isinstance(saved, dict) or CHOICES not in saved:
+        raise UserError(f"{path} is not the configuration of a run of train.py")
+    choices = saved.pop(CHOICES)
+    return saved, choices
+
+
+def replace_folder(value: Any, folder: str, new: str) -> Any:
+    """`value` with every path at or under `folder` moved to `new`."""
+    if isinstance(value, dict):
+        return {key: replace_folder(item, folder, new) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_folder(item, folder, new) for item in value]
+    if isinstance(value, str) and (value == folder or value.startswith(folder.rstrip("/") + "/")):
+        return new + value[len(folder) :]
+    return value
+
+
+def _lists(value: Any) -> Any:
+    """`value` with its tuples as lists, as they are after a round through YAML."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,128 @@
+"""The folder of one run, and the one way its files are replaced: whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from training.errors import UserError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes ``path``'s place when the block ends, and leaves no trace if it raises.
+
+    Whoever reads ``path``, whenever the process or the machine stops, sees the old file or the new one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder last through a power cut, where the system can."""
+    if os.name == "posix":  # Windows has no file descriptors of folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as strict JSON can hold it: NaN and infinities, which JSON lacks, become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+class RunFolder:
+    """What one run leaves behind.
+
+    ``config.yaml``, ``metrics.jsonl``, ``summary.json``, ``train.log``, ``tensorboard/``, ``checkpoints/``, pictures.
+
+    Attributes:
+        path: the folder.
+        config_file: the resolved configuration.
+        metrics_file: one JSON object a line, an event each.
+        summary_file: how the run ended; absent while it runs.
+        log_file: what happened, in words.
+        tensorboard: folder of event files.
+        checkpoints: folder of ``step_*.pt`` and ``best.pt``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.summary_file = path / "summary.json"
+        self.log_file = path / "train.log"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path, config_yaml: str) -> RunFolder:
+        """Make a new folder; a name that is taken gets -2, -3, ... appended.
+
+        Args:
+            path: the wished-for folder.
+            config_yaml: text of ``config.yaml``.
+
+        Raises:
+            UserError: where the folder cannot be written.
+        """
+        wished, number = path, 1
+        try:
+            wished.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                try:
+                    path.mkdir()  # fails where another process was first: no two runs share a folder
+                    break
+                except FileExistsError:
+                    number += 1
+                    path = wished.with_name(f"{wished.name}-{number}")
+            folder = cls(path)
+            folder.checkpoints.mkdir()
+            with atomic_file(folder.config_file) as file:
+                file.write(config_yaml.encode())
+        except OSError as error:
+            raise UserError(
+                f"The run folder {path} cannot be written ({error.strerror}): set paths.runs to one that can."
+            ) from error
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing folder, to resume.
+
+        Raises:
+            UserError: if it is not a run folder.
+        """
+        folder = cls(path)
+        if not folder.config_file.is_file():
+            raise UserError(f"{path} is not a run folder (it has no config.yaml): give the folder that train.py wrote.")
+        folder.checkpoints.mkdir(exist_ok=True)
+        return folder
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary, or None while there is none."""
+        return json.loads(self.summary_file.read_text()) if self.summary_file.exists() else None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json`` atomically."""
+        with atomic_file(self.summary_file) as file:
+            file.write((json.dumps(plain(summary), indent=2, allow_nan=False) + "\n").encode())

@@ -1,0 +1,274 @@
+"""A callable's signature is its schema: the one mechanism that checks every value of a configuration.
+
+A group file of `configs/` names a callable (`_target_`) and gives its keyword parameters. Here each key is looked up
+among the callable's parameters (with a did-you-mean) and each value is checked against its type hint. Ranges are the
+callable's own business: it raises `ValueError("lr must be positive, got -1")`, which `build` completes with the group.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from optimizers import build_optimizer
+from training.errors import UserError
+
+TARGET = "_target_"
+
+# Parameters that the program supplies, by group: they have no entry in a YAML file and a user cannot set them.
+# A model's facts (in_channels, num_classes, ...) are its keyword-only parameters without a default.
+INJECTED: dict[str, frozenset[str]] = {
+    "dataset": frozenset({"seed", "device", "rank", "world_size"}),
+    "optimizer": frozenset({"model", "params", "likelihood", "seed", "loss_reduction"}),
+    "scheduler": frozenset({"optimizer", "ticks"}),
+}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A clause such as ` (did you mean 'momentum'?)`, or an empty string when nothing known is close."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def locate(target: Any, where: str) -> Callable[..., Any]:
+    """The callable behind a dotted path such as `torch.optim.SGD`.
+
+    Raises:
+        UserError: the module cannot be imported, or holds no such callable.
+    """
+    if not isinstance(target, str) or "." not in target:
+        raise UserError(f"{where}.{TARGET} must be a dotted path such as torch.optim.SGD, got {target!r}")
+    module_name, _, name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{where}.{TARGET}: {module_name!r} cannot be imported ({error})") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise UserError(f"{where}.{TARGET}: {module_name} has no callable {name!r}{did_you_mean(name, dir(module))}")
+    return found
+
+
+def parameters(function: Callable[..., Any], group: str = "") -> dict[str, inspect.Parameter]:
+    """The parameters of `function` that a configuration may set: all but the injected ones of its group."""
+    found = dict(inspect.signature(function).parameters)
+    if group == "optimizer":  # its first parameter takes the model or its tensors, whatever the name
+        found.pop(next(iter(found)), None)
+    injected = INJECTED.get(group, frozenset())
+    return {
+        name: parameter
+        for name, parameter in found.items()
+        if name not in injected
+        and not (group == "model" and parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty)
+    }
+
+
+def check(node: Mapping[str, Any], where: str, group: str = "") -> dict[str, Any]:
+    """Check one `_target_` node against the signature of its callable.
+
+    Args:
+        node: the node, resolved to plain containers.
+        where: dotted name of the node, for the sentences ("optimizer").
+        group: config group, which decides the injected parameters; "" for none.
+
+    Returns:
+        The node with its values brought to their hinted types (an int where a float is meant becomes a float).
+
+    Raises:
+        UserError: unknown key, wrong type or missing mandatory key.
+    """
+    function = locate(node.get(TARGET), where)
+    options = {name: value for name, value in node.items() if name != TARGET}
+    return {TARGET: node[TARGET], **check_options(function, options, where, group)}
+
+
+def check_options(function: Callable[..., Any], options: Mapping[str, Any], where: str, group: str = "") -> dict:
+    """Check keyword options against the signature of `function`; see `check`."""
+    prefix = f"{where}." if where else ""
+    known = parameters(function, group)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    names = [name for name, p in known.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    hints = _hints(function)
+    checked: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in names and not open_ended:
+            hint = did_you_mean(name, names) or (f"; it takes {', '.join(names)}" if names else "; it takes no options")
+            raise UserError(f"{prefix}{name}: {_name(function)} has no such option{hint}")
+        checked[name] = check_value(value, hints.get(name, Any), f"{prefix}{name}")
+    missing = [name for name in names if known[name].default is inspect.Parameter.empty and name not in options]
+    if missing:
+        needs = f": {_name(function)} needs it" if where else " from the configuration"
+        raise UserError(f"{prefix}{missing[0]} is missing{needs}")
+    return checked
+
+
+def check_value(value: Any, hint: Any, where: str) -> Any:
+    """The value brought to the type `hint`; see `check`.
+
+    Raises:
+        UserError: the value does not fit the hint.
+    """
+    try:
+        return _fit(value, hint, where)
+    except TypeError:
+        got = "null" if value is None else repr(value)
+        mistyped = ""
+        if isinstance(value, str):
+            mistyped = did_you_mean(value, [choice for choice in _choices(hint) if isinstance(choice, str)])
+        raise UserError(f"{where} must be {describe(hint)}, got {got}{mistyped}") from None
+
+
+def describe(hint: Any) -> str:
+    """A type hint in words: `float | None` is "a number or null"."""
+    plain: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    plain |= {types.NoneType: "null", dict: "a group of keys"}
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join("null" if choice is None else str(choice) for choice in args)
+    if origin in (typing.Union, types.UnionType):
+        words = [describe(arm) for arm in args if arm in plain or typing.get_origin(arm) is not None]
+        return " or ".join(dict.fromkeys(words)) or str(hint)
+    if isinstance(origin, type) and issubclass(origin, Sequence) and args:
+        items = [arm for arm in args if arm is not Ellipsis]
+        kinds = " and ".join(dict.fromkeys(describe(arm) for arm in items))
+        count = f" of {len(args)} values" if origin is tuple and Ellipsis not in args else ""
+        return f"a list{count} (each {kinds})"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a group of keys"
+    return plain.get(hint) or str(getattr(hint, "__name__", hint))
+
+
+def build(node: Mapping[str, Any], where: str, /, *, through: Callable[..., Any] | None = None, **injected: Any) -> Any:
+    """Call the node's `_target_` with its options and the injected values.
+
+    Args:
+        node: a checked node.
+        where: its dotted name, for the sentences.
+        through: a function called as `through(target, **options, **injected)` in place of the target itself.
+        injected: values for the injected parameters.
+
+    Raises:
+        UserError: the callable refused a value (`ValueError`), the sentence completed with the group's name.
+    """
+    function = locate(node[TARGET], where)
+    options = {name: value for name, value in node.items() if name != TARGET}
+    with refusals(where, options):
+        return through(function, **options, **injected) if through else function(**options, **injected)
+
+
+def build_schedule(node: Mapping[str, Any]) -> Callable[..., Any]:
+    """The schedule `(optimizer, ticks) -> scheduler` of a checked node, tried out on a throw-away optimizer.
+
+    Raises:
+        UserError: it refused an option.
+    """
+    build(node, "scheduler", optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0), ticks=1000)
+    return partial(locate(node[TARGET], "scheduler"), **{name: v for name, v in node.items() if name != TARGET})
+
+
+def rehearse(values: Mapping[str, Any]) -> None:
+    """Build all that needs no data, so that a value out of range is refused before anything is read or written.
+
+    Args:
+        values: a checked configuration.
+
+    Raises:
+        UserError: something refused an option.
+    """
+    build(values["trainer"], "trainer")
+    build_schedule(values["scheduler"])
+    for group in ("callbacks", "logger"):
+        for name, node in values[group].items():
+            build(node, f"{group}.{name}")
+    optimizer = build(values["optimizer"], "optimizer", through=build_optimizer, model=torch.nn.Linear(1, 1))
+    if close := getattr(optimizer, "close", None):
+        close()
+
+
+@contextmanager
+def refusals(where: str, options: Collection[str] = ()) -> Iterator[None]:
+    """Within it, a `ValueError` becomes a `UserError` that names the group, and the option where that leads."""
+    try:
+        yield
+    except ValueError as error:
+        sentence = str(error)
+        leads_with_option = sentence.split(" ", 1)[0].split("[")[0].rstrip(":,") in options
+        raise UserError(f"{where}.{sentence}" if leads_with_option else f"{where}: {sentence}") from error
+
+
+def _fit(value: Any, hint: Any, where: str) -> Any:
+    """The value as `hint`, or `TypeError`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or hint is inspect.Parameter.empty:
+        return value
+    if origin is typing.Literal:
+        if any(value == choice and type(value) is type(choice) for choice in args):
+            return value
+        raise TypeError
+    if origin in (typing.Union, types.UnionType):
+        return _fit_union(value, args, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # name=7: Hydra has read a number where text is meant
+    if hint in (int, float) and isinstance(value, bool):
+        raise TypeError
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return _fit_sequence(value, origin, args, where)
+    expected = origin or hint
+    if isinstance(expected, type) and isinstance(value, expected):
+        return value
+    raise TypeError
+
+
+def _fit_union(value: Any, arms: tuple[Any, ...], where: str) -> Any:
+    """The value as the first arm that is exactly its type, else as the first that can take it."""
+    for arm in sorted(arms, key=lambda arm: arm is not type(value)):
+        try:
+            return _fit(value, arm, where)
+        except TypeError:
+            continue
+    raise TypeError
+
+
+def _fit_sequence(value: Any, origin: type, args: tuple[Any, ...], where: str) -> Any:
+    """A list or tuple with each item as hinted."""
+    if not isinstance(value, list | tuple):
+        raise TypeError
+    if origin is tuple and args and Ellipsis not in args:
+        if len(value) != len(args):
+            raise TypeError
+        return tuple(_fit(item, arm, where) for item, arm in zip(value, args, strict=True))
+    items = [_fit(item, args[0] if args else Any, where) for item in value]
+    return tuple(items) if origin is tuple else items
+
+
+def _choices(hint: Any) -> list[Any]:
+    """All the literals that a hint admits."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return list(args)
+    return [choice for arm in args for choice in _choices(arm)]
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Resolved type hints of a function, or of a class's constructor; {} where a foreign one cannot be resolved."""
+    described = function.__init__ if inspect.isclass(function) else function
+    try:
+        return typing.get_type_hints(described)
+    except (NameError, TypeError, AttributeError):  # names that exist for type checkers only: keys are checked still
+        return {}
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", str(function))

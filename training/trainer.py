@@ -1,0 +1,480 @@
+"""The training loop: one for every optimizer, every task, one process or several."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from training import checkpoints, provenance, rng, schedules
+from training.budgets import Budget, Every
+from training.callbacks import Callback, Profiler
+from training.distributed import World, barrier, broadcast_buffers
+from training.errors import UserError
+from training.finite import Diverged, require_finite, require_finite_loss
+from training.loggers import Logger, log_file
+from training.metrics import evaluate
+from training.precision import Precision
+from training.provenance import summarise
+from training.run import Run
+from training.run_folder import RunFolder
+from training.signals import Interrupted, StopSignals
+from training.tasks import Task
+
+if TYPE_CHECKING:
+    from data import DataModule
+
+Schedule = Callable[..., LRScheduler]
+
+log = logging.getLogger(__name__)
+
+
+def backward(optimizer: Optimizer, loss: Tensor, outputs: Tensor | None = None, scale: float = 1.0) -> None:
+    """Leave gradients in ``.grad``: the optimizer's own ``backward`` where it has one, else ``loss.backward()``.
+
+    Args:
+        optimizer: any.
+        loss: scalar; in accumulation, the micro-batch's loss divided by the number of micro-batches.
+        outputs: the model's outputs, which methods that sample targets need.
+        scale: a gradient scaler's factor inside ``loss``, which curvature must not see.
+    """
+    own = getattr(optimizer, "backward", None)
+    if own is None:
+        loss.backward()
+    else:
+        own(loss, outputs, scale=scale)
+
+
+class Trainer:
+    """Trains a model within a budget, evaluates, keeps checkpoints, and can go on from any of them bit for bit.
+
+    A step is one ``optimizer.step()``. Exactly one of ``max_epochs``, ``max_steps`` and ``max_time`` is given.
+
+    Args:
+        max_epochs: passes over the training set; fractions count.
+        max_steps: steps.
+        max_time: training seconds; evaluation, checkpoints and logging do not count. Ends within a step.
+        accumulate: batches a step, averaged; k batches equal one of k times the size.
+        clip_norm: largest gradient norm; None: no clipping.
+        label_smoothing: of the training loss.
+        precision: fp32, or autocast to bf16 or fp16 (with gradient scaling, GPUs only).
+        eval_every_epochs: validate every so many epochs, fractions count; None: not by epochs.
+        eval_every_steps: and every so many steps; None: not by steps. The end of training is always validated.
+        log_every_steps: training metrics are averaged over, and checked to be finite after, so many steps.
+        checkpoint_every_epochs: save every so many epochs; None: not by epochs.
+        checkpoint_every_steps: and every so many steps. The end and the best weights are always saved.
+        keep_checkpoints: how many stay, besides the best.
+        monitor: validation metric that chooses the best weights; None: the task's main one.
+        device: auto, cpu, cuda, ...
+        deterministic: ask for kernels that repeat themselves bit for bit.
+        channels_last: memory layout for convolutions on tensor cores.
+        compile: compile the model's training pass with torch.compile.
+        profile: watch a few steps with torch's profiler.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    def __init__(
+        self,
+        max_epochs: float | None = None,
+        max_steps: int | None = None,
+        max_time: float | None = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        label_smoothing: float = 0.0,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        eval_every_epochs: float | None = 1,
+        eval_every_steps: int | None = None,
+        log_every_steps: int = 10,
+        checkpoint_every_epochs: int | None = 1,
+        checkpoint_every_steps: int | None = None,
+        keep_checkpoints: int = 2,
+        monitor: str | None = None,
+        device: str = "auto",
+        deterministic: bool = True,
+        channels_last: bool = False,
+        compile: bool = False,
+        profile: bool = False,
+    ) -> None:
+        budgets = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
+        given = [name for name, value in budgets.items() if value is not None]
+        if not given:
+            raise ValueError("max_epochs, max_steps or max_time must be set: a run needs a budget")
+        if len(given) > 1:
+            raise ValueError(f"{given[-1]} and {given[0]} are both set and a run has one budget: set {given[0]}=null")
+        positive = budgets | {"clip_norm": clip_norm, "eval_every_epochs": eval_every_epochs}
+        for name, value in positive.items():
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, got {value!r}")
+        counts = {
+            "accumulate": accumulate,
+            "eval_every_steps": eval_every_steps,
+            "log_every_steps": log_every_steps,
+            "checkpoint_every_epochs": checkpoint_every_epochs,
+            "checkpoint_every_steps": checkpoint_every_steps,
+            "keep_checkpoints": keep_checkpoints,
+        }
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count!r}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
+        if precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
+        self.max_epochs, self.max_steps, self.max_time = max_epochs, max_steps, max_time
+        self.accumulate, self.clip_norm, self.label_smoothing = accumulate, clip_norm, label_smoothing
+        self.precision: Literal["fp32", "bf16", "fp16"] = precision
+        self.eval_every_epochs, self.eval_every_steps = eval_every_epochs, eval_every_steps
+        self.log_every_steps = log_every_steps
+        self.checkpoint_every_epochs, self.checkpoint_every_steps = checkpoint_every_epochs, checkpoint_every_steps
+        self.keep_checkpoints, self.monitor, self.device = keep_checkpoints, monitor, device
+        self.deterministic, self.channels_last, self.compile = deterministic, channels_last, compile
+        self.profile = profile
+
+    # -- before --------------------------------------------------------------------------------------------------------
+
+    def check(
+        self,
+        data: DataModule,
+        task: Task,
+        world: World | None = None,
+        callbacks: Sequence[Callback] = (),
+        *,
+        optimizer: Optimizer | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        """Raise what ``fit`` would refuse, before a run folder is made. ``fit`` calls it too.
+
+        Args:
+            data: see ``fit``.
+            task: see ``fit``.
+            world: see ``fit``.
+            callbacks: see ``fit``.
+            optimizer: see ``fit``; None: whether it suits the trainer is not checked.
+            schedule: see ``fit``; None: not checked.
+
+        Raises:
+            ValueError: for a value that does not go with the data, the task or the optimizer.
+            UserError: for something this machine cannot do.
+        """
+        Precision(self.precision, (world or World()).device)
+        if len(data.train) == 0:
+            raise ValueError("batch_size is larger than the training set: make it smaller, or limit_train larger")
+        known = [f"val/{name}" for name in task.metrics]
+        if self.monitor is not None and self.monitor not in known:
+            raise ValueError(f"monitor must be one of {', '.join(known)}, got {self.monitor!r}")
+        if optimizer is not None:
+            self._check_optimizer(optimizer)
+        for callback in callbacks:
+            callback.check(task)
+        (schedule or schedules.none)(torch.optim.SGD([torch.zeros(1)], lr=1.0), ticks=self._budget(data).ticks)
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        name = type(optimizer).__name__
+        if self.compile and getattr(optimizer, "needs_graph", False):
+            raise ValueError(f"compile must be false for {name}: compiled models have no second derivatives")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(f"optimizer {name} calls the model itself, which this loop does not offer: choose another")
+
+    def _budget(self, data: DataModule) -> Budget:
+        return Budget(len(data.train) / self.accumulate, self.max_epochs, self.max_steps, self.max_time)
+
+    def _assemble(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        data: DataModule,
+        task: Task,
+        schedule: Schedule | None,
+        world: World,
+        folder: RunFolder,
+    ) -> Run:
+        precision = Precision(self.precision, world.device, self.channels_last)
+        precision.place(model)
+        budget = self._budget(data)
+        forward: nn.Module = torch.compile(model) if self.compile else model  # type: ignore[assignment]
+        if world.world_size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            forward = DistributedDataParallel(forward, device_ids=devices)
+            rng.part_ways(world.rank)
+        return Run(
+            model=model,
+            forward=forward,
+            optimizer=optimizer,
+            scheduler=(schedule or schedules.none)(optimizer, ticks=budget.ticks),
+            precision=precision,
+            data=data,
+            task=task,
+            world=world,
+            folder=folder,
+            budget=budget,
+            accumulate=self.accumulate,
+            monitor=self.monitor or f"val/{task.main}",
+        )
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        data: DataModule,
+        task: Task,
+        *,
+        folder: RunFolder,
+        schedule: Schedule | None = None,
+        world: World | None = None,
+        callbacks: list[Callback] | None = None,
+        loggers: list[Logger] | None = None,
+        resume: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+        config_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Train, and leave the run folder complete however it ends.
+
+        Args:
+            model: the bare module; it holds the last weights afterwards.
+            optimizer: built on that module.
+            data: training, validation and test set.
+            task: loss and metrics.
+            folder: where to write.
+            schedule: ``schedule(optimizer, ticks=n)`` returns a scheduler; None: the learning rate stays.
+            world: this process among the others; None: alone, on the CPU.
+            callbacks: on every rank.
+            loggers: used on rank 0.
+            resume: what ``checkpoints.load`` returned; None: a fresh start.
+            config: the resolved configuration, for the record.
+            config_id: its short name.
+
+        Returns:
+            The summary, as in ``summary.json``.
+
+        Raises:
+            Diverged: the loss or a weight is no longer finite; the last good checkpoint is kept.
+            Interrupted: a signal asked to stop; the state was saved.
+            ValueError, UserError: see ``check``.
+        """
+        world, callbacks = world or World(), list(callbacks or [])
+        callbacks += [Profiler()] if self.profile else []
+        self.check(data, task, world, callbacks, optimizer=optimizer, schedule=schedule)
+        with ExitStack() as stack:
+            if world.is_main:
+                stack.enter_context(log_file(folder.log_file))
+            stack.enter_context(rng.deterministic(self.deterministic))
+            signals = stack.enter_context(StopSignals())
+            run = None
+            try:
+                run = self._assemble(model, optimizer, data, task, schedule, world, folder)
+                run.config, run.config_id = config or {}, config_id
+                run.callbacks, run.loggers = callbacks, list(loggers or []) if world.is_main else []
+                self._start(run, resume, stack)
+                self._train(run, signals)
+                summary = self._finish(run)
+            except BaseException as error:
+                refused = resume is not None and not (run and run.resumed)
+                if world.is_main and not refused:  # what was refused leaves the run as it found it
+                    self._fail(folder, run, error)
+                raise
+            log.info("%s: %s", summary["status"], {k: v for k, v in run.latest.items() if not k.startswith("time/")})
+            return summary
+
+    def _start(self, run: Run, resume: dict[str, Any] | None, stack: ExitStack) -> None:
+        if resume is not None:
+            checkpoints.restore(run, resume)
+            run.resumed = True
+            run.seconds = run.clock.seconds()
+            log.info("resumed at step %d", run.step)
+        if run.world.is_main:
+            run.folder.summary_file.unlink(missing_ok=True)  # of an earlier session: a summary speaks of the end
+        log.info("configuration %s, %s", run.config_id, provenance.hardware(run.world.device, run.world.world_size))
+        if coverage := getattr(run.optimizer, "coverage", None):
+            log.info("curvature of %s:\n%s", type(run.optimizer).__name__, coverage())
+        for logger in run.loggers:
+            stack.callback(logger.close)
+            logger.start(run)
+        for callback in run.callbacks:
+            stack.callback(callback.close)
+            callback.on_fit_start(run)
+
+    def _train(self, run: Run, signals: StopSignals) -> None:
+        per_epoch = run.budget.steps_per_epoch
+        log_due = Every(self.log_every_steps, None, per_epoch).due
+        eval_due = Every(self.eval_every_steps, self.eval_every_epochs, per_epoch).due
+        save_due = Every(self.checkpoint_every_steps, self.checkpoint_every_epochs, per_epoch).due
+        run.model.train()
+        batches = run.batches()
+        with run.clock.count("training"):
+            if run.resumed and eval_due(run.step) and run.evaluated != run.step:
+                self._evaluate(run)  # the signal that stopped the run would not wait for it
+            while not (run.done or run.stop_reason):
+                self._step(run, batches)
+                signal = run.advance(signals.exit_code)
+                for callback in run.callbacks:
+                    callback.on_step(run)
+                for logger in run.loggers:
+                    logger.on_step(run)
+                if log_due(run.step):
+                    self._log(run)
+                if eval_due(run.step) and not signal:
+                    self._evaluate(run)
+                if save_due(run.step) or run.done or run.stop_reason or signal:
+                    self._save(run)
+                if signal:
+                    raise Interrupted(f"Interrupted after step {run.step}: resume={run.folder.path} goes on.", signal)
+
+    def _step(self, run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """One optimizer step on ``accumulate`` batches. Nothing in it waits for the device."""
+        run.phases.mark(None)
+        run.optimizer.zero_grad()
+        for part in range(self.accumulate):
+            self._micro_batch(run, *next(batches), last=part == self.accumulate - 1)
+        if self.clip_norm is not None:
+            run.scaler.unscale_(run.optimizer)
+            params = [p for group in run.optimizer.param_groups for p in group["params"]]
+            run.grad_norm = nn.utils.clip_grad_norm_(params, self.clip_norm)
+        run.lr = float(run.optimizer.param_groups[0]["lr"])
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.phases.mark("update")
+
+    def _micro_batch(self, run: Run, inputs: Tensor, targets: Tensor, last: bool) -> None:
+        run.phases.mark("data")
+        # Gradients travel between ranks once a step, with the last batch.
+        with nullcontext() if last or run.world.world_size == 1 else run.forward.no_sync():  # type: ignore[attr-defined]
+            with run.precision.autocast():
+                outputs = run.forward(run.precision.prepare(inputs))
+                loss = run.task.loss(outputs, targets)
+            run.phases.mark("forward")
+            share = loss if self.accumulate == 1 else loss / self.accumulate
+            scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0
+            backward(run.optimizer, run.scaler.scale(share), outputs, scale)
+            run.phases.mark("backward")
+        run.task.measure(run.window, run.precision.full(outputs.detach()), targets, loss.detach())
+        run.phases.mark("measure")
+
+    # -- what happens now and then -------------------------------------------------------------------------------------
+
+    def _log(self, run: Run) -> None:
+        values = {f"train/{name}": value for name, value in run.window.compute().items()}
+        require_finite_loss(run, values["train/loss"])
+        with run.clock.count("other"):
+            values["lr"] = run.lr
+            if run.grad_norm is not None:
+                values["train/grad_norm"] = float(run.grad_norm)
+            values |= {f"time/{phase}": seconds for phase, seconds in run.phases.read().items()}
+            if diagnostics := getattr(run.optimizer, "diagnostics", None):
+                values |= diagnostics()
+            run.window.reset()
+            run.window_steps = 0
+            run.emit("train", values)
+
+    def _evaluate(self, run: Run) -> None:
+        require_finite(run)
+        values = self._measure(run, "val")
+        run.evaluated = run.step
+        if not values:  # a data set without validation examples
+            return
+        require_finite_loss(run, values["val/loss"], "validation")
+        with run.clock.count("other"):
+            run.emit("eval", values)
+            improved = run.improves(values)
+            if improved:
+                found = {"metric": run.monitor, "value": values[run.monitor], "step": run.step, "epoch": run.epoch}
+                run.best = found | values
+            for callback in run.callbacks:
+                callback.on_evaluation(run, values)
+            if improved:
+                state = checkpoints.capture(run)
+                if run.world.is_main:
+                    checkpoints.save(run.folder.checkpoints / "best.pt", state)
+                run.best_written = run.step
+
+    def _measure(self, run: Run, split: Literal["val", "test"]) -> dict[str, float]:
+        with run.clock.count("evaluation"):
+            broadcast_buffers(run.model, run.world)
+            values = evaluate(run.model, getattr(run.data, split), run.task, run.precision)
+        return {f"{split}/{name}": value for name, value in values.items()}
+
+    def _save(self, run: Run) -> None:
+        require_finite(run)
+        with run.clock.count("other"):
+            path = checkpoints.step_file(run.folder.checkpoints, run.step)
+            state = checkpoints.capture(run) if run.best_written != run.step else None
+            if run.world.is_main:
+                if state is None:  # it was written a moment ago
+                    checkpoints.link(run.folder.checkpoints / "best.pt", path)
+                else:
+                    checkpoints.save(path, state)
+                checkpoints.rotate(run.folder.checkpoints, self.keep_checkpoints, newest=run.step)
+            barrier(run.world)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _finish(self, run: Run) -> dict[str, Any]:
+        # Nothing here enters a step checkpoint: a finished run resumed for longer goes on as if it had not ended.
+        status = "finished" if run.done else "stopped_early"
+        if run.stop_reason:
+            log.info("stopped: %s", run.stop_reason)
+        if run.window_steps:
+            self._log(run)
+        if run.evaluated != run.step:
+            self._evaluate(run)
+        values = self._measure(run, "test")
+        of_best = values if run.best is None or run.best["step"] == run.step else self._test_best(run)
+        with run.clock.count("other"):
+            if run.best is not None:
+                run.best |= of_best
+            if values:
+                run.emit("test", values | {f"best/{name}": value for name, value in of_best.items()})
+        summary = self._conclude(run, status)
+        for callback in run.callbacks:
+            callback.on_fit_end(run, summary)
+        for logger in run.loggers:
+            logger.finish(run, summary)
+        return summary
+
+    def _test_best(self, run: Run) -> dict[str, float]:
+        """Test metrics of the best weights; the model holds the last ones before and after."""
+        last = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        try:
+            if run.world.is_main:
+                run.model.load_state_dict(checkpoints.load(run.folder.checkpoints / "best.pt")["model"])
+            if run.world.world_size > 1:
+                for parameter in run.model.parameters():
+                    dist.broadcast(parameter.data, src=0)
+            return self._measure(run, "test")  # which broadcasts the buffers
+        finally:
+            run.model.load_state_dict(last)
+
+    def _fail(self, folder: RunFolder, run: Run | None, error: BaseException) -> None:
+        interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
+        status = "diverged" if isinstance(error, Diverged) else "interrupted" if interrupted else "failed"
+        sentence = str(error) or type(error).__name__
+        bug = error if status == "failed" and not isinstance(error, (UserError, ValueError)) else None
+        if run is None:
+            folder.write_summary({"status": status, "error": sentence})
+            return
+        summary = self._conclude(run, status, None if interrupted else sentence)
+        # For train.log alone: the terminal hears of it from whoever catches the exception.
+        log.info("%s: %s", status, sentence, exc_info=bug)
+        if status == "diverged":
+            for callback in run.callbacks:
+                callback.on_fit_end(run, summary)
+
+    def _conclude(self, run: Run, status: str, error: str | None = None) -> dict[str, Any]:
+        summary = summarise(run, status, error)
+        if run.world.is_main:
+            run.folder.write_summary(summary)
+        return summary
