@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -81,6 +81,15 @@ def load(path: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
+def group_file(group: str, name: str) -> dict[str, Any]:
+    """A file of configs/, as a dictionary."""
+    path = ROOT / "configs" / group / f"{name}.yaml"
+    if not path.exists():
+        choices = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise SystemExit(f"error: {group} has no choice {name!r}; it has {choices}")
+    return cast("dict[str, Any]", OmegaConf.to_object(OmegaConf.load(path)))
+
+
 def make_model(options: Options) -> tuple[nn.Module, Likelihood, list[tuple[Tensor, Tensor]]]:
     """The model, its likelihood and a few random batches to cycle through."""
     torch.manual_seed(0)
@@ -94,10 +103,9 @@ def make_model(options: Options) -> tuple[nn.Module, Likelihood, list[tuple[Tens
             pixels = torch.rand(options.batch_size, 1, 28, 28)
             batches.append((pixels, pixels.flatten(1)))
     else:
-        config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / f"{options.model}.yaml"))
-        assert isinstance(config, dict)
+        config = group_file("model", options.model)
         facts = {"in_channels": 3, "num_classes": 10, "image_size": options.image_size}
-        model = models.build_model(load(str(config.pop("_target_"))), facts, **config)
+        model = models.build_model(load(config.pop("_target_")), facts, **config)
         likelihood = Categorical()
         for _ in range(8):
             images = torch.randn(options.batch_size, 3, options.image_size, options.image_size)
@@ -109,17 +117,11 @@ def make_model(options: Options) -> tuple[nn.Module, Likelihood, list[tuple[Tens
 def make_optimizer(entry: str, model: nn.Module, likelihood: Likelihood) -> torch.optim.Optimizer:
     """``adafisher:update_every=10`` or ``package.Class:option=value`` as an optimizer."""
     name, *changes = entry.split(":")
-    overrides = OmegaConf.to_container(OmegaConf.from_dotlist(changes))
-    assert isinstance(overrides, dict)
-    if "." in name:
-        config: dict[Any, Any] = {"_target_": name}
-    else:
-        loaded = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "optimizer" / f"{name}.yaml"))
-        assert isinstance(loaded, dict)
-        config = loaded
+    overrides = OmegaConf.to_object(OmegaConf.from_dotlist(changes))
     # A tiny step: the cost of one does not depend on its length, but diverging or vanishing activations are slow.
-    config |= {"lr": 1e-5, **overrides}
-    return build_optimizer(load(str(config.pop("_target_"))), model, likelihood=likelihood, **config)
+    config = {"_target_": name} if "." in name else group_file("optimizer", name)
+    config |= {"lr": 1e-5} | cast("dict[str, Any]", overrides)
+    return build_optimizer(load(config.pop("_target_")), model, likelihood=likelihood, **config)
 
 
 @dataclass
@@ -144,7 +146,6 @@ class Arm:
         """One training step: seconds of forward, backward and update."""
         inputs, targets = self.batches[self.count % len(self.batches)]
         self.count += 1
-        ours = isinstance(self.optimizer, CurvatureOptimizer)
         marks = [now(inputs)]
         self.optimizer.zero_grad()
         loss = self.likelihood.nll(self.model(inputs), targets)
@@ -152,7 +153,7 @@ class Arm:
         if isinstance(self.optimizer, CurvatureOptimizer):
             self.optimizer.backward(loss)
         else:
-            loss.backward(create_graph=not ours and type(self.optimizer).__name__ == "AdaHessian")
+            loss.backward(create_graph=type(self.optimizer).__name__ == "AdaHessian")  # the peers' recipe
         marks.append(now(inputs))
         self.optimizer.step()
         marks.append(now(inputs))
@@ -246,7 +247,7 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
     rows = []
     for arm in arms:
         forward, backward, update = arm.phases()
-        row = {
+        row: dict[str, Any] = {
             "optimizer": arm.entry,
             "ms": 1e3 * arm.seconds(),
             "ratio": arm.seconds() / unit,
