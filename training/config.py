@@ -111,11 +111,10 @@ def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence
     Raises:
         UserError: for a missing or mistyped value, or a broken interpolation.
     """
-    values = _resolve(cfg)
     chosen = {group: choice for group, choice in choices.items() if choice and not group.startswith("hydra")}
-    if values.get("resume") not in (None, "auto"):
-        values, chosen = _take_up(values, chosen, command)
-    return RunConfig(validate(values), chosen, list(command))
+    if OmegaConf.select(cfg, "resume") not in (None, "auto"):
+        cfg, chosen = _take_up(cfg, chosen, command)
+    return RunConfig(validate(_resolve(cfg)), chosen, list(command))
 
 
 def current(cfg: DictConfig) -> RunConfig:
@@ -232,27 +231,26 @@ def _groups_of_resumed(overrides: Sequence[Override]) -> list[str]:
 
 
 def _take_up(
-    composed: dict[str, Any], chosen: dict[str, str], command: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
+    composed: DictConfig, chosen: dict[str, str], command: Sequence[str]
+) -> tuple[DictConfig, dict[str, str]]:
     """Values and choices of the run to be resumed, with what this command gives for itself."""
-    folder, _ = find(composed["resume"])
+    folder, _ = find(str(composed.resume))
     saved, choices = load(folder)
-    values = replace_folder(saved, str(saved["paths"]["data"]), composed["paths"]["data"])
-    here = OmegaConf.create(composed)
+    paths = _resolve(composed.paths, "paths.")
+    values = OmegaConf.create(replace_folder(saved, str(saved["paths"]["data"]), str(paths["data"])))
+    values.paths, values.resume = paths, composed.resume
     for key in (_parse(text).key_or_group for text in command):
-        tree = OmegaConf.create(values)
-        before, now = OmegaConf.select(tree, key), OmegaConf.select(here, key)
+        before, now = (OmegaConf.select(cfg, key) for cfg in (values, composed))
         if key.split(".")[0] in RESTORED and key not in choices and before != now:
             raise UserError(
-                f"{key} is {before} in the checkpoint of resume={folder} and cannot change: leave it out, or start a new "
-                "run with init_from"
+                f"{key} is {before} in the checkpoint of resume={folder} and cannot change: leave it out, or start a "
+                "new run with init_from"
             )
         if key in FREE and chosen[key] != choices.get(key):
-            values, choices = {**values, key: composed[key]}, {**choices, key: chosen[key]}
-        elif "." in key and not key.startswith("hydra."):
-            OmegaConf.update(tree, key, now)
-            values = OmegaConf.to_container(tree)
-    return {**values, "paths": composed["paths"], "resume": composed["resume"]}, choices
+            values[key], choices[key] = _resolve(composed[key], f"{key}."), chosen[key]
+        elif "." in key and not key.startswith(("hydra.", "paths.")):
+            OmegaConf.update(values, key, now)
+    return values, choices
 
 
 def _prepare_sweep(overrides: list[Override]) -> list[str]:
@@ -271,17 +269,17 @@ def _prepare_sweep(overrides: list[Override]) -> list[str]:
     named = ("optimizer", "model", "dataset")
     fixed = [runs[0].choices[group] for group in named if len({run.choices[group] for run in runs}) == 1]
     name = names.pop() if len(names) == 1 else None
-    constant = [override.key_or_group for override in overrides if not override.is_sweep_override()]
+    constant = [key for key, override in given.items() if not override.is_sweep_override()]
     folder = Path(runs[0].values["paths"]["sweeps"]) / (name or "_".join(fixed) or "sweep")
     extra = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(constant)}]"]
     return extra if "hydra.sweep.dir" in given else [*extra, f"hydra.sweep.dir='{folder}'"]
 
 
-def _resolve(cfg: DictConfig) -> dict[str, Any]:
+def _resolve(cfg: DictConfig, prefix: str = "") -> dict[str, Any]:
     """Plain containers, all interpolations resolved; a missing mandatory value or a broken one is a sentence."""
     try:
         for key in sorted(OmegaConf.missing_keys(cfg)):
-            raise UserError(f"{key} is required: give {key}=...")
+            raise UserError(f"{prefix}{key} is required: give {prefix}{key}=...")
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         why = str(error).splitlines()[0]

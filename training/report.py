@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ BAD = ("failed", "diverged")
 
 
 def say(*parts: Any) -> None:
-    """Print a line or a table to the terminal, as it is (no markup, no wrapping of paths)."""
-    console = Console(highlight=False, markup=False)
+    """Print lines and tables to the terminal; lines as they are (no markup, no wrapping of paths)."""
+    # A file has no width: enough for the names of a sweep's runs.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
 

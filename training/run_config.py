@@ -76,8 +76,8 @@ def identity(values: Mapping[str, Any], budget: bool = False) -> str:
     for key in (*VOLATILE, *(() if budget else (f"trainer.{name}" for name in BUDGETS))):
         group, _, name = key.rpartition(".")
         (kept.get(group, {}) if group else kept).pop(name, None)
-    plots = [name for name, node in (kept.get("callbacks") or {}).items() if str(node).endswith("Plots'}")]
-    kept["callbacks"] = {k: v for k, v in (kept.get("callbacks") or {}).items() if k not in plots}
+    callbacks = kept.get("callbacks") or {}
+    kept["callbacks"] = {name: node for name, node in callbacks.items() if not node["_target_"].endswith("Plots")}
     kept = replace_folder(kept, str(values["paths"]["data"]), "<paths.data>")
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 

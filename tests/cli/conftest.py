@@ -75,10 +75,8 @@ def summary(run: Path) -> dict[str, Any]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """A run's events without their times."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES and not k.startswith("time/")} for line in lines]
-
-
-TIMES = ("seconds", "wall")
+    events = [json.loads(line) for line in lines]
+    return [{k: v for k, v in e.items() if k not in ("seconds", "wall") and not k.startswith("time/")} for e in events]
 
 
 def unfinish(run: Path) -> None:

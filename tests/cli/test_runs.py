@@ -133,14 +133,14 @@ def test_resume_by_path(quick: Callable[..., Outcome], command: Callable[..., Ou
     assert "leave resume out" in command("-m", "seed=0,1", f"resume={run}").sentence()
 
 
-def test_resume_from_a_folder_with_a_strange_name(command: Callable[..., Outcome], quick: Callable[..., Outcome]) -> None:
+def test_a_folder_with_a_strange_name(command: Callable[..., Outcome], quick: Callable[..., Outcome]) -> None:
     assert quick("paths.runs='r=1,b'").code == 0
     (run,) = runs(Path(), "r=1,b/*/*")
     outcome = command(f"resume={run}")
     assert outcome.code == 0 and "not trained again" in outcome.out
 
 
-def test_resumed_data_may_have_moved(command: Callable[..., Outcome], work: Path, shared_data: Callable[..., Path]) -> None:
+def test_data_may_have_moved(command: Callable[..., Outcome], work: Path, shared_data: Callable[..., Path]) -> None:
     source = shared_data("cifar10-subset")
     few = ("dataset.limit_train=0.02", "dataset.limit_val=0.1", "dataset.eval_batch_size=64", "dataset.batch_size=32")
     (work / "here").mkdir()
@@ -202,8 +202,7 @@ def test_a_signal_saves_and_says_how_to_go_on(work: Path) -> None:
     assert summary(run)["status"] == "interrupted"
     assert f"resume={run.relative_to(work)}" in err and "Traceback" not in err
     steps = summary(run)["steps"]
-    again = subprocess.run(
-        [*program, f"trainer.max_steps={steps + 5}", "resume=auto"], cwd=work, capture_output=True, text=True, timeout=60
-    )
+    program += [f"trainer.max_steps={steps + 5}", "resume=auto"]
+    again = subprocess.run(program, cwd=work, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0, again.stderr
     assert summary(run)["steps"] == steps + 5

@@ -121,7 +121,7 @@ def fit(
     loop = Trainer(**(settings | trainer))
     sets = small_data(world, **(data or {}))
     task = tasks.build(sets.task, sets.facts, loop.label_smoothing)
-    net = small_model(sets, **(model or {}))
+    net = small_model(sets, **(model or {})).to(world.device)
     kind, options = OPTIMIZERS[optimizer]
     options = options | ({} if lr is None else {"lr": lr})
     built = build_optimizer(kind, net, likelihood=task.likelihood, **options)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from training import checkpoints
+from training import UserError, checkpoints
 from training.checkpoints import CheckpointError
 from training.run_folder import RunFolder, atomic_file
 
@@ -152,6 +152,14 @@ def test_link_replaces_and_outlives_its_source(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "link", refuse)
     checkpoints.link(best, step)
     assert checkpoints.load(step)["step"] == 3 and sorted(os.listdir(tmp_path)) == [best.name, step.name]
+
+
+def test_a_place_that_is_no_folder_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be written .*: set paths\.runs"):
+        RunFolder.create(tmp_path / "runs" / "run", "")
+    with pytest.raises(UserError, match="is not a run folder"):
+        RunFolder.open(tmp_path)
 
 
 def test_run_folders_never_collide(tmp_path: Path) -> None:

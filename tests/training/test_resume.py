@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import ROOT
 from tests.training.small_run import SignalAt, differences, events, final_state, fit
 from training import Interrupted, checkpoints
-from training.callbacks import EarlyStopping
+from training.callbacks import Callback, EarlyStopping
 from training.checkpoints import CheckpointError
+from training.run import Run
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -171,6 +172,17 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="batch size"):
         fit(tmp_path / "run", resume=True, max_steps=8, data={"batch_size": 128})
     assert (tmp_path / "run" / "summary.json").read_text() == before
+
+
+def test_a_summary_speaks_of_the_end(tmp_path: Path) -> None:
+    class Look(Callback):
+        def on_step(self, run: Run) -> None:
+            assert not run.folder.summary_file.exists()
+
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "run", callbacks=[SignalAt(10)])
+    assert (tmp_path / "run" / "summary.json").exists()
+    fit(tmp_path / "run", callbacks=[Look()], resume=True)
 
 
 def test_clocks_go_on(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from optimizers import AdaFisher
 from tests.conftest import ROOT
 from tests.training.small_run import SignalAt, Slow, events, final_state, fit, small_data, small_model
-from training import Diverged, Interrupted, RunFolder, Trainer, checkpoints, loggers, rng, schedules, tasks
+from training import Diverged, Interrupted, RunFolder, Trainer, backward, checkpoints, loggers, rng, schedules, tasks
 from training.callbacks import Callback, EarlyStopping
 from training.metrics import evaluate
 from training.precision import Precision
@@ -67,6 +68,21 @@ def test_the_loop_is_the_loop_one_would_write(tmp_path: Path) -> None:
     assert torch.equal(weights(ours), weights(model))
     logged = [e["train/loss"] for e in events(tmp_path / "run") if e["event"] == "train"]
     assert logged == [pytest.approx(np.mean(losses[i : i + 3]), rel=1e-12) for i in range(0, 20, 3)]
+
+
+def test_an_optimizer_is_told_the_scale_inside_the_loss() -> None:
+    factors = []
+    for scale in (1.0, 1024.0):
+        data = small_data()
+        model = small_model(data, **PLAIN)
+        optimizer = AdaFisher(model, lr=0.0)
+        inputs, targets = next(iter(data.train.epoch(0)))
+        outputs = model(inputs)
+        backward(optimizer, F.cross_entropy(outputs, targets) * scale, outputs, scale)
+        optimizer.step()
+        factors.append(optimizer.curvature_matrices())
+    for name, matrix in factors[0].items():
+        assert torch.allclose(matrix, factors[1][name], rtol=1e-5)
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -242,6 +258,12 @@ def test_the_best_weights_are_chosen_on_validation_and_tested_once(tmp_path: Pat
     assert evaluate(model, data.test, task, precision)["loss"] == summary["best"]["test/loss"]
 
 
+def test_the_best_checkpoint_is_written_once(tmp_path: Path) -> None:
+    fit(tmp_path / "run", max_steps=4, eval_every_steps=4)
+    best, step = (tmp_path / "run" / "checkpoints" / name for name in ("best.pt", "step_00000004.pt"))
+    assert best.samefile(step)
+
+
 def test_without_validation_examples_there_is_no_best(tmp_path: Path) -> None:
     data = small_data()
     data.val.num_examples = 0
@@ -286,6 +308,13 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, opt
         assert all(t.isfinite().all() for t in state["model"].values())
         tensors = [t for s in state["optimizer"]["state"].values() for t in s.values() if torch.is_tensor(t)]
         assert tensors and not any(t.isnan().any() for t in tensors)
+
+
+def test_divergence_is_noticed_at_the_next_log_even_if_nothing_else_looks(tmp_path: Path) -> None:
+    never: dict[str, Any] = {"eval_every_steps": None, "checkpoint_every_steps": None, "max_steps": 60}
+    with pytest.raises(Diverged):
+        fit(tmp_path / "run", lr=1e30, schedule="none", model=PLAIN, log_every_steps=5, **never)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 5
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""Figures of a run: what is on them, whatever the run logged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.curves import plot_run, read_metrics, series
+
+
+def event(kind: str, step: int, **values: float | None) -> dict[str, object]:
+    named = {name.replace("_", "/", 1): value for name, value in values.items()}
+    return {"event": kind, "step": step, "epoch": step / 10, "seconds": step * 0.5, "wall": step * 0.7, **named}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of 10 epochs, with a resumed run's null and a killed run's half line."""
+    events = []
+    for step in range(5, 101, 5):
+        loss = None if step == 50 else 2.0 / step
+        events.append(event("train", step, train_loss=loss, train_accuracy=step / 100, lr=1e-3 * (1 - step / 100)))
+        if step % 10 == 0:
+            events.append(event("eval", step, val_loss=2.2 / step + 0.001 * step, val_accuracy=min(step, 80) / 100))
+    events.append(event("test", 100, test_loss=0.15, test_accuracy=0.79))
+    folder = tmp_path / "adam_mlp_digits" / "today_s0"
+    folder.mkdir(parents=True)
+    text = "".join(json.dumps(e) + "\n" for e in events) + '{"event": "tra'
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
+    return {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+
+
+def test_what_is_drawn(run: Path) -> None:
+    figures = plot_run(run / "metrics.jsonl")
+    assert list(figures) == ["loss", "accuracy", "lr"]
+    assert all(isinstance(figure, Figure) for figure in figures.values())
+    assert {figure.get_suptitle() for figure in figures.values()} == {"adam_mlp_digits / today_s0"}
+
+    by_epoch, by_time = figures["loss"].axes
+    assert (by_epoch.get_xlabel(), by_time.get_xlabel()) == ("epoch", "training seconds")
+    drawn = lines(by_epoch)
+    assert drawn["training"][0] == [step / 10 for step in range(5, 101, 5) if step != 50], "null is left out"
+    assert drawn["validation"][0] == list(range(1, 11))
+    assert lines(by_time)["validation"][0] == [step * 0.5 for step in range(10, 101, 10)]
+    assert drawn["test 0.15"] == ([10.0], [0.15])
+    position, value = drawn["lowest validation 0.094"]
+    assert (position, value) == ([5.0], [min(drawn["validation"][1])])
+
+    (accuracy,) = figures["accuracy"].axes
+    assert lines(accuracy)["highest validation 80.00 %"][0] == [8.0], "the first of equals"
+    (rate,) = figures["lr"].axes
+    assert next(iter(lines(rate).values()))[1][0] == pytest.approx(0.95e-3)
+
+
+def test_files_come_out(run: Path, tmp_path: Path) -> None:
+    for name, figure in plot_run(run, name="a title").items():
+        figure.savefig(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert figure.get_suptitle() == "a title"
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_a_run_that_logged_little(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("")
+    assert plot_run(path) == {}
+    path.write_text(json.dumps(event("eval", 10, val_loss=0.0)) + "\n")
+    (figure,) = plot_run(path).values()
+    figure.savefig(tmp_path / "zero.png")
+    path.write_text(json.dumps(event("train", 10, train_loss=None)) + "\n")
+    assert plot_run(path) == {}
+
+
+def test_many_values_are_smoothed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    values = [1.0 if step % 2 else 3.0 for step in range(200)]
+    path.write_text("".join(json.dumps(event("train", s, train_loss=v)) + "\n" for s, v in enumerate(values)))
+    (figure,) = plot_run(path).values()
+    drawn = figure.axes[0].get_lines()
+    assert len(drawn) == 2 and list(drawn[0].get_ydata()) == values
+    middle = list(drawn[1].get_ydata())[50:150]
+    assert max(middle) - min(middle) < 0.3 and sum(middle) / 100 == pytest.approx(2, abs=0.01)
+
+
+def test_reading(run: Path) -> None:
+    events = read_metrics(run)
+    assert len(events) == 31 and events == read_metrics(run / "metrics.jsonl")
+    assert series(events, "test/loss", "step") == ([100.0], [0.15])
+    path = run / "metrics.jsonl"
+    path.write_text("no json\n" + path.read_text())
+    with pytest.raises(ValueError, match=r"line 1 of .*metrics.jsonl is not a JSON object"):
+        read_metrics(run)

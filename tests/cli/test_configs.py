@@ -1,0 +1,129 @@
+"""The files in configs/: complete, explained, and every experiment and debug mode runs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.conftest import Outcome, runs, summary
+from tests.conftest import ROOT
+from training.config import CONFIG_FOLDER, compose
+from training.schema import locate, parameters
+
+FILES = sorted(CONFIG_FOLDER.rglob("*.yaml"))
+OURS = ("data", "models", "optimizers", "training")
+# Where a data set that is not embedded may lie on this machine.
+NEEDS = {"cifar10": "cifar10", "cifar100": "cifar100", "mnist": "mnist", "fashion_mnist": "fashion_mnist"}
+
+
+def names(group: str) -> list[str]:
+    return [path.relative_to(CONFIG_FOLDER / group).with_suffix("").as_posix() for path in FILES if group in path.parts]
+
+
+def nodes(path: Path) -> list[tuple[str, dict]]:
+    """(group, node) for each `_target_` of a file, with what its defaults list inherits left out."""
+    content = yaml.safe_load(path.read_text()) or {}
+    group = path.relative_to(CONFIG_FOLDER).parts[0]
+    return [(group, node) for node in (content, *content.values()) if isinstance(node, dict) and "_target_" in node]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIG_FOLDER).as_posix())
+def test_a_file_lists_every_option_of_its_target_and_no_other(path: Path) -> None:
+    for group, node in nodes(path):
+        if node["_target_"].split(".")[0] in OURS:
+            known = set(parameters(locate(node["_target_"], group), group))
+            assert set(node) - {"_target_"} == known, node["_target_"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIG_FOLDER).as_posix())
+def test_a_file_says_what_it_is_and_explains_its_values(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert next(line for line in lines if "@package" not in line).startswith("# "), "no title"
+    if path.parent.name in ("optimizer", "scheduler", "dataset", "model", "trainer", "paths"):
+        for line in lines:
+            if re.match(r"\w+: ", line) and not line.startswith(("_target_", "depth")):  # the title says the depth
+                assert "  # " in line, f"not explained: {line}"
+
+
+@pytest.mark.parametrize("group", ["optimizer", "scheduler", "model", "dataset", "trainer", "logger", "callbacks"])
+def test_every_choice_composes(group: str) -> None:
+    for name in names(group):
+        root = ["dataset.root=photos"] if name == "image_folder" else []
+        assert compose([f"{group}={name}", *root]).choices[group] == name
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_every_experiment_runs_two_steps(name: str, command: Callable[..., Outcome], work: Path, shared_data) -> None:
+    run = compose([f"experiment={name}"])
+    assert run.values["name"], "an experiment names its folder"
+    root = []
+    if run.choices["dataset"] in NEEDS:
+        root = [f"dataset.root={shared_data(NEEDS[run.choices['dataset']])}", "dataset.limit_train=0.02"]
+    budget = ("trainer.max_epochs=null", "trainer.max_steps=2", "trainer.eval_every_epochs=null")
+    outcome = command(f"experiment={name}", *budget, *root)
+    assert outcome.code == 0, outcome.err
+    (folder,) = runs(work)
+    assert summary(folder)["steps"] == 2
+
+
+@pytest.mark.parametrize("name", names("debug"))
+def test_every_debug_mode_runs(name: str, command: Callable[..., Outcome], work: Path) -> None:
+    outcome = command(f"debug={name}", "model=mlp", "optimizer=adam")
+    assert outcome.code == 0, outcome.err
+    (folder,) = runs(work, "runs/debug/*/*")
+    assert runs(work) == [folder.parent], "debug runs keep to themselves"
+    if name == "overfit":
+        assert summary(folder)["final"]["train/loss"] < 0.01
+    if name == "profile":
+        assert (folder / "trace.json").exists()
+
+
+def test_the_published_row() -> None:
+    values = compose(["experiment=adafisher/cifar10_resnet18"]).values
+    assert values["dataset"] | {"batch_size": 256, "augment": "cutout"} == values["dataset"]
+    published = {"lr": 1e-3, "weight_decay": 5e-4, "damping": 1e-3, "decay": 0.8, "update_every": 100}
+    assert values["optimizer"] | published | {"ema": "reference"} == values["optimizer"]
+    assert values["trainer"]["max_epochs"] == 200 and values["scheduler"]["_target_"] == "training.schedules.cosine"
+
+
+def test_help_lists_groups_and_choices(command: Callable[..., Outcome]) -> None:
+    outcome = command("--help")
+    assert outcome.code == 0
+    assert re.search(r"optimizer: adafisher, adafisherw, adahessian, adam, adamw, sgd", outcome.out)
+    assert re.search(r"debug: overfit, profile, smoke", outcome.out)
+    assert "experiment/adafisher: cifar10_resnet18" in outcome.out
+    assert "python train.py -m optimizer=sgd,adam,adafisher seed=0,1" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 120
+
+
+def test_commands_of_the_readme_and_the_help_are_valid(command: Callable[..., Outcome]) -> None:
+    text = (ROOT / "README.md").read_text() + (CONFIG_FOLDER / "hydra" / "default.yaml").read_text()
+    given = re.findall(r"^ *(?:torchrun \S+|python) train\.py([^\n#`]*)", text, re.MULTILINE)
+    assert len(given) > 10
+    for line in given:
+        words = line.split("   ")[0].split()
+        overrides = [word for word in words if "=" in word and not re.search(r"=[A-Z_]+$", word)]
+        single = [re.sub(r",.*", "", word) if "-m" in words else word for word in overrides]
+        root = ["dataset.root=photos"] if "dataset=image_folder" in single else []
+        compose([*single, *root])
+
+
+def test_train_py_fits_on_a_screen() -> None:
+    """The reader's path: compose, validate, build, fit, summarise."""
+    source = (ROOT / "train.py").read_text()
+    assert len(source.splitlines()) < 95
+    for module in ("hydra", "omegaconf"):
+        users = [p for folder in OURS for p in (ROOT / folder).rglob("*.py") if f"import {module}" in p.read_text()]
+        users += [p for folder in OURS for p in (ROOT / folder).rglob("*.py") if f"from {module}" in p.read_text()]
+        assert {path.name for path in users} <= {"config.py", "cli.py"}
+
+
+def test_signature_of_the_trainer_is_documented() -> None:
+    trainer = locate("training.trainer.Trainer", "trainer")
+    for name in parameters(trainer):
+        assert f"{name}:" in (inspect.getdoc(trainer) or ""), name

@@ -1,0 +1,47 @@
+"""Several processes: one run folder, one table, one error line; the processes are real, over gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cli.conftest import QUICK, metrics, runs, summary
+from tests.conftest import ROOT
+
+
+def torchrun(work: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Two processes on this machine, each with one thread."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    program = [*launcher, str(ROOT / "train.py"), *QUICK, *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(program, cwd=work, capture_output=True, text=True, timeout=180, env=environment)
+
+
+def test_one_folder_and_a_resumed_run(work: Path) -> None:
+    done = torchrun(work, "logger=default", "optimizer=sgd", "resume=auto")
+    assert done.returncode == 0, done.stderr
+    (run,) = runs(work)
+    assert summary(run)["status"] == "finished" and summary(run)["hardware"]["processes"] == 2
+    assert done.stdout.count("run folder:") == 1 and done.stdout.count("no run of this configuration") == 1
+    assert len(list((run / "tensorboard").iterdir())) == 1, "rank 0 alone writes"
+    done = torchrun(work, "logger=default", "optimizer=sgd", "resume=auto", "trainer.max_epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert runs(work) == [run] and summary(run)["epochs"] == 2
+    assert [event["epoch"] for event in metrics(run) if event["event"] == "eval"] == [1, 2]
+
+
+def test_a_sentence_is_said_once(work: Path) -> None:
+    for argv in (["optimizer.lrr=1"], ["dataset=image_folder", "dataset.root=photos"]):
+        done = torchrun(work, *argv)
+        assert done.returncode == 1
+        assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1, done.stderr
+        assert list(work.iterdir()) == []
+
+
+def test_a_sweep(work: Path) -> None:
+    done = torchrun(work, "-m", "optimizer=sgd,adam")
+    assert done.returncode == 0, done.stderr
+    assert [summary(run)["status"] for run in runs(work, "multirun/*/*")] == ["finished", "finished"]
+    assert done.stdout.count("2 runs") == 1
