@@ -166,7 +166,7 @@ def _dress(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(8))
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.25, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -230,9 +230,7 @@ def _groups_of_resumed(overrides: Sequence[Override]) -> list[str]:
     return [f"{group}={choice}" for group, choice in choices.items() if group not in given]
 
 
-def _take_up(
-    composed: DictConfig, chosen: dict[str, str], command: Sequence[str]
-) -> tuple[DictConfig, dict[str, str]]:
+def _take_up(composed: DictConfig, chosen: dict[str, str], command: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
     """Values and choices of the run to be resumed, with what this command gives for itself."""
     folder, _ = find(str(composed.resume))
     saved, choices = load(folder)

@@ -38,8 +38,9 @@ TARGET = f"{__name__}.example"
 @pytest.mark.parametrize(
     ("option", "value", "becomes"),
     [
-        ("rate", 1, 1.0), ("rate", 1e-3, 1e-3), ("name", None, None), ("name", 7, "7"), ("mode", 3, 3),
-        ("widths", [1, 2], [1, 2]), ("widths", [], []), ("betas", [0, 0.5], (0.0, 0.5)), ("anything", {"a": 1}, {"a": 1}),
+        ("rate", 1, 1.0), ("rate", 1e-3, 1e-3), ("name", None, None), ("name", 7, "7"),
+        ("mode", 3, 3), ("widths", [1, 2], [1, 2]), ("widths", [], []),
+        ("betas", [0, 0.5], (0.0, 0.5)), ("anything", {"a": 1}, {"a": 1}),
     ],
 )  # fmt: skip
 def test_values_that_fit(option: str, value: Any, becomes: Any) -> None:

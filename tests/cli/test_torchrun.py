@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.cli.conftest import QUICK, metrics, runs, summary
 from tests.conftest import ROOT
@@ -13,10 +15,17 @@ from tests.conftest import ROOT
 
 def torchrun(work: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     """Two processes on this machine, each with one thread."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     program = [*launcher, str(ROOT / "train.py"), *QUICK, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(program, cwd=work, capture_output=True, text=True, timeout=180, env=environment)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(program, cwd=work, env=environment, start_new_session=True, **pipes) as launched:
+        try:
+            out, err = launched.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(launched.pid, signal.SIGKILL)  # the launcher's children too
+            raise
+    return subprocess.CompletedProcess(program, launched.returncode, out, err)
 
 
 def test_one_folder_and_a_resumed_run(work: Path) -> None:

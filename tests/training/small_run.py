@@ -41,6 +41,7 @@ from training.run import Run
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}),
     "adam": (torch.optim.Adam, {"lr": 1e-3}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
     "adafisher": (AdaFisher, {"lr": 1e-3, "update_every": 3}),
     "adafisherw": (AdaFisherW, {"lr": 1e-3, "update_every": 3}),
     "adahessian": (AdaHessian, {"lr": 0.05, "hessian_every": 2}),

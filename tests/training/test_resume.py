@@ -15,7 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT
-from tests.training.small_run import SignalAt, differences, events, final_state, fit
+from tests.training.small_run import OPTIMIZERS, SignalAt, differences, events, final_state, fit
 from training import Interrupted, checkpoints
 from training.callbacks import Callback, EarlyStopping
 from training.checkpoints import CheckpointError
@@ -36,7 +36,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in tags}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adafisher", "adafisherw", "adahessian"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_ten_steps_and_ten_more_are_twenty(tmp_path: Path, optimizer: str) -> None:
     # An epoch is 16 steps and a log window 3: the stop at step 10 is in the middle of both.
     fit(tmp_path / "whole", optimizer=optimizer)
@@ -101,8 +101,9 @@ def start(folder: Path, **arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment(tmp_path: Path) -> None:
-    options = {"max_steps": 60, "optimizer": "adafisher"}
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_kill_9_at_any_moment(tmp_path: Path, optimizer: str) -> None:
+    options = {"max_steps": 60, "optimizer": optimizer}
     fit(tmp_path / "whole", **options)
     chance = random.Random(time.time_ns())
     for _ in range(2):
