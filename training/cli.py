@@ -14,7 +14,7 @@ from training import report
 from training.config import current, prepare
 from training.distributed import World, broadcast_object
 from training.errors import UserError
-from training.resume import sweep_folder
+from training.resume import release, sweep_folder
 from training.run_config import RunConfig
 from training.run_folder import RunFolder
 from training.signals import CTRL_C, Interrupted
@@ -92,6 +92,8 @@ def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: Dict
             raise SystemExit(1) from error  # no Exception: Hydra would add lines of its own
         folder = sweep_folder(run)
         summary = record_failure(folder, run, error)
+    finally:
+        release()
     if run.sweep is not None:
         _rows.append((run.label or folder.name, summary))
     monitor = monitored(run)

@@ -133,7 +133,7 @@ class TensorBoard(Logger):
         if not run.resumed:
             text = run.folder.config_file.read_text()
             self._writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), 0)
-            experiment, start, _ = hparams(_flat(run.config), dict.fromkeys(self._results(run), 0.0))
+            experiment, start, _ = hparams(_hyperparameters(run.config), dict.fromkeys(self._results(run), 0.0))
             # SummaryWriter.add_hparams would open a run of its own in a sub-folder.
             self._write_summary(experiment, 0)
             self._write_summary(start, 0)
@@ -191,6 +191,14 @@ class TensorBoard(Logger):
                 writer.flush()  # raises what its thread could not write
             finally:
                 writer.close()
+
+
+def _hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
+    """What runs are compared by: the choices under their groups' names, and the values that shape the training."""
+    groups = ("dataset", "model", "optimizer", "scheduler")
+    choices = {group: choice for group, choice in (config.get("choices") or {}).items() if group in groups}
+    kept = {key: value for key, value in config.items() if key in (*groups, "trainer", "seed", "init_from")}
+    return choices | {key: value for key, value in _flat(kept).items() if not key.endswith("_target_")}
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

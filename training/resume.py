@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from training import checkpoints
 from training.errors import UserError
 from training.run_config import RunConfig, find, load
@@ -20,6 +22,9 @@ from training.run_folder import RunFolder, atomic_file
 ENDED = ("finished", "stopped_early", "diverged")
 
 log = logging.getLogger(__name__)
+
+# The lock of the folder that this process trains in.
+_held: list[FileLock] = []
 
 
 @dataclass(frozen=True)
@@ -69,17 +74,31 @@ def sweep_folder(run: RunConfig) -> Path:
 
 
 def enter(start: Start, run: RunConfig) -> RunFolder:
-    """Make the folder of a fresh run, or open the one to continue in and bring its `config.yaml` up to date."""
+    """Make the folder of a fresh run, or open the one to continue in and bring its `config.yaml` up to date.
+
+    Raises:
+        UserError: another process trains in it.
+    """
     if start.checkpoint is None:
         if run.sweep is not None and start.folder.exists():
-            shutil.rmtree(start.folder)  # an attempt that failed before its first checkpoint: `plan` has looked
-        return RunFolder.create(start.folder, run.to_yaml())
+            shutil.rmtree(start.folder)  # an attempt that ended before its first checkpoint: `plan` has looked
+        folder = RunFolder.create(start.folder, run.to_yaml())
+        _lock(folder.path)
+        return folder
     folder = RunFolder.open(start.folder)
+    if not _lock(start.folder):
+        raise UserError(_busy(start.folder))
     values, _ = load(start.folder)
     if values["trainer"] != run.values["trainer"]:  # a longer budget, say
         with atomic_file(folder.config_file) as file:
             file.write(run.to_yaml().encode())
     return folder
+
+
+def release() -> None:
+    """Let others train in the folder that this process entered last."""
+    while _held:
+        _held.pop().release()
 
 
 def load_state(start: Start) -> dict[str, Any] | None:
@@ -94,8 +113,36 @@ def spent(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> bool:
     return not any(trainer.get(key) is not None and trainer[key] > (done or 0) + 1e-9 for key, done in used.items())
 
 
+def _lock(folder: Path) -> bool:
+    """Claim a folder until `release` or the end of this process, however it ends; False if another one has it."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be locked (%s): see to it that one process at a time trains in it.", folder, error)
+        return True
+    _held.append(lock)
+    return True
+
+
+def _is_busy(folder: Path) -> bool:
+    """Whether another process trains in a folder."""
+    if not _lock(folder):
+        return True
+    release()
+    return False
+
+
+def _busy(folder: Path) -> str:
+    return f"{folder} is being trained in by another process: wait for it, or stop it"
+
+
 def _from(run: RunConfig, folder: Path, checkpoint: Path | None, must_exist: bool = True) -> Any:
     """A start in an existing folder; None (`must_exist=False`) or a sentence if nothing there can be resumed."""
+    if _is_busy(folder):
+        raise UserError(_busy(folder))
     summary = RunFolder.open(folder).read_summary()
     status = (summary or {}).get("status")
     over = status in ENDED and (status != "finished" or spent(summary or {}, run.values["trainer"]))
@@ -118,11 +165,13 @@ def _in_sweep(folder: Path) -> Start:
     """A sweep's job has one folder for ever: finished there, or partial, or failed, or new."""
     if not folder.exists():
         return Start(folder)
+    if _is_busy(folder):
+        return Start(folder, summary={"status": "running"}, note=f"{folder.name} runs in another process: skipped")
     summary = RunFolder(folder).read_summary()
     if summary and summary.get("status") in ENDED:
         return Start(folder, summary=summary, note=f"{folder.name} is {_in_words(summary['status'])}: skipped")
     found = checkpoints.latest(folder / "checkpoints")
-    if found is None and any((folder / "checkpoints").glob("*.pt")):
+    if found is None and any((folder / "checkpoints").glob("step_*.pt")):
         raise UserError(f"all checkpoints of {folder} are damaged: delete the folder to start this run again")
     return Start(folder, found[0], note=f"resuming {folder.name} from {found[0].name}") if found else Start(folder)
 

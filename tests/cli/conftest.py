@@ -79,9 +79,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if k not in ("seconds", "wall") and not k.startswith("time/")} for e in events]
 
 
-def unfinish(run: Path) -> None:
+def unfinish(run: Path, all_steps: bool = False) -> None:
     """Bring a finished run to where a kill would have left it: no summary, the last checkpoint not yet written."""
     (run / "summary.json").unlink()
     steps = sorted((run / "checkpoints").glob("step_*.pt"))
-    assert len(steps) > 1
-    steps[-1].unlink()
+    assert all_steps or len(steps) > 1
+    for path in steps if all_steps else steps[-1:]:
+        path.unlink()

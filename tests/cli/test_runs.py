@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from tests.cli.conftest import QUICK, Outcome, metrics, runs, summary, unfinish
 from tests.conftest import ROOT
@@ -29,7 +30,7 @@ def test_a_run_and_its_folder(command: Callable[..., Outcome], work: Path) -> No
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_s3_[0-9a-f]{8}", run.name)
     assert f"tensorboard --logdir {run.relative_to(work)}" in outcome.out
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "summary.json", "train.log", "tensorboard", "checkpoints",
+        ".lock", "config.yaml", "metrics.jsonl", "summary.json", "train.log", "tensorboard", "checkpoints",
         "loss.png", "accuracy.png", "lr.png",
     }  # fmt: skip
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -152,6 +153,20 @@ def test_data_may_have_moved(command: Callable[..., Outcome], work: Path, shared
     (work / "here").rename(work / "there")
     assert command(f"resume={run}", "paths.data=there").code == 0
     assert summary(run)["status"] == "finished"
+
+
+def test_a_run_that_is_being_trained_is_left_alone(quick: Callable[..., Outcome], work: Path) -> None:
+    assert quick("optimizer=sgd").code == 0 and quick("-m", "optimizer=sgd,adam").code == 0
+    (single,), swept = runs(work), runs(work, "multirun/*/*")
+    for run in (single, *swept):
+        unfinish(run, all_steps=True)
+    before = [sorted(run.rglob("*")) for run in (single, *swept)]
+    with FileLock(single / ".lock"), FileLock(swept[0] / ".lock"):
+        assert "is being trained in by another process" in quick(f"resume={single}", "optimizer=sgd").sentence()
+        outcome = quick("-m", "optimizer=sgd,adam")
+        assert outcome.code == 0 and "runs in another process: skipped" in outcome.out
+    assert [sorted(run.rglob("*")) for run in (single, swept[0])] == before[:2], "nothing was touched"
+    assert summary(swept[1])["status"] == "finished"
 
 
 def test_init_from(quick: Callable[..., Outcome], work: Path) -> None:
