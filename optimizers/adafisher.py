@@ -142,6 +142,9 @@ class AdaFisher(CurvatureOptimizer):
             torch._foreach_mul_(params, 1 - lr * decay)
         torch._foreach_addcdiv_(params, moments, fisher, sizes)
 
+    def _cache_bytes(self, block: Approximation) -> int:
+        return sum(p.numel() * p.element_size() for p in block.layer.parameters)  # F~
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See CurvatureOptimizer."""
         super().load_state_dict(state_dict)

@@ -227,13 +227,17 @@ class CurvatureOptimizer(Optimizer):
             item = 8 if block.layer.parameters[0].dtype == torch.float64 else 4
             described = " ".join(f"{key}{list(shape)}" for key, shape in shapes.items())
             count = sum(p.numel() for p in block.layer.parameters if p.requires_grad)
-            size = sum(item * int(torch.Size(shape).numel()) for shape in shapes.values())
+            size = sum(item * torch.Size(shape).numel() for shape in shapes.values()) + self._cache_bytes(block)
             table.rows.append((name or "(root)", type(block).__name__, described, count, size))
         named = dict(self.model.named_parameters()) if self.model is not None else {}
         for name, reason in self._uncovered.items():
             if named[name].requires_grad:
                 table.rows.append((name, f"fallback: {reason}", "", named[name].numel(), 0))
         return table
+
+    def _cache_bytes(self, block: Approximation) -> int:
+        """Bytes of what is worked out from a block's factors and kept between refreshes."""
+        return 0
 
     # -- the verbs -----------------------------------------------------------------------------------------------------
 

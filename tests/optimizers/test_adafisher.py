@@ -316,3 +316,13 @@ def test_coverage_says_what_has_curvature_and_what_not() -> None:
 def test_bad_arguments_are_sentences(options: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         AdaFisher(mlp(), **options)
+
+
+def test_coverage_counts_the_bytes_that_are_allocated() -> None:
+    model, (inputs, targets) = conv_net(), images()
+    optimizer = AdaFisher(model)
+    optimizer.backward(criterion(model(inputs), targets))
+    optimizer.step()
+    kept = [t for block in optimizer.blocks.values() for t in block.factors.values()]
+    kept += [t for _, t in optimizer._fisher.values()]
+    assert optimizer.coverage().bytes == sum(t.untyped_storage().nbytes() for t in kept)
