@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ import torch.distributed as dist
 from torch import nn
 
 from training.errors import UserError
+
+
+# How many times this process has joined the others; the same on every rank.
+_sessions = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,11 @@ def session(device: str = "auto") -> Iterator[World]:
         yield world
         return
     # Control messages are tensors on the CPU and go over gloo: they never wait for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo", rank=rank, world_size=size)
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    # A sweep joins once a job, over one store: without a prefix of its own, a job may read the addresses of the last.
+    store, _, _ = next(dist.rendezvous("env://", rank, size))
+    store = dist.PrefixStore(f"session-{next(_sessions)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield world
     finally:
