@@ -15,7 +15,6 @@ from torch import nn
 
 from training.errors import UserError
 
-
 # How many times this process has joined the others; the same on every rank.
 _sessions = itertools.count()
 
