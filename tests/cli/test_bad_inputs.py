@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def test_a_gpu_that_is_not_there(quick: Callable[..., Outcome], work: Path) -> N
 def test_offline(quick: Callable[..., Outcome], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    # urllib reads the proxies once, into an opener that it keeps: begin without one, and put the old one back.
+    monkeypatch.setattr(urllib.request, "_opener", None)
     outcome = quick("dataset=cifar10")
     assert re.search(r"cifar10 .*cannot be downloaded .*dataset=digits", outcome.sentence())
     assert outcome.code == 1 and runs(work) == []
