@@ -186,6 +186,8 @@ class CurvatureOptimizer(Optimizer):
         factors, and ``rejected`` counts it).
         """
         assert self._recorder is not None
+        if not any(p.requires_grad for block in self.blocks.values() for p in block.layer.parameters):
+            return {}
         if not self._recorder.examples and communication.world_size() == 1:
             warnings.warn(
                 "no backward pass came through the model in training mode since the last step, so its curvature was "

@@ -322,3 +322,26 @@ def test_an_optimizer_built_late_or_thawed_later_trains_everything(name: str) ->
     for _ in range(3):
         train_step(optimizer, model, batch)
     assert not [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_model_without_a_trainable_layer(name: str, frozen: bool) -> None:
+    """Bare parameters alone (a toy function), or all that is left beside frozen layers: the fallback, quietly."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.ones(2))
+            self.layer = nn.Linear(2, 2).requires_grad_(False) if frozen else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x + self.shift)
+
+    model = Shifted()
+    optimizer = build(name, model)
+    before = model.shift.detach().clone()
+    for _ in range(3):
+        train_step(optimizer, model, (torch.randn(4, 2), torch.tensor([0, 1, 0, 1])))
+    assert bool((model.shift != before).all()) and bool(model.shift.isfinite().all())
