@@ -124,15 +124,7 @@ class AdaFisher(CurvatureOptimizer):
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr, beta, decay = group["lr"], group["momentum"], group["weight_decay"]
         self._refresh(params, group["damping"])
-        moments, sizes = [], []
-        for p in params:
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state.update(step=0, exp_avg=torch.zeros_like(p))
-            state["step"] += 1
-            moments.append(state["exp_avg"])
-            sizes.append(-lr / (1 - beta ** state["step"]))
-        torch._foreach_lerp_(moments, grads, 1 - beta)
+        moments, corrections = self._moments(params, grads, beta)
         if decay and not self.decoupled_decay:  # m of (g + decay * theta), without a copy of g
             torch._foreach_add_(moments, params, alpha=decay * (1 - beta))
         bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._fisher]
@@ -140,7 +132,7 @@ class AdaFisher(CurvatureOptimizer):
         fisher = [self._fisher[p][1] if p in self._fisher else fallback[p] for p in params]
         if decay and self.decoupled_decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_addcdiv_(params, moments, fisher, sizes)
+        torch._foreach_addcdiv_(params, moments, fisher, [-lr / c for c in corrections])
 
     def _cache_bytes(self, block: Approximation) -> int:
         return sum(p.numel() * p.element_size() for p in block.layer.parameters)  # F~

@@ -253,20 +253,12 @@ class AdaHessian(CurvatureOptimizer):
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr, (beta, _), decay = group["lr"], group["betas"], group["weight_decay"]
-        moments, denominators, sizes = [], [], []
-        for p in params:
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state.update(step=0, exp_avg=torch.zeros_like(p))
-            state["step"] += 1
-            denominator, correction = self._denominator(p, group)
-            moments.append(state["exp_avg"])
-            denominators.append(denominator)
-            sizes.append(-lr * correction / (1 - beta ** state["step"]))
-        torch._foreach_lerp_(moments, grads, 1 - beta)
+        moments, corrections = self._moments(params, grads, beta)
+        denominators = [self._denominator(p, group) for p in params]
+        sizes = [-lr * scale / c for (_, scale), c in zip(denominators, corrections, strict=True)]
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_addcdiv_(params, moments, denominators, sizes)
+        torch._foreach_addcdiv_(params, moments, [d for d, _ in denominators], sizes)
 
     def _reset(self) -> None:
         super()._reset()

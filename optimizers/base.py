@@ -303,6 +303,19 @@ class CurvatureOptimizer(Optimizer):
         if self._recorder is not None:
             self._recorder.reset()
 
+    def _moments(self, params: list[Tensor], grads: list[Tensor], beta: float) -> tuple[list[Tensor], list[float]]:
+        """Adam's first moments with this step's gradients in them, and their bias corrections ``1 - beta^t``."""
+        moments, corrections = [], []
+        for p in params:
+            state = self.state[p]
+            if "exp_avg" not in state:
+                state.update(step=0, exp_avg=torch.zeros_like(p))
+            state["step"] += 1
+            moments.append(state["exp_avg"])
+            corrections.append(1 - beta ** state["step"])
+        torch._foreach_lerp_(moments, grads, 1 - beta)
+        return moments, corrections
+
     def _fallback(
         self, bare: list[tuple[Tensor, Tensor]], decay: float = 0.999, eps: float = 1e-8
     ) -> dict[Tensor, Tensor]:
