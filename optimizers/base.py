@@ -14,7 +14,7 @@ from torch.autograd.profiler import record_function
 from torch.optim.optimizer import Optimizer
 
 from optimizers.curvature import communication
-from optimizers.curvature.approximations import Approximation
+from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import Layer, adapt
 from optimizers.curvature.recorder import Recorder
 
@@ -150,7 +150,6 @@ class CurvatureOptimizer(Optimizer):
                 owners.setdefault(parameter, []).append(module_name)
         mine = {p for group in self.param_groups for p in group["params"]}
         reasons: dict[nn.Parameter, str] = {}
-        layers: list[Layer] = []
         for name, module in self.model.named_modules():
             layer = adapt(name, module)
             own = list(module.parameters(recurse=False))
@@ -162,13 +161,13 @@ class CurvatureOptimizer(Optimizer):
                 reason = "layer with extra parameters"  # weight_norm, adapters, ...
             elif all(p in mine for p in layer.parameters):
                 self.blocks[name] = make_block(layer)
-                layers.append(layer)
                 continue
             else:
                 reason = "layer trained in part by another optimizer"
             for p in own:
                 reasons.setdefault(p, reason)
         self._uncovered = {n: reasons[p] for n, p in self.model.named_parameters() if p in reasons and p in mine}
+        layers = [block.layer for block in self.blocks.values()]
         self._recorder = Recorder(self.model, layers, self._due, self._observe)
 
     def _due(self) -> bool:
@@ -188,7 +187,8 @@ class CurvatureOptimizer(Optimizer):
         assert self._recorder is not None
         if not any(p.requires_grad for block in self.blocks.values() for p in block.layer.parameters):
             return {}
-        if not self._recorder.examples and communication.world_size() == 1:
+        alone = communication.world_size() == 1
+        if alone and not self._recorder.examples:
             warnings.warn(
                 "no backward pass came through the model in training mode since the last step, so its curvature was "
                 "not updated: call model.train(), and the whole model rather than its parts, before the forward pass.",
@@ -201,15 +201,14 @@ class CurvatureOptimizer(Optimizer):
         for name, block in self.blocks.items():
             if block.observed:
                 estimates[name] = block.estimate(gradient_scale, examples)
-            elif communication.world_size() > 1:  # every rank must bring the same shapes to the exchange
+            elif not alone:  # every rank must bring the same shapes to the exchange
                 estimates[name] = block.zeros()
             else:
                 continue
             weights += [float(block.observed)] * len(estimates[name])
-        if communication.world_size() > 1:
+        if not alone:
             tensors = [t for factors in estimates.values() for t in factors.values()]
-            seen = torch.tensor(weights, device=tensors[0].device)
-            communication.average_(tensors, seen)
+            communication.average_(tensors, torch.tensor(weights, device=tensors[0].device))
         if estimates:  # one synchronisation for all layers
             sums = torch.stack([sum((t.sum() for t in f.values()), start=torch.zeros(())) for f in estimates.values()])
             good = [name for name, finite in zip(estimates, sums.isfinite().tolist(), strict=True) if finite]
@@ -226,7 +225,7 @@ class CurvatureOptimizer(Optimizer):
         table = Coverage()
         for name, block in self.blocks.items():
             shapes = block.shapes()
-            item = 8 if block.layer.parameters[0].dtype == torch.float64 else 4
+            item = statistics_dtype(block.layer.parameters[0]).itemsize
             described = " ".join(f"{key}{list(shape)}" for key, shape in shapes.items())
             count = sum(p.numel() for p in block.layer.parameters if p.requires_grad)
             size = sum(item * torch.Size(shape).numel() for shape in shapes.values()) + self._cache_bytes(block)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from optimizers.base import check_range
+
 
 class Likelihood(ABC):
     """p(targets | outputs)."""
@@ -38,8 +40,7 @@ class Categorical(Likelihood):
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
+        check_range("label_smoothing", label_smoothing, 0, 1, open_high=True)
         self.label_smoothing = label_smoothing
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optimizers import AdaFisher, AdaFisherW
+from optimizers.curvature.layers import AffineLayer, adapt
 from tests import dense
 from tests.optimizers.problems import PROBLEMS, conv_net, images, mlp, tokens
 
@@ -59,6 +60,32 @@ def test_factors_are_the_dense_diagonals(name: str, reduction: str) -> None:
     # and as a block: the Kronecker product of the diagonals, row-major over [d_out, d_in + 1], group after group
     block = torch.cat([torch.kron(gg.diagonal(), aa.diagonal()) for aa, gg in zip(a, g, strict=True)])
     torch.testing.assert_close(optimizer.curvature_matrices()["1"], torch.diag(block), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", CONVS)
+def test_adapters_cut_out_what_plain_loops_do(name: str) -> None:
+    """``inputs`` and ``gradients`` of a layer, position by position, and ``sum_t g aᵀ`` as its parameters' gradient."""
+    layer = CONVS[name].double()
+    adapter = adapt(name, layer)
+    assert isinstance(adapter, AffineLayer)
+    if isinstance(layer, nn.Linear):
+        shape: tuple[int, ...] = (6, layer.in_features)
+    else:
+        shape = (layer.in_channels, 9) if isinstance(layer, nn.Conv1d) else (layer.in_channels, 6, 7)
+    x = torch.randn(3, *shape)
+    y = layer(x)
+    g = torch.randn_like(y)
+    a_all, g_all = adapter.inputs(x), adapter.gradients(g)  # [groups, batch, shared, width]
+    for example in range(3):
+        a, v = dense.positions(layer, x[example], g[example])
+        torch.testing.assert_close(a_all[:, example], torch.stack([torch.stack(group) for group in a]))
+        torch.testing.assert_close(g_all[:, example], torch.stack([torch.stack(group) for group in v]))
+    gradients = torch.autograd.grad(y, adapter.parameters, g)
+    matrix = torch.einsum("nbto,nbti->noi", g_all, a_all)
+    torch.testing.assert_close(adapter.to_matrix(*gradients, *[None] * (2 - len(gradients))), matrix)
+    for mine, expected in zip(adapter.from_matrix(matrix), gradients, strict=True):
+        torch.testing.assert_close(mine, expected)
 
 
 @pytest.mark.usefixtures("float64")
