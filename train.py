@@ -21,7 +21,7 @@ from training import cli, distributed, resume, tasks
 from training.config import CONFIG_FOLDER, CONFIG_NAME
 from training.rng import seed_everything
 from training.run_config import RunConfig
-from training.schema import build, build_schedule, refusals
+from training.schema import build, build_scalars, build_schedule, refusals
 from training.warm_start import warm_start
 
 
@@ -54,16 +54,17 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
         extras: dict[str, Any] = {"model": model, "likelihood": task.likelihood, "seed": config["seed"]}
         optimizer = build(config["optimizer"], "optimizer", through=build_optimizer, **extras)
         schedule = build_schedule(config["scheduler"])
+        scalars = build_scalars(config["schedules"])
         callbacks = [build(node, f"callbacks.{name}") for name, node in config["callbacks"].items()]
         loggers = [build(node, f"logger.{name}") for name, node in config["logger"].items()]
         with refusals("trainer", config["trainer"]):
-            trainer.check(data, task, world, callbacks, optimizer=optimizer, schedule=schedule)
+            trainer.check(data, task, world, callbacks, optimizer=optimizer, schedule=schedule, scalars=scalars)
         state = resume.load_state(start)
 
         folder = cli.on_main(world, partial(resume.enter, start, run))
         summary = trainer.fit(
-            model, optimizer, data, task, folder=folder, schedule=schedule, world=world, callbacks=callbacks,
-            loggers=loggers, resume=state, config=run.record(), config_id=run.id,
+            model, optimizer, data, task, folder=folder, schedule=schedule, scalars=scalars, world=world,
+            callbacks=callbacks, loggers=loggers, resume=state, config=run.record(), config_id=run.id,
         )  # fmt: skip
     return summary, folder.path
 

@@ -82,9 +82,14 @@ def plot_run(metrics_jsonl: str | Path, name: str | None = None) -> dict[str, Fi
 def _loss(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_epoch, by_time = figure.subplots(1, 2, sharey=True)
+    _, plateau = series(events, "plateau/loss")
     for axes, x, label in ((by_epoch, "epoch", "epoch"), (by_time, "seconds", "training seconds")):
         values = _draw_splits(axes, events, "loss", x, best=min)
         _dress(axes, label, "loss" if axes is by_epoch else "")
+        if plateau:
+            axes.axhline(
+                plateau[-1], color=GREY, linestyle="--", linewidth=1.2, label=f"constant output {plateau[-1]:.3g}"
+            )
     if values and min(values) > 0 and max(values) / min(values) > 30:
         by_epoch.set_yscale("log")  # shared with the other
         by_epoch.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

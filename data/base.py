@@ -52,7 +52,9 @@ class DataModule:
         train: shuffled and augmented; drops the last partial batch.
         val: every example once, in a fixed order.
         test: every example once, in a fixed order.
-        class_names: names of the classes, by target.
+        class_names: names of the classes, by target; empty where there are none.
+        plateau: the training loss, as it is reported, of the best output that is the same for every example; None
+            where nobody has worked it out.
     """
 
     name: str
@@ -62,3 +64,4 @@ class DataModule:
     val: BatchLoader
     test: BatchLoader
     class_names: list[str]
+    plateau: float | None = None

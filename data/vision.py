@@ -35,7 +35,7 @@ UNLOADABLE = (RuntimeError, OSError, AssertionError, ValueError, EOFError, HTTPE
 
 
 @dataclass(frozen=True)
-class _Loading:
+class Loading:
     """How a set is split and served: the options that all builders share, checked before anything is read."""
 
     batch_size: int
@@ -118,7 +118,7 @@ def digits(
     Raises:
         ValueError: for an option out of its range.
     """
-    loading = _Loading(
+    loading = Loading(
         batch_size, eval_batch_size, augment, val_fraction, split_seed, limit_train, limit_val,
         seed, device, rank, world_size,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def image_folder(
         ValueError: for an option out of its range.
         DataError: for a folder without such a layout, an unreadable image, or a set too large for memory.
     """
-    loading = _Loading(
+    loading = Loading(
         batch_size, eval_batch_size, augment, val_fraction, split_seed, limit_train, limit_val,
         seed, device, rank, world_size, test_fraction,
     )  # fmt: skip
@@ -217,13 +217,13 @@ def _published(
         rank: int = 0,
         world_size: int = 1,
     ) -> DataModule:
-        loading = _Loading(
+        loading = Loading(
             batch_size, eval_batch_size, augment, val_fraction, split_seed, limit_train, limit_val,
             seed, device, rank, world_size,
         )  # fmt: skip
-        train, test = _torchvision_sets(name, source, Path(root).expanduser(), download)
+        train, test = torchvision_sets(name, source, Path(root).expanduser(), download)
         names = list(train.classes)
-        read = _Images(_labelled(train), names, test=_labelled(test), statistics=(mean, std), flip=flip)
+        read = _Images(labelled_images(train), names, test=labelled_images(test), statistics=(mean, std), flip=flip)
         return _module(name, read, loading)
 
     build.__name__ = build.__qualname__ = name
@@ -270,7 +270,7 @@ cifar100 = _published(
 )  # fmt: skip
 
 
-def _torchvision_sets(name: str, source: type, root: Path, download: bool) -> tuple[Any, Any]:
+def torchvision_sets(name: str, source: type, root: Path, download: bool) -> tuple[Any, Any]:
     """Train and test set, from the folder if they are there, else downloaded (by one process at a time)."""
     absent = f"{name} is absent from {root.absolute()}, or damaged there"
     ways_out = (
@@ -301,21 +301,21 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _labelled(source: Any) -> Labelled:
+def labelled_images(source: Any) -> Labelled:
     """Images and targets of a torchvision set: grey ones are [N, H, W], coloured ones [N, H, W, C]."""
     images = torch.as_tensor(source.data)
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(source.targets)
 
 
-def _module(name: str, images: _Images, loading: _Loading) -> DataModule:
+def _module(name: str, images: _Images, loading: Loading) -> DataModule:
     """Split what was read into train, val and test, and make their loaders."""
     channels, size, _ = images.train[0].shape[1:]
     augmentation = _augmentation(loading.augment, size, images.flip)
 
     # One stratified order, cut in up to three: [test | val | train].
     order = _stratified_order(images.train[1], loading.split_seed)
-    test_rows, rest = _cut(order, 0.0 if images.test else loading.test_fraction)
-    val_rows, train_rows = _cut(rest, 0.0 if images.val else loading.val_fraction)
+    test_rows, rest = cut(order, 0.0 if images.test else loading.test_fraction)
+    val_rows, train_rows = cut(rest, 0.0 if images.val else loading.val_fraction)
     mean, std = images.statistics or pixel_statistics(images.train[0], train_rows)
 
     pool = ImageStore(*images.train, padding=augmentation.crop, device=loading.device)
@@ -344,8 +344,8 @@ def _module(name: str, images: _Images, loading: _Loading) -> DataModule:
         name=name,
         task="classification",
         facts={"in_channels": channels, "num_classes": len(images.class_names), "image_size": size},
-        train=loader(pool, _limited(train_rows, "limit_train", loading.limit_train), training=True),
-        val=loader(val or pool, _limited(val_rows, "limit_val", loading.limit_val)),
+        train=loader(pool, limited(train_rows, "limit_train", loading.limit_train), training=True),
+        val=loader(val or pool, limited(val_rows, "limit_val", loading.limit_val)),
         test=loader(test or pool, test_rows),
         class_names=images.class_names,
     )
@@ -371,7 +371,7 @@ def _stratified_order(targets: Tensor, seed: int) -> Tensor:
     return shuffled[place.argsort(stable=True)]
 
 
-def _cut(order: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+def cut(order: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """The first ``fraction`` of an order (at least one example, unless it is 0), and the rest."""
     count = max(1, round(fraction * len(order))) if fraction else 0
     if count >= len(order):
@@ -379,7 +379,7 @@ def _cut(order: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     return order[:count], order[count:]
 
 
-def _limited(rows: Tensor, name: str, limit: float) -> Tensor:
+def limited(rows: Tensor, name: str, limit: float) -> Tensor:
     """The first ``limit`` of the rows."""
     count = round(limit * len(rows))
     if not count:

@@ -8,10 +8,23 @@ from typing import Any
 
 from torch import nn
 
+from models.autoencoder import autoencoder, conv_autoencoder
+from models.convnets import cuda_convnet, vgg11
 from models.mlp import mlp
 from models.resnet import resnet
+from models.toy import deep_linear, toynet
 
-__all__ = ["build_model", "mlp", "resnet"]
+__all__ = [
+    "autoencoder",
+    "build_model",
+    "conv_autoencoder",
+    "cuda_convnet",
+    "deep_linear",
+    "mlp",
+    "resnet",
+    "toynet",
+    "vgg11",
+]
 
 
 def build_model(factory: Callable[..., nn.Module], facts: Mapping[str, Any], **options: Any) -> nn.Module:

@@ -12,9 +12,14 @@ from torch import nn
 from optimizers.adafisher import AdaFisher, AdaFisherW
 from optimizers.adahessian import AdaHessian
 from optimizers.base import Coverage, CurvatureOptimizer, unwrap
+from optimizers.kfac import EKFAC, KFAC
+from optimizers.kronecker_svd import KPSVD, Deflation, KFACCorrected, Lanczos
 from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
+    "KPSVD",
     "AdaFisher",
     "AdaFisherW",
     "AdaHessian",
@@ -22,7 +27,10 @@ __all__ = [
     "Categorical",
     "Coverage",
     "CurvatureOptimizer",
+    "Deflation",
     "Gaussian",
+    "KFACCorrected",
+    "Lanczos",
     "Likelihood",
     "build_optimizer",
     "unwrap",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -137,11 +138,24 @@ class CurvatureOptimizer(Optimizer):
 
     # -- curvature of layers -----------------------------------------------------------------------------------------
 
-    def _watch(self, make_block: Callable[[Layer], Approximation]) -> None:
+    def _watch(
+        self,
+        make_block: Callable[[Layer], Approximation],
+        *,
+        skip: str | None = None,
+        deferred: bool = False,
+        fraction: float = 1.0,
+    ) -> None:
         """Give each supported layer a block and let the recorder feed it; note why the other parameters have none.
 
         A layer is left to the fallback when any of its parameters is shared with another module (its curvature would
         be the sum of both roles') or is not this optimizer's to train.
+
+        Args:
+            make_block: the block of a layer.
+            skip: regular expression; layers in whose name it is found are left to the fallback.
+            deferred: see Recorder.
+            fraction: see Recorder.
         """
         assert self.model is not None
         owners: dict[nn.Parameter, list[str]] = {}
@@ -155,6 +169,8 @@ class CurvatureOptimizer(Optimizer):
             own = list(module.parameters(recurse=False))
             if layer is None:
                 reason = "unsupported layer" if type(module).__module__.startswith("torch.nn.") else "free parameter"
+            elif skip is not None and re.search(skip, name):
+                reason = "skipped"
             elif shared := [o for p in own for o in owners[p] if o != name]:
                 reason = "tied to " + ", ".join(dict.fromkeys(shared))
             elif len(own) > len(layer.parameters):
@@ -168,7 +184,7 @@ class CurvatureOptimizer(Optimizer):
                 reasons.setdefault(p, reason)
         self._uncovered = {n: reasons[p] for n, p in self.model.named_parameters() if p in reasons and p in mine}
         layers = [block.layer for block in self.blocks.values()]
-        self._recorder = Recorder(self.model, layers, self._due, self._observe)
+        self._recorder = Recorder(self.model, layers, self._due, self._observe, deferred, fraction)
 
     def _due(self) -> bool:
         """Whether the step under way gathers curvature."""
@@ -195,20 +211,29 @@ class CurvatureOptimizer(Optimizer):
                 stacklevel=4,
             )
             return {}
+        kinds: dict[type[Approximation], list[Approximation]] = {}
+        for block in self.blocks.values():
+            if block.observed or not alone:  # every rank must bring the same blocks to the exchange
+                kinds.setdefault(type(block), []).append(block)
+        found: dict[str, dict[str, Tensor]] = {}
+        for kind, blocks in kinds.items():
+            found |= kind.estimate_all(blocks, *self._scaling())
+        return self._exchanged({name: found[name] for name in self.blocks if name in found})
+
+    def _scaling(self) -> tuple[float, int]:
+        """What turns an observed gradient into one of the per-example loss, and how many examples were observed."""
+        assert self._recorder is not None
         examples = max(self._recorder.examples, 1)
-        gradient_scale = float(examples) if self.loss_reduction == "mean" else 1.0
-        estimates, weights = {}, []
-        for name, block in self.blocks.items():
-            if block.observed:
-                estimates[name] = block.estimate(gradient_scale, examples)
-            elif not alone:  # every rank must bring the same shapes to the exchange
-                estimates[name] = block.zeros()
-            else:
-                continue
-            weights += [float(block.observed)] * len(estimates[name])
-        if not alone:
-            tensors = [t for factors in estimates.values() for t in factors.values()]
-            communication.average_(tensors, torch.tensor(weights, device=tensors[0].device))
+        return (float(examples) if self.loss_reduction == "mean" else 1.0), max(self._recorder.observed, 1)
+
+    def _exchanged(self, estimates: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Estimates averaged over the ranks that have them, without those that are not finite."""
+        if communication.world_size() > 1:
+            shared = [name for name in estimates if not self.blocks[name].gathers]
+            tensors = [t for name in shared for t in estimates[name].values()]
+            weights = [float(self.blocks[name].observed) for name in shared for _ in estimates[name]]
+            if tensors:
+                communication.average_(tensors, torch.tensor(weights, device=tensors[0].device))
         if estimates:  # one synchronisation for all layers
             sums = torch.stack([sum((t.sum() for t in f.values()), start=torch.zeros(())) for f in estimates.values()])
             good = [name for name, finite in zip(estimates, sums.isfinite().tolist(), strict=True) if finite]
@@ -273,6 +298,7 @@ class CurvatureOptimizer(Optimizer):
         if self._due():
             with record_function(CURVATURE):
                 self._update_curvature()
+        self._precondition()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):
@@ -286,6 +312,9 @@ class CurvatureOptimizer(Optimizer):
     def _update_curvature(self) -> None:
         """Fold what this step gathered into the running averages."""
         raise NotImplementedError
+
+    def _precondition(self) -> None:
+        """Before the parameters' update: what has to be worked out over all groups together."""
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Update, in place, the parameters of one group that have gradients."""

@@ -24,8 +24,37 @@ class Likelihood(ABC):
         """Scalar: the negative log-likelihood, averaged over observations."""
 
     @abstractmethod
-    def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
-        """Targets drawn from the model's own distribution, of the shape ``nll`` takes."""
+    def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Targets at which the model's cumulative distribution reaches ``uniforms`` (entries in [0, 1))."""
+
+    def noise_shape(self, outputs: Tensor) -> tuple[int, ...]:
+        """How many uniform numbers a draw takes: one an output, unless a subclass says otherwise."""
+        return tuple(outputs.shape)
+
+    def sample(
+        self, outputs: Tensor, generator: Generator | None = None, *, rank: int = 0, world_size: int = 1
+    ) -> Tensor:
+        """Targets drawn from the model's own distribution, of the shape ``nll`` takes.
+
+        A draw inverts the cumulative distribution at uniform numbers, which a generator yields one after another: k
+        micro-batches draw what one batch would, and ``world_size`` ranks with equal generators what one process would.
+
+        Args:
+            outputs: ``[batch, ..., features]``.
+            generator: of the uniform numbers, on any device; None: torch's own.
+            rank: which share of the joint batch ``outputs`` is.
+            world_size: how many equal shares there are.
+        """
+        shape = self.noise_shape(outputs)
+        dtype = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+        device = outputs.device if generator is None else generator.device
+        joint = torch.rand((world_size * shape[0], *shape[1:]), generator=generator, dtype=dtype, device=device)
+        uniforms = joint[rank * shape[0] : (rank + 1) * shape[0]].to(outputs.device, non_blocking=True)
+        return self.quantile(outputs.detach().to(dtype), uniforms)
+
+    @abstractmethod
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of each observation's own nll by its outputs, ``[batch, ..., features]``."""
 
     @abstractmethod
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
@@ -47,10 +76,22 @@ class Categorical(Likelihood):
         """See Likelihood."""
         return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), label_smoothing=self.label_smoothing)
 
-    def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
+    def noise_shape(self, outputs: Tensor) -> tuple[int, ...]:
         """See Likelihood."""
-        probabilities = outputs.detach().flatten(0, -2).float().softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator).view(outputs.shape[:-1])
+        return tuple(outputs.shape[:-1])
+
+    def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """See Likelihood."""
+        cumulative = outputs.softmax(-1).cumsum(-1)
+        # Rounding may leave the last entry below 1; the comparison leaves it out.
+        return (cumulative[..., :-1] <= uniforms.unsqueeze(-1)).sum(-1)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See Likelihood. Without smoothing; zero where a target does not count."""
+        counted = (targets != -100).unsqueeze(-1)
+        classes = targets.clamp(min=0).unsqueeze(-1)
+        gradient = outputs.detach().softmax(-1)
+        return gradient.scatter_add(-1, classes, -torch.ones_like(gradient[..., :1])) * counted
 
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """See Likelihood. ``diag(p) - p pᵀ = R Rᵀ`` with ``R = (I - p 1ᵀ) diag(sqrt p)``."""
@@ -67,9 +108,13 @@ class Bernoulli(Likelihood):
         total = F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
         return total / outputs[..., 0].numel()
 
-    def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
+    def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """See Likelihood."""
-        return torch.bernoulli(outputs.detach().sigmoid(), generator=generator)
+        return (uniforms < outputs.sigmoid()).to(outputs.dtype)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See Likelihood."""
+        return outputs.detach().sigmoid() - targets
 
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """See Likelihood."""
@@ -93,10 +138,14 @@ class Gaussian(Likelihood):
         """See Likelihood."""
         return (outputs - targets).square().sum() / (2 * self.sigma**2 * outputs[..., 0].numel())
 
-    def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
+    def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """See Likelihood."""
-        noise = torch.empty_like(outputs).normal_(generator=generator)
-        return outputs.detach() + self.sigma * noise
+        tiny = torch.finfo(uniforms.dtype).eps / 4  # rand may return 0, whose quantile is infinite
+        return outputs + self.sigma * torch.special.ndtri(uniforms.clamp(min=tiny))
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See Likelihood."""
+        return (outputs.detach() - targets) / self.sigma**2
 
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """See Likelihood."""

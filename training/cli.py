@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,7 +52,8 @@ def main(job: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
     _rows.clear()
     try:
         sys.argv = [program[0], *prepare(given)]
-        job()
+        with _wrapped() if {"-h", "--help"} & set(given) else nullcontext():
+            job()
     except MENDABLE as error:
         _complain(error)
         return 1
@@ -64,6 +68,18 @@ def main(job: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
         sys.argv = program
         _close_sweep()
     return int(any(summary.get("status") == "failed" for _, summary in _rows))
+
+
+@contextmanager
+def _wrapped() -> Iterator[None]:
+    """Within it, long printed lines go on in the next one: Hydra's help lists all choices of a group in one line."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            sys.stdout.write(textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False) + "\n")
 
 
 def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: DictConfig) -> float:
@@ -96,7 +112,7 @@ def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: Dict
         release()
     if run.sweep is not None:
         _rows.append((run.label or folder.name, summary))
-    monitor = monitored(run)
+    monitor = summary.get("monitor") or monitored(run)
     value = (summary.get("best") or {}).get(monitor)
     worst = float("inf") if monitor.endswith("loss") else float("-inf")
     return float(value) if isinstance(value, int | float) else worst

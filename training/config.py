@@ -28,18 +28,23 @@ from omegaconf.errors import OmegaConfBaseException
 from training import schema
 from training.errors import UserError
 from training.run_config import RunConfig, find, load, replace_folder
+from training.schedules import ScalarSchedule
 from training.schema import TARGET, did_you_mean
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 CONFIG_NAME = "train"
 # Groups without a `_target_` of their own, which hold named nodes that have one.
 CONTAINERS = ("logger", "callbacks")
+# The one key whose names are not in the files: those of the chosen optimizer's scalars, which are checked against it.
+OPEN = "schedules"
+# A group that follows from the others: hyper-parameters that an experiment has for an optimizer, if it has some.
+PUBLISHED = "published"
 # What these two are anyway; Hydra refuses null as a choice on the command line.
 NOTHING = ("experiment=null", "debug=null")
 # Groups that a resumed run may choose anew: they do not change what is learned.
 FREE = ("paths", "logger", "callbacks")
-# Keys whose state lies in a checkpoint: a resumed run cannot change them.
-RESTORED = ("seed", "model", "optimizer", "scheduler", "init_from")
+# Keys that a resumed run cannot change: their state lies in a checkpoint, or they go with what does.
+RESTORED = ("seed", "model", "optimizer", "scheduler", "schedules", "init_from")
 
 
 def prepare(argv: Sequence[str]) -> list[str]:
@@ -66,7 +71,7 @@ def prepare(argv: Sequence[str]) -> list[str]:
     search = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
     overrides = [_parse(text) for text in given]
     _refuse_additions(overrides, search)
-    given = [*search, *_groups_of_resumed(overrides), *given]
+    given = [*search, *_groups_of_resumed(overrides), *map(_opened, given)]
     if args.multirun:
         return [*flags, *given, *_prepare_sweep([_parse(text) for text in given])]
     for override in overrides:
@@ -84,6 +89,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: for an unknown key, group or choice, a malformed override, a broken file, or a bad value.
     """
+    overrides = [_opened(text) for text in overrides]
     parsed = [_parse(text) for text in overrides]
     options = _options(parsed)
     for override in parsed:
@@ -112,9 +118,10 @@ def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence
         UserError: for a missing or mistyped value, or a broken interpolation.
     """
     chosen = {group: choice for group, choice in choices.items() if choice and not group.startswith("hydra")}
+    chosen.pop(PUBLISHED, None)
     if OmegaConf.select(cfg, "resume") not in (None, "auto"):
         cfg, chosen = _take_up(cfg, chosen, command)
-    return RunConfig(validate(_resolve(cfg)), chosen, list(command))
+    return RunConfig(validate(_resolve(cfg)), chosen, [text.removeprefix("++") for text in command])
 
 
 def current(cfg: DictConfig) -> RunConfig:
@@ -123,7 +130,9 @@ def current(cfg: DictConfig) -> RunConfig:
     run = settle(cfg, hydra.runtime.choices, list(hydra.overrides.task))
     if hydra.mode != RunMode.MULTIRUN:
         return run
-    return RunConfig(run.values, run.choices, run.command, Path(hydra.sweep.dir), hydra.job.override_dirname)
+    return RunConfig(
+        run.values, run.choices, run.command, Path(hydra.sweep.dir), hydra.job.override_dirname.replace("++", "")
+    )
 
 
 def validate(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,13 +153,18 @@ def validate(values: Mapping[str, Any]) -> dict[str, Any]:
             for name, node in (checked.get(group) or {}).items()
             if node is not None  # callbacks.early_stopping=null switches it off
         }
+    checked[OPEN] = {
+        name: schema.check_options(ScalarSchedule, schema.check_value(node, dict, f"{OPEN}.{name}"), f"{OPEN}.{name}")
+        for name, node in (checked.get(OPEN) or {}).items()
+        if node is not None
+    }
     return checked
 
 
 def _top_level(
     paths: dict, dataset: dict, model: dict, optimizer: dict, scheduler: dict, trainer: dict,
     seed: int, name: str | None = None, resume: str | None = None, init_from: str | None = None,
-    logger: dict | None = None, callbacks: dict | None = None,
+    logger: dict | None = None, callbacks: dict | None = None, schedules: dict | None = None,
 ) -> None:  # fmt: skip
     """The signature that `configs/train.yaml` is checked against."""
 
@@ -199,6 +213,11 @@ def _quote_path(text: str) -> str:
     key, _, path = text.partition("=")
     special = re.search(r"[=,{}\[\]()]", path) and not path.startswith(("'", '"', "["))
     return f"{key}='{path}'" if special and Path(path).exists() else text
+
+
+def _opened(text: str) -> str:
+    """An override under `schedules` in the form that adds what is not there, which Hydra would refuse."""
+    return f"++{text}" if text.partition("=")[0].split(".")[0] == OPEN else text
 
 
 def _refuse_additions(overrides: Iterable[Override], search: Sequence[str]) -> None:
@@ -289,6 +308,9 @@ def _resolve(cfg: DictConfig, prefix: str = "") -> dict[str, Any]:
 
 def _diagnose(overrides: Sequence[Override], options: Mapping[str, list[str]], error: Exception) -> str:
     """Why a configuration does not compose, in a sentence about the override that is at fault."""
+    for override in overrides:
+        if override.is_delete() and override.key_or_group in ("experiment", "optimizer"):  # both name `PUBLISHED`
+            return f"{override.key_or_group} is missing from the configuration: ~ cannot remove it"
     groups = [o.input_line or "" for o in overrides if o.key_or_group in options or o.key_or_group.startswith("hydra")]
     tree = _tree(groups)
     for override in overrides:
@@ -326,7 +348,7 @@ def _fault_of_choice(override: Override, options: Mapping[str, list[str]]) -> st
 def _fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
     """A sentence if the key is not in the tree, with what it may have been meant to be."""
     key = override.key_or_group
-    if tree is None or key.startswith("hydra"):
+    if tree is None or key.startswith("hydra") or key.split(".")[0] == OPEN:
         return None
     known = _keys(tree)
     groups = sorted(_options([]))

@@ -40,6 +40,9 @@ class Logger:
     def log(self, record: dict[str, Any]) -> None:
         """One event: event, step, epoch, seconds, wall, and its values."""
 
+    def image(self, name: str, image: torch.Tensor, step: int) -> None:
+        """A picture, uint8 ``[C, H, W]`` with one channel or three."""
+
     def on_step(self, run: Run) -> None:
         """After every optimizer step; values that lie on the device are not to be read."""
 
@@ -161,6 +164,11 @@ class TensorBoard(Logger):
             for name, parameter in self._run.model.named_parameters():
                 self._histogram(f"weights/{name}", parameter, step)
                 self._histogram(f"gradients/{name}", parameter.grad, step)
+
+    def image(self, name: str, image: torch.Tensor, step: int) -> None:
+        """See Logger."""
+        assert self._writer is not None
+        self._writer.add_image(name, image, step)
 
     def _histogram(self, name: str, tensor: torch.Tensor | None, step: int) -> None:
         assert self._writer is not None

@@ -34,6 +34,7 @@ def summarise(run: Run, status: str, error: str | None = None) -> dict[str, Any]
         "final": {name: value for name, value in run.latest.items() if name.split("/")[0] in ("train", "val", "test")},
         "best": dict(run.best) if run.best else None,
         "monitor": run.monitor,
+        "plateau": run.data.plateau,
         "steps": run.step,
         "epochs": run.epoch,
         "seconds": {

@@ -16,6 +16,7 @@ from training.distributed import World, maximum
 from training.metrics import Meters
 from training.precision import Precision
 from training.run_folder import RunFolder
+from training.schedules import Scalars
 from training.tasks import Task
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Run:
         forward: what training calls: the model, compiled and wrapped as asked for.
         optimizer: trains it.
         scheduler: drives the optimizer's learning rates.
+        scalars: drives its other scalars.
         precision: number formats.
         scaler: of fp16 gradients; does nothing otherwise.
         data: the three sets.
@@ -65,6 +67,7 @@ class Run:
     forward: Callable[[Tensor], Tensor]
     optimizer: Optimizer
     scheduler: LRScheduler
+    scalars: Scalars
     precision: Precision
     data: DataModule
     task: Task

@@ -1,11 +1,17 @@
-"""Learning-rate schedules, as functions of progress through the budget: every length is a fraction of it.
+"""Schedules, as functions of progress through the budget: every length is a fraction of it.
 
-Each takes the optimizer and the budget's length in ticks, and returns one of torch's own schedulers.
+Those of the learning rate take the optimizer and the budget's length in ticks, and return one of torch's own
+schedulers. Any other scalar of an optimizer (damping, momentum, update_every, ...) follows a ``ScalarSchedule``.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
@@ -127,3 +133,139 @@ def onecycle(
         final_div_factor=start_factor / end_factor,
         cycle_momentum=False,
     )
+
+
+# -- every other scalar ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScalarSchedule:
+    """A scalar as a function of progress: from its configured value to ``end``, and flat before and after.
+
+    Attributes:
+        end: the last value.
+        shape: the way there: a straight line, a straight line on a logarithmic scale, or half a cosine.
+        start: fraction of the budget at which the value leaves the configured one.
+        stop: fraction of the budget from which on it is ``end``.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    end: float
+    shape: Literal["linear", "exponential", "cosine"] = "linear"
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.end):
+            raise ValueError(f"end must be finite, got {self.end!r}")
+        if self.shape not in ("linear", "exponential", "cosine"):
+            raise ValueError(f"shape must be one of linear, exponential, cosine, got {self.shape!r}")
+        if self.shape == "exponential" and self.end <= 0:
+            raise ValueError(f"end must be above 0 for the exponential shape, got {self.end!r}")
+        _check("start", self.start, 0, 1)
+        _check("stop", self.stop, self.start, 1)
+
+    def value(self, first: float, progress: float) -> float:
+        """The scalar at a place in the budget.
+
+        Args:
+            first: its configured value; above 0 for the exponential shape.
+            progress: share of the budget that is used up.
+        """
+        if progress >= self.stop:
+            return self.end
+        if progress <= self.start:
+            return first
+        share = (progress - self.start) / (self.stop - self.start)
+        if self.shape == "exponential":
+            return first * (self.end / first) ** share
+        share = share if self.shape == "linear" else (1 - math.cos(math.pi * share)) / 2
+        return first + share * (self.end - first)
+
+
+class Scalars:
+    """Drives scalars of an optimizer: in every parameter group where they lie there, else as its attributes.
+
+    They are a function of progress alone, so nothing has to be saved. The values to start from are read here, each
+    group's own: make this before a checkpoint, which holds scheduled values, is loaded into the optimizer.
+
+    Args:
+        optimizer: any.
+        schedules: by the scalar's name; a whole number stays one, by rounding.
+
+    Attributes:
+        values: what was last set, by name; of the first parameter group where they differ.
+
+    Raises:
+        ValueError: for a name that is no scalar of this optimizer, or one that has no value to start from.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedules: Mapping[str, ScalarSchedule]) -> None:
+        self.values: dict[str, float] = {}
+        self._optimizer = optimizer
+        self._schedules = dict(schedules)
+        self._hints = _constructor_hints(optimizer)
+        self._firsts = {name: self._first(name, schedule) for name, schedule in schedules.items()}
+
+    def set(self, progress: float) -> None:
+        """Give every scalar its value at this share of the budget."""
+        for name, firsts in self._firsts.items():
+            values = [self._value(name, first, progress) for first in firsts]
+            self.values[name] = values[0]
+            if name in self._optimizer.defaults:
+                for group, value in zip(self._optimizer.param_groups, values, strict=True):
+                    group[name] = value
+            else:
+                setattr(self._optimizer, name, values[0])
+
+    def _value(self, name: str, first: float, progress: float) -> float:
+        value, hint = self._schedules[name].value(first, progress), self._hints.get(name)
+        # A whole number by nature, and no float that happens to be given as 0.
+        counts = isinstance(first, int) and float not in (hint, *typing.get_args(hint))
+        return round(value) if counts else value
+
+    def _first(self, name: str, schedule: ScalarSchedule) -> list[float]:
+        """The configured values of a scalar: one a parameter group, or that of the attribute."""
+        if name == "lr":
+            raise ValueError("lr is the scheduler's: choose scheduler=NAME, such as cosine or onecycle, in its place")
+        known, kind = self._known(), type(self._optimizer).__name__
+        if name not in known:
+            from training.schema import did_you_mean  # which builds what is defined here
+
+            names = sorted(known_name for known_name, values in known.items() if _is_number(values[0]))
+            advice = did_you_mean(name, names) or f"; it has {', '.join(names) or 'none'}"
+            raise ValueError(f"{name} is no scalar of {kind}{advice}")
+        values = known[name]
+        if any(value is None for value in values):
+            raise ValueError(f"{name} is off (null), so there is nothing to start from: give optimizer.{name} a number")
+        if not all(map(_is_number, values)):
+            raise ValueError(f"{name} of {kind} is not a single number, so it cannot follow a schedule: leave it out")
+        if schedule.shape == "exponential" and min(values) <= 0:
+            raise ValueError(
+                f"{name} starts from {min(values):g} and the exponential shape needs positive values: set "
+                f"optimizer.{name} above 0, or another shape"
+            )
+        return values
+
+    def _known(self) -> dict[str, list[Any]]:
+        """Hyper-parameters by name: those of the parameter groups, and constructor arguments kept as attributes."""
+        optimizer = self._optimizer
+        own = {name: [getattr(optimizer, name)] for name in self._hints if hasattr(optimizer, name)}
+        grouped = {name: [group[name] for group in optimizer.param_groups] for name in optimizer.defaults}
+        return {name: values for name, values in (own | grouped).items() if name not in ("lr", "seed")}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _constructor_hints(optimizer: Optimizer) -> dict[str, Any]:
+    """Parameters of an optimizer's constructor with their type hints, as far as these can be resolved."""
+    constructor = type(optimizer).__init__
+    hints: dict[str, Any] = dict.fromkeys(inspect.signature(constructor).parameters, Any)
+    try:
+        return hints | typing.get_type_hints(constructor)
+    except (NameError, TypeError, AttributeError):  # names that exist for type checkers only
+        return hints

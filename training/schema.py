@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from optimizers import build_optimizer
+from optimizers import Gaussian, build_optimizer
 from training.errors import UserError
+from training.schedules import Scalars, ScalarSchedule
 
 TARGET = "_target_"
 
@@ -176,6 +177,19 @@ def build_schedule(node: Mapping[str, Any]) -> Callable[..., Any]:
     return partial(locate(node[TARGET], "scheduler"), **{name: v for name, v in node.items() if name != TARGET})
 
 
+def build_scalars(nodes: Mapping[str, Any]) -> dict[str, ScalarSchedule]:
+    """The schedules of an optimizer's scalars, from the checked nodes under `schedules`.
+
+    Raises:
+        UserError: one refused an option.
+    """
+    built = {}
+    for name, node in nodes.items():
+        with refusals(f"schedules.{name}", node):
+            built[name] = ScalarSchedule(**node)
+    return built
+
+
 def rehearse(values: Mapping[str, Any]) -> None:
     """Build all that needs no data, so that a value out of range is refused before anything is read or written.
 
@@ -190,9 +204,24 @@ def rehearse(values: Mapping[str, Any]) -> None:
     for group in ("callbacks", "logger"):
         for name, node in values[group].items():
             build(node, f"{group}.{name}")
-    optimizer = build(values["optimizer"], "optimizer", through=build_optimizer, model=torch.nn.Linear(1, 1))
+    optimizer = build(values["optimizer"], "optimizer", through=_small)
+    schedules = build_scalars(values["schedules"])
+    with refusals("schedules", schedules):
+        scalars = Scalars(optimizer, schedules)
+    scalars.set(1.0)
+    for name, end in scalars.values.items():
+        if name in values["optimizer"]:  # ranges are intervals: what lies between two values in range is in range
+            with refusals(f"schedules.{name}.end"):
+                options = {key: value for key, value in values["optimizer"].items() if key != TARGET}
+                _small(locate(values["optimizer"][TARGET], "optimizer"), **options | {name: end})
+
+
+def _small(target: Callable[..., Any], **options: Any) -> torch.optim.Optimizer:
+    """An optimizer of a very small model, to hear what it refuses."""
+    optimizer = build_optimizer(target, torch.nn.Linear(1, 1), likelihood=Gaussian(), **options)
     if close := getattr(optimizer, "close", None):
         close()
+    return optimizer
 
 
 @contextmanager

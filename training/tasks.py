@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from optimizers.likelihoods import Categorical, Likelihood
+from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from training.errors import UserError
 from training.metrics import Mean, Meters, accuracy
 
 
@@ -39,7 +41,8 @@ class Task(ABC):
             meters: what ``meters`` made.
             outputs: ``[batch, ...]``, full precision, no gradient.
             targets: ``[batch, ...]``.
-            loss: the training loss of the batch, a scalar; None: the likelihood's own is computed.
+            loss: the training loss of the batch, a scalar; None: the likelihood's own is computed. A task may report
+                it in another unit than it is trained on.
         """
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -64,6 +67,19 @@ class Classification(Task):
         self.likelihood = Categorical(label_smoothing)
         self._proper = Categorical()
 
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See Task.
+
+        Raises:
+            UserError: the model's outputs are not as many as the classes.
+        """
+        if outputs.shape[-1] != self.num_classes:
+            raise UserError(
+                f"a classification needs {self.num_classes} outputs an example, one a class, and this model gives "
+                f"{list(outputs.shape[1:])}: choose a classifier, or a data set of images to rebuild"
+            )
+        return super().loss(outputs, targets)
+
     def meters(self, device: torch.device) -> Meters:
         """See Task."""
         return Meters({"loss": Mean(device), "accuracy": accuracy(self.num_classes, device)})
@@ -75,17 +91,75 @@ class Classification(Task):
         meters.metrics["accuracy"].update(outputs, targets)
 
 
+class Reconstruction(Task):
+    """The input's pixels; outputs are logits or means ``[batch, pixels]``, targets the pixels themselves.
+
+    Trained on the likelihood, a sum over the pixels, so that curvature needs no scaling; reported a pixel, as
+    auto-encoders are compared: the cross-entropy (Bernoulli) or the squared error (Gaussian) of the average pixel.
+
+    Args:
+        likelihood: bernoulli, pixels in [0, 1] as probabilities; or gaussian, of variance 1/2, whose negative
+            log-likelihood is the squared error itself.
+
+    Raises:
+        ValueError: for a likelihood there is none of.
+    """
+
+    name = "reconstruction"
+    metrics: ClassVar[dict[str, Literal["min", "max"]]] = {"loss": "min", "mse": "min"}
+    main = "loss"
+
+    def __init__(self, likelihood: str = "bernoulli") -> None:
+        if likelihood not in ("bernoulli", "gaussian"):
+            raise ValueError(f"likelihood must be bernoulli or gaussian, got {likelihood!r}")
+        self.likelihood = Bernoulli() if likelihood == "bernoulli" else Gaussian(sigma=math.sqrt(0.5))
+
+    def meters(self, device: torch.device) -> Meters:
+        """See Task."""
+        return Meters({"loss": Mean(device), "mse": Mean(device)})
+
+    def measure(self, meters: Meters, outputs: Tensor, targets: Tensor, loss: Tensor | None = None) -> None:
+        """See Task."""
+        meters.examples += len(targets)
+        loss = self.loss(outputs, targets) if loss is None else loss
+        meters.metrics["loss"].update(loss / targets.shape[1], len(targets))
+        meters.metrics["mse"].update((self.pixels(outputs) - targets).square().mean(), len(targets))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See Task.
+
+        Raises:
+            UserError: the model's outputs are not as many as the pixels.
+        """
+        if outputs.shape != targets.shape:
+            raise UserError(
+                f"a reconstruction needs {targets.shape[1]} outputs an image, one a pixel, and this model gives "
+                f"{list(outputs.shape[1:])}: choose an auto-encoder"
+            )
+        return super().loss(outputs, targets)
+
+    def pixels(self, outputs: Tensor) -> Tensor:
+        """The expected pixels, ``[batch, pixels]``."""
+        return outputs.sigmoid() if isinstance(self.likelihood, Bernoulli) else outputs
+
+
 def build(name: str, facts: dict[str, Any], label_smoothing: float = 0.0) -> Task:
     """The task a data set asks for.
 
     Args:
         name: ``DataModule.task``.
         facts: ``DataModule.facts``.
-        label_smoothing: of the training loss.
+        label_smoothing: of the training loss, where there are labels.
 
     Raises:
         ValueError: for a task there is none of, or label smoothing out of its range.
     """
     if name == Classification.name:
         return Classification(facts["num_classes"], label_smoothing)
-    raise ValueError(f"task must be {Classification.name!r}, got {name!r}")
+    if name == Reconstruction.name:
+        if label_smoothing:
+            raise ValueError(
+                f"label_smoothing must be 0 for a reconstruction, which has no labels, got {label_smoothing}"
+            )
+        return Reconstruction(facts["likelihood"])
+    raise ValueError(f"task must be {Classification.name!r} or {Reconstruction.name!r}, got {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ from training.precision import Precision
 from training.provenance import summarise
 from training.run import Run
 from training.run_folder import RunFolder
+from training.schedules import Scalars, ScalarSchedule
 from training.signals import Interrupted, StopSignals
 from training.tasks import Task
 
@@ -153,6 +154,7 @@ class Trainer:
         *,
         optimizer: Optimizer | None = None,
         schedule: Schedule | None = None,
+        scalars: Mapping[str, ScalarSchedule] | None = None,
     ) -> None:
         """Raise what ``fit`` would refuse, before a run folder is made. ``fit`` calls it too.
 
@@ -163,6 +165,7 @@ class Trainer:
             callbacks: see ``fit``.
             optimizer: see ``fit``; None: whether it suits the trainer is not checked.
             schedule: see ``fit``; None: not checked.
+            scalars: see ``fit``; checked together with the optimizer.
 
         Raises:
             ValueError: for a value that does not go with the data, the task or the optimizer.
@@ -176,6 +179,7 @@ class Trainer:
             raise ValueError(f"monitor must be one of {', '.join(known)}, got {self.monitor!r}")
         if optimizer is not None:
             self._check_optimizer(optimizer)
+            Scalars(optimizer, scalars or {})
         for callback in callbacks:
             callback.check(task)
         (schedule or schedules.none)(torch.optim.SGD([torch.zeros(1)], lr=1.0), ticks=self._budget(data).ticks)
@@ -198,6 +202,7 @@ class Trainer:
         data: DataModule,
         task: Task,
         schedule: Schedule | None,
+        scalars: Mapping[str, ScalarSchedule] | None,
         world: World,
         folder: RunFolder,
     ) -> Run:
@@ -214,6 +219,7 @@ class Trainer:
             forward=forward,
             optimizer=optimizer,
             scheduler=(schedule or schedules.none)(optimizer, ticks=budget.ticks),
+            scalars=Scalars(optimizer, scalars or {}),
             precision=precision,
             data=data,
             task=task,
@@ -235,6 +241,7 @@ class Trainer:
         *,
         folder: RunFolder,
         schedule: Schedule | None = None,
+        scalars: Mapping[str, ScalarSchedule] | None = None,
         world: World | None = None,
         callbacks: list[Callback] | None = None,
         loggers: list[Logger] | None = None,
@@ -251,6 +258,7 @@ class Trainer:
             task: loss and metrics.
             folder: where to write.
             schedule: ``schedule(optimizer, ticks=n)`` returns a scheduler; None: the learning rate stays.
+            scalars: schedules of other scalars of the optimizer, by name.
             world: this process among the others; None: alone, on the CPU.
             callbacks: on every rank.
             loggers: used on rank 0.
@@ -268,7 +276,7 @@ class Trainer:
         """
         world, callbacks = world or World(), list(callbacks or [])
         callbacks += [Profiler()] if self.profile else []
-        self.check(data, task, world, callbacks, optimizer=optimizer, schedule=schedule)
+        self.check(data, task, world, callbacks, optimizer=optimizer, schedule=schedule, scalars=scalars)
         with ExitStack() as stack:
             if world.is_main:
                 stack.enter_context(log_file(folder.log_file))
@@ -276,7 +284,7 @@ class Trainer:
             signals = stack.enter_context(StopSignals())
             run = None
             try:
-                run = self._assemble(model, optimizer, data, task, schedule, world, folder)
+                run = self._assemble(model, optimizer, data, task, schedule, scalars, world, folder)
                 run.config, run.config_id = config or {}, config_id
                 run.callbacks, run.loggers = callbacks, list(loggers or []) if world.is_main else []
                 self._start(run, resume, stack)
@@ -295,6 +303,8 @@ class Trainer:
             checkpoints.restore(run, resume)
             run.resumed = True
             run.seconds = run.clock.seconds()
+            # As the last step left them: those that are attributes are in no checkpoint.
+            run.scalars.set(run.budget.progress(max(run.step - 1, 0), run.seconds))
             log.info("resumed at step %d", run.step)
         if run.world.is_main:
             run.folder.summary_file.unlink(missing_ok=True)  # of an earlier session: a summary speaks of the end
@@ -337,6 +347,7 @@ class Trainer:
     def _step(self, run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One optimizer step on ``accumulate`` batches. Nothing in it waits for the device."""
         run.phases.mark(None)
+        run.scalars.set(run.progress)
         run.optimizer.zero_grad()
         for part in range(self.accumulate):
             self._micro_batch(run, *next(batches), last=part == self.accumulate - 1)
@@ -371,6 +382,7 @@ class Trainer:
         require_finite_loss(run, values["train/loss"])
         with run.clock.count("other"):
             values["lr"] = run.lr
+            values |= {f"schedule/{name}": float(value) for name, value in run.scalars.values.items()}
             if run.grad_norm is not None:
                 values["train/grad_norm"] = float(run.grad_norm)
             values |= {f"time/{phase}": seconds for phase, seconds in run.phases.read().items()}

@@ -8,6 +8,7 @@ of the *per-example* loss, the estimated Fisher block is ``E[(sum_t a_t (x) g_t)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ class Approximation(ABC):
         layer: the layer's adapter.
         factors: the running averages, by name; empty until the first update.
     """
+
+    #: Whether ``estimate_all`` brings the ranks' samples together itself, so that estimates need no averaging.
+    gathers: bool = False
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -61,6 +65,16 @@ class Approximation(ABC):
             gradient_scale: what turns an observed gradient into one of the per-example loss.
             examples: how many examples the step's statistics were summed over.
         """
+
+    @classmethod
+    def estimate_all(
+        cls, blocks: Sequence[Approximation], gradient_scale: float, examples: int
+    ) -> dict[str, dict[str, Tensor]]:
+        """The step's factors of several blocks of this kind by layer name; zeros for one that this rank did not see."""
+        return {
+            block.layer.name: block.estimate(gradient_scale, examples) if block.observed else block.zeros()
+            for block in blocks
+        }
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this process is."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def average_(tensors: Sequence[Tensor], weight: Tensor | None = None) -> None:
     """Replace each tensor, in place, by its mean over ranks: one all-reduce a dtype.
 
@@ -34,3 +39,25 @@ def average_(tensors: Sequence[Tensor], weight: Tensor | None = None) -> None:
         for (tensor, _), count in zip(chosen, total, strict=True):
             tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor) / count)
             offset += tensor.numel()
+
+
+def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor of all ranks, one behind the other along dimension 1; ranks may differ in its length there.
+
+    Args:
+        tensors: of at least two dimensions; the same ones, in the same order, on every rank.
+    """
+    if world_size() == 1:
+        return list(tensors)
+    gathered = []
+    for tensor in tensors:
+        length = torch.tensor([tensor.shape[1]], device=tensor.device)
+        lengths = [torch.zeros_like(length) for _ in range(world_size())]
+        dist.all_gather(lengths, length)
+        longest = max(int(n) for n in lengths)
+        padded = tensor.new_zeros(tensor.shape[0], longest, *tensor.shape[2:])
+        padded[:, : tensor.shape[1]] = tensor
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
+        gathered.append(torch.cat([part[:, : int(n)] for part, n in zip(parts, lengths, strict=True)], dim=1))
+    return gathered

@@ -36,6 +36,9 @@ class Layer:
         self.name = name
         self.module = module
 
+    #: Whether a row of (x, g) is one example's alone. Where examples mix, rows may not be left out.
+    separable: bool = True
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Weight, then bias where the layer has one."""
@@ -75,6 +78,10 @@ class AffineLayer(Layer, ABC):
     @abstractmethod
     def gradient_square_sums(self, g: Tensor) -> Tensor:
         """Squares of ``g`` summed over examples and positions, ``[groups, d_out]``."""
+
+    def grid(self, g: Tensor) -> tuple[int, int]:
+        """Height and width of the grid that the shared positions of an output gradient lie on, row by row."""
+        return 1, self.gradients(g).shape[2]
 
     def inputs(self, x: Tensor) -> Tensor:
         """``a`` as ``[groups, batch, shared, columns]``."""
@@ -155,6 +162,10 @@ class ConvLayer(AffineLayer):
         x = F.pad(x, self._padding, mode=self._mode) if any(self._padding) else x
         return x.unsqueeze(2) if self._flat else x
 
+    def grid(self, g: Tensor) -> tuple[int, int]:
+        """See AffineLayer."""
+        return (1 if self._flat else g.shape[-2]), g.shape[-1]
+
     def _unfold(self, x: Tensor) -> Tensor:
         """``[batch, channels * kernel, positions]``."""
         return F.unfold(x, self._kernel, dilation=self._dilation, stride=self._stride)
@@ -182,6 +193,78 @@ class ConvLayer(AffineLayer):
         return g.square().sum(others).view(self.groups, self.d_out)
 
 
+class ConvTransposeLayer(AffineLayer):
+    """``nn.ConvTranspose2d`` with any stride, padding, output padding, dilation and groups.
+
+    ``y[t] = sum over i, k of W[i, :, k] x[i, s]`` wherever ``t = stride s - padding + dilation k``. With zeros put
+    between the pixels of x (stride - 1 of them) that is an ordinary convolution of stride 1 with the kernel turned
+    around, padded by ``dilation (kernel - 1) - padding``: so ``a_t`` is a patch of the stretched image, read backwards.
+    """
+
+    def __init__(self, name: str, module: nn.ConvTranspose2d) -> None:
+        super().__init__(name, module)
+        self.groups = module.groups
+        self._per_group = module.in_channels // module.groups
+        self._kernel = tuple(module.kernel_size)
+        self._taps = self._kernel[0] * self._kernel[1]
+        self.d_in = self._per_group * self._taps
+        self.d_out = module.out_channels // module.groups
+        self._stride, self._dilation = tuple(module.stride), tuple(module.dilation)
+        self._lead: list[int] = []  # padding before, by axis; negative: cropped
+        self._trail: list[int] = []
+        for axis in range(2):
+            padding, extra = module.padding[axis], module.output_padding[axis]
+            assert isinstance(padding, int)
+            reach = self._dilation[axis] * (self._kernel[axis] - 1)
+            self._lead.append(reach - padding)
+            self._trail.append(reach - padding + extra)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """``[batch, channels, taps, positions]``, taps in the order of the weight's."""
+        x = x if x.dim() == 4 else x.unsqueeze(0)
+        batch, channels, height, width = x.shape
+        stretched = x.new_zeros(batch, channels, (height - 1) * self._stride[0] + 1, (width - 1) * self._stride[1] + 1)
+        stretched[:, :, :: self._stride[0], :: self._stride[1]] = x
+        padded = F.pad(stretched, (self._lead[1], self._trail[1], self._lead[0], self._trail[0]))
+        unfolded = F.unfold(padded, self._kernel, dilation=self._dilation)
+        return unfolded.view(batch, channels, self._taps, -1).flip(2)
+
+    def grid(self, g: Tensor) -> tuple[int, int]:
+        """See AffineLayer."""
+        return g.shape[-2], g.shape[-1]
+
+    def patches(self, x: Tensor) -> Tensor:
+        """See AffineLayer."""
+        unfolded = self._patches(x)
+        return unfolded.reshape(len(unfolded), self.groups, self.d_in, -1).permute(1, 0, 3, 2)
+
+    def gradients(self, g: Tensor) -> Tensor:
+        """See AffineLayer."""
+        g = g if g.dim() == 4 else g.unsqueeze(0)
+        return g.reshape(len(g), self.groups, self.d_out, -1).permute(1, 0, 3, 2)
+
+    def input_square_sums(self, x: Tensor) -> tuple[Tensor, int]:
+        """See AffineLayer."""
+        x = x if x.dim() == 4 else x.unsqueeze(0)
+        patches = self._patches(x.square().sum(0, keepdim=True))
+        return self._append_count(patches.sum(-1).view(self.groups, self.d_in), len(x) * patches.shape[-1])
+
+    def gradient_square_sums(self, g: Tensor) -> Tensor:
+        """See AffineLayer."""
+        return self.gradients(g).square().sum((1, 2))
+
+    def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See AffineLayer. The weight is ``[in, out / groups, kernel]``."""
+        weight = weight.reshape(self.groups, self._per_group, self.d_out, self._taps).transpose(1, 2)
+        return super().to_matrix(weight, bias)
+
+    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
+        """See AffineLayer."""
+        weight = matrix[..., : self.d_in].reshape(self.groups, self.d_out, self._per_group, self._taps)
+        weight = weight.transpose(1, 2).reshape(self.parameters[0].shape).contiguous()
+        return [weight, matrix[..., -1].flatten()] if self.has_bias else [weight]
+
+
 class ElementwiseLayer(Layer, ABC):
     """A layer whose curvature is kept as the exact diagonal of its Fisher block."""
 
@@ -201,6 +284,7 @@ class NormLayer(ElementwiseLayer):
         super().__init__(name, module)
         self._normalize = normalize
         self._by_channel = by_channel
+        self.separable = not isinstance(module, nn.modules.batchnorm._BatchNorm)
 
     def square_sums(self, x: Tensor, g: Tensor) -> list[Tensor]:
         """See ElementwiseLayer. Dimensions that are neither the first nor the parameter's are shared."""
@@ -247,6 +331,8 @@ def adapt(name: str, module: nn.Module) -> Layer | None:
         return LinearLayer(name, module)
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
         return ConvLayer(name, module)
+    if isinstance(module, nn.ConvTranspose2d):
+        return ConvTransposeLayer(name, module)
     if isinstance(module, nn.Embedding):
         plain = not (module.sparse or module.scale_grad_by_freq)
         return EmbeddingLayer(name, module) if plain else None

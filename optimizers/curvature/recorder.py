@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optimizers.curvature.layers import Layer
@@ -25,6 +26,15 @@ class _Call:
 
     examples: int | None = None
     counted: bool = False  # whether a backward pass through it has been seen
+
+
+@dataclass
+class _Flow:
+    """A layer's input and the place of its output in the graph, which later in-place operations do not move."""
+
+    layer: Layer
+    x: Tensor
+    edge: GradientEdge
 
 
 class _Hook:
@@ -53,6 +63,10 @@ class Recorder:
     is kept beyond the graph itself. A pass is recorded when the root module is in training mode, gradients are
     enabled and ``due()`` is true: evaluation, ``no_grad`` and the steps in between cost one Python call a layer.
 
+    With ``deferred`` nothing is shown during ``loss.backward()``. Instead ``differentiate`` sends gradients of one's
+    own choice through the recorded pass, as often as one likes and before its graph is freed; parameters are not
+    reached, so no weight gradient is formed and neither ``.grad`` nor DDP's reducer sees it.
+
     Use it as a context manager, or call ``close()``: either removes every hook.
 
     Args:
@@ -60,21 +74,39 @@ class Recorder:
         layers: the layers to watch.
         due: asked at each forward pass.
         observe: called as ``observe(layer, x, g)`` in the backward pass, without gradients.
+        deferred: wait for ``differentiate``.
+        fraction: share of the examples to show, spread evenly over a batch, the first one always among them.
+
+    Attributes:
+        examples: how many examples were in the passes since the last ``reset``.
+        observed: how many of them were shown.
     """
 
-    def __init__(self, root: nn.Module, layers: Sequence[Layer], due: Callable[[], bool], observe: Observer) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        layers: Sequence[Layer],
+        due: Callable[[], bool],
+        observe: Observer,
+        deferred: bool = False,
+        fraction: float = 1.0,
+    ) -> None:
         self._root = root
+        self._fraction = fraction
+        self._deferred = deferred
+        self._flows: list[_Flow] = []
         self._due = due
         self._observe = observe
         self._call = _Call()
-        self.examples = 0
+        self.examples = self.observed = 0
         self._handles = [root.register_forward_pre_hook(_Hook(self._enter))]
         self._handles += [layer.module.register_forward_hook(_Hook(self._leave, layer)) for layer in layers]
 
     def reset(self) -> None:
-        """Forget how many examples were counted: a new step begins."""
-        self.examples = 0
+        """Forget what was counted and recorded: a new step begins."""
+        self.examples = self.observed = 0
         self._call = _Call()
+        self._flows.clear()
 
     def close(self) -> None:
         """Remove every hook. Idempotent."""
@@ -102,15 +134,68 @@ class Recorder:
         if not any(p.requires_grad for p in layer.parameters):
             return
         x, call = args[0].detach(), self._call
+        if self._deferred:
+            self._flows.append(_Flow(layer, x, get_gradient_edge(output)))
+            return
         output.register_hook(lambda g: self._backward(layer, call, x, g))
 
     @torch.no_grad()
     def _backward(self, layer: Layer, call: _Call, x: Tensor, g: Tensor) -> None:
+        # A part of the model called on its own has no root pass: its first layer to report tells the batch.
+        examples = call.examples if call.examples is not None else len(g)
+        chosen = self.choose(examples, g.device)
         if not call.counted:
             call.counted = True
-            # A part of the model called on its own has no root pass: its first layer to report tells the batch.
-            self.examples += call.examples if call.examples is not None else len(g)
-        self._observe(layer, x, g.detach())
+            self._count(examples, chosen)
+        self._show(layer, x, g.detach(), chosen, examples)
+
+    def choose(self, examples: int, device: torch.device) -> Tensor | None:
+        """Indices of the examples of a batch that are shown, int64; None: all."""
+        if self._fraction >= 1:
+            return None
+        marks = (torch.arange(examples + 1, dtype=torch.float64) * self._fraction).ceil()
+        return marks.diff().nonzero().flatten().to(device)
+
+    def _count(self, examples: int, chosen: Tensor | None) -> None:
+        self.examples += examples
+        self.observed += examples if chosen is None else len(chosen)
+
+    def _show(self, layer: Layer, x: Tensor, g: Tensor, chosen: Tensor | None, examples: int) -> None:
+        if chosen is None:
+            self._observe(layer, x, g)
+        elif layer.separable and len(x) == len(g) == examples:
+            self._observe(layer, x[chosen], g[chosen])
+        elif len(g) == examples:  # rows cannot be left out of x, so the others' gradients are
+            self._observe(layer, x, torch.zeros_like(g).index_copy_(0, chosen, g[chosen]))
+        else:  # rows are not examples: all of them, at the weight of the share (when deferred, the others are zero)
+            self._observe(layer, x, g if self._deferred else g * (len(chosen) / examples) ** 0.5)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a pass was recorded that ``differentiate`` has not been through."""
+        return bool(self._flows)
+
+    def differentiate(self, outputs: Tensor, gradients: Iterable[Tensor], chosen: Tensor | None) -> None:
+        """Show the observer what flows back from ``outputs`` in the passes recorded so far, and forget them.
+
+        Args:
+            outputs: of the model, ``[batch, ...]``, with their graph, which is kept.
+            gradients: by the chosen rows of ``outputs``, in their shape; a backward pass each.
+            chosen: what ``choose`` returned.
+        """
+        flows, self._flows = self._flows, []
+        edges = [flow.edge for flow in flows]
+        self._count(len(outputs), chosen)
+        for gradient in gradients:
+            if chosen is not None:
+                gradient = torch.zeros_like(outputs).index_copy_(0, chosen, gradient.to(outputs.dtype))
+            found = torch.autograd.grad(
+                outputs, edges, gradient.to(outputs.dtype), retain_graph=True, allow_unused=True
+            )
+            with torch.no_grad():
+                for flow, g in zip(flows, found, strict=True):
+                    if g is not None:
+                        self._show(flow.layer, flow.x, g, chosen, len(outputs))
 
 
 class TwiceDifferentiable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import models
+from training import schema
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = {"in_channels": 1, "num_classes": 10, "image_size": 8}
@@ -132,13 +134,22 @@ def test_a_fact_that_the_data_set_lacks_ends_in_a_sentence() -> None:
         models.build_model(language_model, DIGITS)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mlp"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")))
 def test_every_yaml_builds_its_model_and_leaves_no_option_out(name: str) -> None:
-    node = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / f"{name}.yaml"))
-    assert isinstance(node, dict)
-    factory = getattr(models, node.pop("_target_").removeprefix("models."))
-    assert set(node) == set(inspect.signature(factory).parameters) - set(DIGITS)
-    if name != "mlp":
+    path = ROOT / "configs" / "model" / f"{name}.yaml"
+    node = schema.check(cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(path))), "model", "model")
+    factory = schema.locate(node["_target_"], "model")
+    assert set(node) - {"_target_"} == set(inspect.signature(factory).parameters) - set(DIGITS)
+    if name.startswith("resnet"):
         assert f"resnet{node['depth']}" == name
-    with torch.device("meta"):
-        assert parameters(models.build_model(factory, DIGITS, **node))
+    rebuilds = "autoencoder" in name
+    given = {fact: value for fact, value in DIGITS.items() if not (rebuilds and fact == "num_classes")}
+    net = schema.build(node, "model", through=models.build_model, facts=given)
+    assert forward(net, DIGITS).shape == (2, 8 * 8 if rebuilds else 10)
+
+
+def test_a_classifier_says_that_it_needs_classes() -> None:
+    for factory in (models.cuda_convnet, models.vgg11, models.deep_linear, models.toynet):
+        options = {name: [4] for name in ("hidden", "channels") if name in inspect.signature(factory).parameters}
+        with pytest.raises(ValueError, match=rf"^{factory.__name__} needs num_classes, which this data set does not"):
+            models.build_model(factory, {"in_channels": 1, "image_size": 28}, **options)

@@ -32,6 +32,30 @@ def test_sampled_gradients_have_the_fisher_as_covariance(likelihood: Likelihood)
     assert float(g.mean(0).abs().max()) < 0.03 * float(fisher.abs().max().sqrt())
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("likelihood", CASES, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("shape", [(7, 5), (7, 2, 5)], ids=str)
+def test_score_is_the_gradient_of_the_nll(likelihood: Likelihood, shape: tuple[int, ...]) -> None:
+    outputs = torch.randn(*shape, requires_grad=True)
+    targets = likelihood.sample(outputs)
+    (g,) = torch.autograd.grad(likelihood.nll(outputs, targets) * outputs[..., 0].numel(), outputs)
+    torch.testing.assert_close(likelihood.score(outputs, targets), g)
+
+
+@pytest.mark.parametrize("likelihood", CASES, ids=lambda c: type(c).__name__)
+def test_draws_do_not_depend_on_how_the_batch_is_cut(likelihood: Likelihood) -> None:
+    """Micro-batches one after another, and ranks side by side, draw what one batch would."""
+    outputs = torch.randn(12, 33)
+    whole = likelihood.sample(outputs, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(whole, torch.cat([likelihood.sample(part, generator) for part in outputs.split([2, 7, 3])]))
+    ranks = [
+        likelihood.sample(part, torch.Generator().manual_seed(3), rank=rank, world_size=3)
+        for rank, part in enumerate(outputs.chunk(3))
+    ]
+    assert torch.equal(whole, torch.cat(ranks))
+
+
 def test_categorical_takes_sequences_and_ignores_padding() -> None:
     outputs, targets = torch.randn(2, 3, 5), torch.tensor([[1, 2, -100], [0, 4, 3]])
     kept = targets.flatten() != -100

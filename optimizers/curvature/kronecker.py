@@ -1,0 +1,581 @@
+"""Kronecker approximations of a layer's Fisher block: how they are estimated, averaged, damped and inverted.
+
+With ``V_i = sum_t g_it a_itᵀ`` the gradient of example i's loss by the ``[d_out, d_in (+ 1)]`` parameter matrix, a
+block is ``F = mean_i vec(V_i) vec(V_i)ᵀ``. Each class keeps another sum of Kronecker products ``G (x) A`` of it.
+Solves work on *stacks*: blocks of equal shapes lie side by side in one leading dimension ``n`` (and so do the groups of
+a grouped convolution), whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from optimizers.curvature import communication, linalg
+from optimizers.curvature.approximations import Approximation, Diagonal, statistics_dtype
+from optimizers.curvature.layers import AffineLayer, Layer
+from optimizers.curvature.rearranged import Pairs, compress, leading_pairs_many, location_mask
+
+Factors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all blocks of an optimizer share.
+
+    Attributes:
+        damping_mode: ``factored``: ``(G + sqrt(lambda) / pi I) (x) (A + pi sqrt(lambda) I)``; ``tikhonov``:
+            ``G (x) A + lambda I``.
+        pi: split the factored damping by the factors' mean eigenvalues (Martens & Grosse 2015, 6.3); else evenly.
+        sharing: positions of a shared weight are ``expand``: examples of their own, or ``reduce``: averaged (inputs)
+            and summed (gradients) first (Eschenhagen et al. 2023).
+        max_factor_dim: a factor wider than this is kept as its diagonal.
+        solve_dtype: of the products with the inverse; None: the statistics'.
+        solver: how leading pairs are found, see ``rearranged``.
+        radius: farthest positions, along either axis, whose products count; None: all pairs.
+        floor: least value of ``1 + s t`` in a two-term inverse.
+    """
+
+    damping_mode: Literal["factored", "tikhonov"] = "factored"
+    pi: bool = True
+    sharing: Literal["expand", "reduce"] = "expand"
+    max_factor_dim: int | None = None
+    solve_dtype: torch.dtype | None = None
+    solver: Literal["gram", "power", "lanczos"] = "gram"
+    radius: int | None = None
+    floor: float = 0.1
+
+
+@dataclass
+class Counts:
+    """What went wrong and was mended: matrices repaired, eigenvalues floored (a tensor: reading it would wait)."""
+
+    repaired: int = 0
+    floored: Tensor | int = 0
+
+
+class Invertible:
+    """What a block offers on top of an Approximation: an average over steps and a damped solve on stacks."""
+
+    factors: Factors
+    options: Options
+
+    #: Whether the inverse follows every update of the factors rather than every refresh.
+    inverts_on_update: bool = False
+
+    def average(self, new: Factors, keep: float) -> None:
+        """``factors = keep * factors + (1 - keep) * new``, in the sense of the approximation."""
+        for key, value in new.items():
+            if key in self.factors:
+                self.factors[key].lerp_(value, 1 - keep)
+            else:
+                self.factors[key] = value
+
+    def rebase(self) -> int:
+        """On a refresh, before inverting: renew what the factors are expressed in. Returns how many were repaired."""
+        return 0
+
+    def moments(self, gradient_scale: float, examples: int) -> Factors:
+        """Factors that could only be estimated once the basis was known; arguments as of ``estimate``."""
+        return {}
+
+    @abstractmethod
+    def invert(self, factors: Factors, damping: Tensor, counts: Counts) -> Factors:
+        """What ``solve`` needs, from stacked factors and one damping a stacked matrix ``[n]``."""
+
+    @abstractmethod
+    def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
+        """The damped inverse times a stacked gradient ``[n, d_out, columns]``, in the gradient's shape and dtype."""
+
+    @abstractmethod
+    def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of the cache of this one block."""
+
+    @abstractmethod
+    def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors shaped like the layer's parameters, as this block's share of a stack."""
+
+    @abstractmethod
+    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
+        """Inverse of ``to_matrix``."""
+
+
+class ExactDiagonal(Invertible, Diagonal):
+    """The exact Fisher diagonal of norms and Embedding, damped by Tikhonov."""
+
+    def __init__(self, layer: Layer, options: Options) -> None:
+        super().__init__(layer)
+        self.options = options
+
+    def invert(self, factors: Factors, damping: Tensor, counts: Counts) -> Factors:
+        """See Invertible."""
+        return {"W": 1 / (factors["D"] + damping.unsqueeze(-1))}
+
+    def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
+        """See Invertible."""
+        return cache["W"].to(matrix.dtype) * matrix
+
+    def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See Invertible."""
+        return {"W": (self.shapes()["D"], statistics_dtype(self.layer.parameters[0]))}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Approximation."""
+        return {"D": (1, *super().shapes()["D"])}
+
+    def estimate(self, gradient_scale: float, examples: int) -> Factors:
+        """See Approximation."""
+        return {"D": super().estimate(gradient_scale, examples)["D"].unsqueeze(0)}
+
+    def diagonal(self, factors: Factors) -> list[Tensor]:
+        """See Approximation."""
+        return super().diagonal({"D": factors["D"][0]})
+
+    def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        """See Invertible."""
+        return torch.cat([t.reshape(1, -1) for t in tensors], dim=1)
+
+    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
+        """See Invertible."""
+        return super().diagonal({"D": matrix[0]})
+
+
+class Kronecker(Invertible, Approximation):
+    """Kronecker products over an affine layer, of ``A [groups, columns, columns]`` and ``G [groups, d_out, d_out]``.
+
+    A factor that is too wide (``max_factor_dim``) is its diagonal alone, ``[groups, columns]`` or ``[groups, d_out]``.
+    """
+
+    layer: AffineLayer
+
+    def __init__(self, layer: AffineLayer, options: Options) -> None:
+        super().__init__(layer)
+        self.options = options
+        limit = options.max_factor_dim or float("inf")
+        self.dims = {"A": layer.columns, "G": layer.d_out}
+        self.full = {key: dim <= limit for key, dim in self.dims.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Approximation."""
+        groups = self.layer.groups
+        return {k: (groups, d, d) if self.full[k] else (groups, d) for k, d in self.dims.items()}
+
+    def diagonal(self, factors: Factors) -> list[Tensor]:
+        """See Approximation."""
+        return self.from_matrix(torch.stack([block.diagonal() for block in self._blocks(factors)]).view(self._matrix))
+
+    def to_dense(self) -> Tensor:
+        """See Approximation."""
+        return torch.block_diag(*self._blocks(self.factors))
+
+    @property
+    def _matrix(self) -> tuple[int, int, int]:
+        return self.layer.groups, self.dims["G"], self.dims["A"]
+
+    def _blocks(self, factors: Factors) -> list[Tensor]:
+        """Dense Fisher blocks, one a group."""
+        full = {k: v if v.dim() == 3 else torch.diag_embed(v) for k, v in factors.items()}
+        return [torch.kron(g, a) for g, a in zip(full["G"], full["A"], strict=True)]
+
+    def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        """See Invertible."""
+        return self.layer.to_matrix(tensors[0], tensors[1] if len(tensors) > 1 else None)
+
+    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
+        """See Invertible."""
+        return self.layer.from_matrix(matrix)
+
+    def _samples(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer saw as ``a [groups, batch, shared, columns]`` and ``g [groups, batch, shared, d_out]``."""
+        a, g = self.layer.inputs(x), self.layer.gradients(g)
+        if self.options.sharing == "reduce":
+            a, g = a.mean(2, keepdim=True), g.sum(2, keepdim=True)
+        return a, g
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return statistics_dtype(self.layer.parameters[0])
+
+    # -- the solve of one damped product, which most approximations share ---------------------------------------------
+
+    def invert(self, factors: Factors, damping: Tensor, counts: Counts) -> Factors:
+        """See Invertible."""
+        if self.options.damping_mode == "tikhonov":
+            values = {}
+            cache = {}
+            for key in ("A", "G"):
+                if self.full[key]:
+                    values[key], cache[f"U_{key}"] = linalg.eigh(factors[key])
+                else:
+                    values[key] = factors[key]
+            product = values["G"].clamp(min=0).unsqueeze(-1) * values["A"].clamp(min=0).unsqueeze(-2)
+            return self._in_solve_dtype(cache | {"W": 1 / (product + damping.view(-1, 1, 1))})
+        shares = self._shares(factors, damping)
+        cache = {}
+        for key in ("A", "G"):
+            if self.full[key]:
+                cache[key], repaired = linalg.inverse(factors[key], shares[key])
+                counts.repaired += repaired
+            else:
+                cache[key] = 1 / (factors[key] + shares[key].unsqueeze(-1))
+        return self._in_solve_dtype(cache)
+
+    def _shares(self, factors: Factors, damping: Tensor) -> dict[str, Tensor]:
+        """How the factored damping falls on A and G: ``pi sqrt(lambda)`` and ``sqrt(lambda) / pi``."""
+        root = damping.sqrt()
+        if not self.options.pi:
+            return {"A": root, "G": root}
+        means = {}
+        for key in ("A", "G"):
+            factor = factors[key]
+            trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1) if self.full[key] else factor.sum(-1)
+            means[key] = trace / self.dims[key]
+        pi = (means["A"] / means["G"]).sqrt()
+        pi = torch.where(pi.isfinite() & (pi > 0), pi, torch.ones_like(pi))  # zero statistics have no scale
+        return {"A": root * pi, "G": root / pi}
+
+    def _in_solve_dtype(self, cache: Factors) -> Factors:
+        dtype = self.options.solve_dtype
+        return cache if dtype is None else {k: v if k == "W" else v.to(dtype) for k, v in cache.items()}
+
+    def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
+        """See Invertible."""
+        if "W" in cache:
+            rotated = self._rotate(matrix, cache.get("U_A"), cache.get("U_G"), forward=True)
+            return self._rotate(rotated * cache["W"], cache.get("U_A"), cache.get("U_G"), forward=False).to(matrix)
+        result = _product(cache["G"], matrix) if self.full["G"] else cache["G"].unsqueeze(-1) * matrix
+        result = _product(result, cache["A"]) if self.full["A"] else result * cache["A"].unsqueeze(-2)
+        return result.to(matrix.dtype)
+
+    @staticmethod
+    def _rotate(matrix: Tensor, right: Tensor | None, left: Tensor | None, forward: bool) -> Tensor:
+        """Into the eigenbasis, ``U_Gᵀ V U_A``, or back, ``U_G V U_Aᵀ``."""
+        if left is not None:
+            matrix = _product(left.mT if forward else left, matrix)
+        if right is not None:
+            matrix = _product(matrix, right if forward else right.mT)
+        return matrix
+
+    def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See Invertible."""
+        dtype = self.options.solve_dtype or self._dtype
+        square = {k: (shape, dtype) for k, shape in self.shapes().items() if k in ("A", "G")}
+        if self.options.damping_mode == "factored":
+            return square
+        return {f"U_{k}": v for k, v in square.items() if self.full[k]} | {"W": (self._matrix, self._dtype)}
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` over stacks, in the narrower of their dtypes."""
+    if a.dtype != b.dtype:
+        dtype = min(a.dtype, b.dtype, key=lambda d: d.itemsize)
+        a, b = a.to(dtype), b.to(dtype)
+    return torch.mm(a[0], b[0]).unsqueeze(0) if len(a) == 1 else torch.bmm(a, b)
+
+
+class KroneckerFactors(Kronecker):
+    """K-FAC (Martens & Grosse 2015; Grosse & Martens 2016): ``A = mean_{i,t} a aᵀ``, ``G = mean_i sum_t g gᵀ``."""
+
+    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
+        layer, expand = self.layer, self.options.sharing == "expand"
+        if expand and not self.full["A"]:  # which needs no patches
+            a_sum, count = layer.input_square_sums(x)
+        else:
+            a = layer.inputs(x)
+            a = a.flatten(1, 2) if expand else a.mean(2)
+            a_sum, count = self._second_moments("A", a), a.shape[1]
+        if expand and not self.full["G"]:
+            g_sum = layer.gradient_square_sums(g)
+        else:
+            g = layer.gradients(g)
+            g_sum = self._second_moments("G", g.flatten(1, 2) if expand else g.sum(2))
+        return [("A", a_sum), ("G", g_sum), ("count", a_sum.new_tensor(float(count)))]
+
+    def _second_moments(self, key: str, rows: Tensor) -> Tensor:
+        """``sum_i rows_i rows_iᵀ`` of ``[groups, n, d]``, or its diagonal."""
+        return _product(rows.mT, rows) if self.full[key] else rows.square().sum(1)
+
+    def estimate(self, gradient_scale: float, examples: int) -> Factors:
+        """See Approximation."""
+        return {
+            "A": self._sums["A"] / self._sums["count"],
+            "G": self._sums["G"] * (gradient_scale**2 / examples),
+        }
+
+
+class EigenFactors(KroneckerFactors):
+    """EKFAC (George et al. 2018): K-FAC's eigenbases, and in them the exact second moments ``S`` of the gradient.
+
+    ``F ~ (U_G (x) U_A) diag(S) (U_G (x) U_A)ᵀ`` with ``S = mean_i (U_Gᵀ V_i U_A)²``, which no other diagonal betters in
+    Frobenius norm. When a refresh moves the basis, the average S moves along: the new diagonal of the old approximation
+    is ``(P_G∘P_G) S (P_A∘P_A)ᵀ`` with ``P`` the products of old and new bases.
+    """
+
+    inverts_on_update = True
+
+    def __init__(self, layer: AffineLayer, options: Options) -> None:
+        super().__init__(layer, options)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def accumulate(self, x: Tensor, g: Tensor) -> None:
+        """See Approximation."""
+        super().accumulate(x, g)
+        self._kept.append((x, g))
+
+    def reset(self) -> None:
+        """See Approximation."""
+        super().reset()
+        self._kept.clear()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Approximation."""
+        shapes = super().shapes()
+        bases = {f"U_{k}": shape for k, shape in shapes.items() if self.full[k]}
+        return shapes | bases | {"S": self._matrix}
+
+    def zeros(self) -> Factors:
+        """See Approximation."""
+        return {key: value for key, value in super().zeros().items() if key in ("A", "G")}
+
+    def rebase(self) -> int:
+        """See Invertible."""
+        for key in ("A", "G"):
+            if not self.full[key]:
+                continue
+            new = linalg.eigh(self.factors[key])[1]
+            if not bool(new.isfinite().all()):
+                return 1  # the old basis will do
+            old = self.factors.get(f"U_{key}")
+            self.factors[f"U_{key}"] = new
+            if old is not None and "S" in self.factors:
+                mixing = _product(new.mT, old).square()
+                s = self.factors["S"]
+                self.factors["S"] = _product(mixing, s) if key == "G" else _product(s, mixing.mT)
+        return 0
+
+    def moments(self, gradient_scale: float, examples: int) -> Factors:
+        """See Invertible: this step's S, in the present basis."""
+        if any(self.full[key] and f"U_{key}" not in self.factors for key in self.full):
+            return {}
+        total = torch.zeros(self._matrix, dtype=self._dtype, device=self.layer.parameters[0].device)
+        for x, g in self._kept:
+            a, g = self._samples(x.to(self._dtype), g.to(self._dtype))
+            a = a if not self.full["A"] else a @ self.factors["U_A"].unsqueeze(1)
+            g = g if not self.full["G"] else g @ self.factors["U_G"].unsqueeze(1)
+            if a.shape[2] == 1:
+                total += _product(g.squeeze(2).square().mT, a.squeeze(2).square())
+            else:
+                for some_a, some_g in zip(a.split(8, dim=1), g.split(8, dim=1), strict=True):
+                    total += (some_g.mT @ some_a).square().sum(1)
+        return {"S": total * (gradient_scale**2 / examples)}
+
+    def _blocks(self, factors: Factors) -> list[Tensor]:
+        eye = {k: torch.eye(d).to(factors["S"]).expand(self.layer.groups, -1, -1) for k, d in self.dims.items()}
+        bases = zip(factors.get("U_G", eye["G"]), factors.get("U_A", eye["A"]), factors["S"], strict=True)
+        dense = []
+        for u_g, u_a, s in bases:
+            basis = torch.kron(u_g, u_a)
+            dense.append((basis * s.flatten()) @ basis.mT)
+        return dense
+
+    def invert(self, factors: Factors, damping: Tensor, counts: Counts) -> Factors:
+        """See Invertible. The damping is Tikhonov's: S is a diagonal."""
+        bases = self._in_solve_dtype({k: v for k, v in factors.items() if k.startswith("U_")})
+        return bases | {"W": 1 / (factors["S"] + damping.view(-1, 1, 1))}
+
+    def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See Invertible."""
+        moments: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"W": (self._matrix, self._dtype)}
+        dtype = self.options.solve_dtype
+        if dtype is None:  # the bases serve as they are
+            return moments
+        return moments | {k: (shape, dtype) for k, shape in self.shapes().items() if k.startswith("U_")}
+
+
+class KroneckerPairs(Kronecker):
+    """The best sum of ``rank`` Kronecker products in Frobenius norm (Koroko et al. 2022): KPSVD, Deflation, Lanczos.
+
+    Factors are ``A, G`` of the first pair and ``C, D`` of the second: ``F ~ G (x) A + D (x) C``. Averages over steps
+    are of the sums themselves, brought back to ``rank`` terms: averaging factors one by one would be neither linear nor
+    blind to the signs of a pair.
+    """
+
+    gathers = True
+    rank = 2
+    corrected = False
+
+    def __init__(self, layer: AffineLayer, options: Options) -> None:
+        super().__init__(layer, options)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._grid = (1, 1)
+
+    @property
+    def keys(self) -> list[tuple[str, str]]:
+        """Names of the pairs' factors: over inputs, over output gradients."""
+        return [("A", "G"), ("C", "D")][: self.rank]
+
+    def accumulate(self, x: Tensor, g: Tensor) -> None:
+        """See Approximation."""
+        self._kept.append(self._samples(x.to(self._dtype), g.to(self._dtype)))
+        self._grid = (1, 1) if self.options.sharing == "reduce" else self.layer.grid(g)
+
+    @property
+    def observed(self) -> bool:
+        """See Approximation."""
+        return bool(self._kept)
+
+    def reset(self) -> None:
+        """See Approximation."""
+        self._kept.clear()
+
+    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
+        raise NotImplementedError("pairs are fitted to samples, which no sum stands for")
+
+    @classmethod
+    def estimate_all(
+        cls, blocks: Sequence[Approximation], gradient_scale: float, examples: int
+    ) -> dict[str, dict[str, Tensor]]:
+        """See Approximation. All layers in one fit, over the samples of all ranks."""
+        assert all(isinstance(block, KroneckerPairs) for block in blocks)
+        members: list[KroneckerPairs] = list(blocks)  # type: ignore[arg-type]
+        samples = [block._gathered(gradient_scale, examples) for block in members]
+        options = members[0].options
+        masks = [
+            None if options.radius is None else location_mask(*block._grid, options.radius).to(a.device)
+            for block, (a, _) in zip(members, samples, strict=True)
+        ]
+        starts = [block.factors.get("G") for block in members]
+        fits = leading_pairs_many(
+            samples,
+            cls.rank - cls.corrected,
+            solver=options.solver,
+            corrected=cls.corrected,
+            masks=masks,
+            starts=starts,
+        )
+        return {
+            block.layer.name: block._named(pairs, a, g)
+            for block, pairs, (a, g) in zip(members, fits, samples, strict=True)
+        }
+
+    def _gathered(self, gradient_scale: float, examples: int) -> tuple[Tensor, Tensor]:
+        """Inputs and output gradients of this step's examples on all ranks; F is their mean."""
+        if self._kept:
+            a = torch.cat([a for a, _ in self._kept], dim=1)
+            g = torch.cat([g for _, g in self._kept], dim=1) * gradient_scale
+            g = g if g.shape[1] == examples else g * (g.shape[1] / examples) ** 0.5
+        else:
+            weight = self.layer.parameters[0]
+            a = torch.zeros(self.layer.groups, 0, 1, self.layer.columns, dtype=self._dtype, device=weight.device)
+            g = torch.zeros(self.layer.groups, 0, 1, self.layer.d_out, dtype=self._dtype, device=weight.device)
+        self._kept.clear()
+        a, g = communication.gather([a, g])
+        return a, g
+
+    def _named(self, pairs: Pairs, a: Tensor, g: Tensor) -> Factors:
+        return {
+            key: t for names, pair in zip(self.keys, pairs, strict=True) for key, t in zip(names, pair, strict=True)
+        }
+
+    def estimate(self, gradient_scale: float, examples: int) -> Factors:
+        """See Approximation."""
+        return self.estimate_all([self], gradient_scale, examples)[self.layer.name]
+
+    def average(self, new: Factors, keep: float) -> None:
+        """See Invertible."""
+        if self.factors and keep > 0:
+            terms = [(factors, weight) for factors, weight in ((self.factors, keep), (new, 1 - keep))]
+            lefts = [factors[a] for factors, _ in terms for a, _ in self.keys]
+            rights = [factors[g] for factors, _ in terms for _, g in self.keys]
+            weights = [weight for _, weight in terms for _ in self.keys]
+            new = self._named(compress(lefts, rights, weights, self.rank), lefts[0], rights[0])
+        self.factors = new
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Approximation."""
+        shapes = super().shapes()
+        return shapes if self.rank == 1 else shapes | {"C": shapes["A"], "D": shapes["G"]}
+
+    def _blocks(self, factors: Factors) -> list[Tensor]:
+        terms = [
+            torch.stack([torch.kron(right, left) for right, left in zip(factors[g], factors[a], strict=True)])
+            for a, g in self.keys
+        ]
+        return list(torch.stack(terms).sum(0))
+
+    # -- the two-term inverse ------------------------------------------------------------------------------------------
+
+    def invert(self, factors: Factors, damping: Tensor, counts: Counts) -> Factors:
+        """See Invertible.
+
+        With ``A_d = A + pi sqrt(lambda) I`` and ``K_A`` the eigenvectors of the pencil (C, A_d), so that
+        ``K_Aᵀ A_d K_A = I`` and ``K_Aᵀ C K_A = diag(s)``, and the same with t for D and G:
+        ``(G_d (x) A_d + D (x) C)^-1 = (K_G (x) K_A) diag(1 / (1 + t s)) (K_G (x) K_A)ᵀ``. The second term is
+        indefinite, so ``1 + t s`` is floored, signs kept.
+        """
+        if self.rank == 1:
+            return super().invert(factors, damping, counts)
+        shares = self._shares(factors, damping)
+        values, cache = {}, {}
+        for first, second in (("A", "C"), ("G", "D")):
+            lower, repaired = linalg.cholesky(factors[first], shares[first])
+            counts.repaired += repaired
+            values[first], cache[f"K_{first}"] = linalg.generalized_eigh(factors[second], lower)
+        weights = 1 + values["G"].unsqueeze(-1) * values["A"].unsqueeze(-2)
+        counts.floored = counts.floored + (weights < self.options.floor).sum()
+        return self._in_solve_dtype(cache | {"W": 1 / weights.clamp(min=self.options.floor)})
+
+    def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
+        """See Invertible."""
+        if self.rank == 1:
+            return super().solve(cache, matrix)
+        rotated = self._rotate(matrix, cache["K_A"], cache["K_G"], forward=True)
+        return self._rotate(rotated * cache["W"], cache["K_A"], cache["K_G"], forward=False).to(matrix)
+
+    def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See Invertible."""
+        shapes = super().cache_shapes()
+        if self.rank == 1:
+            return shapes
+        return {f"K_{key}": shapes[key] for key in ("A", "G")} | {"W": (self._matrix, self._dtype)}
+
+
+class BestKronecker(KroneckerPairs):
+    """KPSVD: the nearest single Kronecker product."""
+
+    rank = 1
+
+
+class CorrectedFactors(KroneckerPairs):
+    """KFAC-corrected: K-FAC's product and the nearest Kronecker product to what it misses."""
+
+    corrected = True
+
+    def _named(self, pairs: Pairs, a: Tensor, g: Tensor) -> Factors:
+        if len(pairs) == self.rank:
+            return super()._named(pairs, a, g)
+        rows = a.flatten(1, 2)
+        columns = g.flatten(1, 2)
+        first = (_product(rows.mT, rows) / max(rows.shape[1], 1), _product(columns.mT, columns) / max(g.shape[1], 1))
+        return super()._named([first, *pairs], a, g)
+
+    def average(self, new: Factors, keep: float) -> None:
+        """See Invertible. K-FAC's factors are averaged as in K-FAC; the correction is the best one to their product.
+
+        It is fitted to ``keep (G (x) A + D (x) C) + (1 - keep) (G' (x) A' + D' (x) C') - G'' (x) A''``, where one dash
+        marks the new terms and two the averages.
+        """
+        if not self.factors or keep <= 0:
+            self.factors = new
+            return
+        old, mean = self.factors, {k: torch.lerp(self.factors[k], new[k], 1 - keep) for k in ("A", "G")}
+        lefts = [old["A"], old["C"], new["A"], new["C"], mean["A"]]
+        rights = [old["G"], old["D"], new["G"], new["D"], mean["G"]]
+        weights = [keep, keep, 1 - keep, 1 - keep, -1.0]
+        ((c, d),) = compress(lefts, rights, weights, 1)
+        self.factors = mean | {"C": c, "D": d}

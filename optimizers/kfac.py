@@ -1,0 +1,182 @@
+"""KFAC and EKFAC: the Fisher matrix as one Kronecker product a layer.
+
+Sources: Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015
+(arXiv 1503.05671); Grosse & Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML 2016
+(arXiv 1602.01407); George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis",
+NeurIPS 2018 (arXiv 1806.03884); Eschenhagen et al., "Kronecker-Factored Approximate Curvature for Modern Neural Network
+Architectures", NeurIPS 2023 (arXiv 2311.00636).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from optimizers.base import Params, check_range
+from optimizers.curvature.approximations import Approximation
+from optimizers.curvature.kronecker import EigenFactors, KroneckerFactors, Options
+from optimizers.curvature.layers import AffineLayer
+from optimizers.likelihoods import Likelihood
+from optimizers.natural_gradient import Fisher, NaturalGradient
+
+SOLVE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError with a sentence unless ``value`` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_options(damping_mode: str, sharing: str, max_factor_dim: int | None, solve_dtype: str) -> torch.dtype | None:
+    """Check what all Kronecker methods share; returns the dtype of the solve."""
+    check_choice("damping_mode", damping_mode, ("factored", "tikhonov"))
+    check_choice("sharing", sharing, ("expand", "reduce"))
+    check_choice("solve_dtype", solve_dtype, tuple(SOLVE_DTYPES))
+    if max_factor_dim is not None:
+        check_range("max_factor_dim", max_factor_dim, 1)
+    return SOLVE_DTYPES[solve_dtype]
+
+
+class KFAC(NaturalGradient):
+    """K-FAC: ``F ~ A (x) G``, the second moments of a layer's inputs and of its output gradients.
+
+    The arguments of the engine (``lr`` to ``seed``) are described in NaturalGradient.
+
+    Args:
+        model: the whole module.
+        params: parameters or groups; default all.
+        lr: learning rate (alpha).
+        momentum: decay of the sum of past directions.
+        damping: lambda.
+        damping_mode: ``factored``: ``(A + pi sqrt(lambda) I) (x) (G + sqrt(lambda) / pi I)``, two matrix products a
+            solve; ``tikhonov``: ``A (x) G + lambda I`` in the eigenbasis, four.
+        pi: split the factored damping by ``pi² = (tr A / dim A) / (tr G / dim G)``; false: evenly.
+        kl_clip: kappa; None: off.
+        fisher: sampled, empirical or exact.
+        batch_fraction: share of the batch that statistics are taken on.
+        decay: weight of the past in the averages (rho).
+        update_every: steps between updates of the factors (T_cov).
+        refresh_every: steps between inversions (T_inv).
+        sharing: ``expand`` (each position of a shared weight an example of its own; for convolutions K-FAC's own
+            spatial homogeneity) or ``reduce``.
+        max_factor_dim: a wider factor is kept as its diagonal; None: none is.
+        solve_dtype: of the products with the inverses; ``bfloat16`` where the processor multiplies it faster.
+        weight_decay: L2 coefficient, added to the preconditioned gradient.
+        fallback_lr: first-order step of the parameters without curvature.
+        skip: regular expression of layers to leave to the fallback.
+        likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
+        seed: of the sampled targets.
+        loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+
+    Raises:
+        ValueError: for a hyper-parameter out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        damping: float = 1e-2,
+        damping_mode: Literal["factored", "tikhonov"] = "factored",
+        pi: bool = True,
+        kl_clip: float | None = 1e-2,
+        fisher: Fisher = "sampled",
+        batch_fraction: float = 1.0,
+        decay: float = 0.95,
+        update_every: int = 10,
+        refresh_every: int = 10,
+        sharing: Literal["expand", "reduce"] = "expand",
+        max_factor_dim: int | None = None,
+        solve_dtype: Literal["float32", "bfloat16"] = "float32",
+        weight_decay: float = 0.0,
+        fallback_lr: float = 1e-3,
+        skip: str | None = None,
+        likelihood: Likelihood | None = None,
+        seed: int = 0,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        dtype = check_options(damping_mode, sharing, max_factor_dim, solve_dtype)
+        options = Options(damping_mode, pi, sharing, max_factor_dim, dtype)
+        super().__init__(
+            model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
+            batch_fraction=batch_fraction, decay=decay, update_every=update_every, refresh_every=refresh_every,
+            weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,
+            seed=seed, loss_reduction=loss_reduction,
+        )  # fmt: skip
+
+    def affine_block(self, layer: AffineLayer) -> Approximation:
+        """See NaturalGradient."""
+        return KroneckerFactors(layer, self.options)
+
+
+class EKFAC(NaturalGradient):
+    """EKFAC: K-FAC's eigenbasis with the exact second moments of the gradient in it; damped by Tikhonov.
+
+    Args:
+        model: the whole module.
+        params: parameters or groups; default all.
+        lr: learning rate.
+        momentum: decay of the sum of past directions.
+        damping: epsilon in the paper, added to the moments.
+        kl_clip: kappa; None: off.
+        fisher: sampled, empirical or exact.
+        batch_fraction: share of the batch that statistics are taken on.
+        decay: weight of the past in the averages.
+        update_every: steps between updates of the factors and of the moments.
+        refresh_every: steps between eigendecompositions.
+        sharing: see KFAC; of the factors, and of the gradient whose moments are taken.
+        max_factor_dim: a wider factor has the identity for its eigenbasis; None: none has.
+        solve_dtype: see KFAC.
+        weight_decay: L2 coefficient, added to the preconditioned gradient.
+        fallback_lr: first-order step of the parameters without curvature.
+        skip: regular expression of layers to leave to the fallback.
+        likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
+        seed: of the sampled targets.
+        loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+
+    Raises:
+        ValueError: for a hyper-parameter out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        damping: float = 1e-2,
+        kl_clip: float | None = 1e-2,
+        fisher: Fisher = "sampled",
+        batch_fraction: float = 1.0,
+        decay: float = 0.95,
+        update_every: int = 10,
+        refresh_every: int = 100,
+        sharing: Literal["expand", "reduce"] = "expand",
+        max_factor_dim: int | None = None,
+        solve_dtype: Literal["float32", "bfloat16"] = "float32",
+        weight_decay: float = 0.0,
+        fallback_lr: float = 1e-3,
+        skip: str | None = None,
+        likelihood: Likelihood | None = None,
+        seed: int = 0,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        dtype = check_options("tikhonov", sharing, max_factor_dim, solve_dtype)
+        options = Options("tikhonov", sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=dtype)
+        super().__init__(
+            model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
+            batch_fraction=batch_fraction, decay=decay, update_every=update_every, refresh_every=refresh_every,
+            weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,
+            seed=seed, loss_reduction=loss_reduction,
+        )  # fmt: skip
+
+    def affine_block(self, layer: AffineLayer) -> Approximation:
+        """See NaturalGradient."""
+        return EigenFactors(layer, self.options)

@@ -1,0 +1,430 @@
+"""The engine of all Kronecker methods: when curvature is gathered, refreshed and applied. Blocks say how."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+
+from optimizers.base import CURVATURE, Coverage, CurvatureOptimizer, Params, check_range
+from optimizers.curvature import communication
+from optimizers.curvature.approximations import Approximation
+from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
+from optimizers.curvature.layers import AffineLayer, Layer
+from optimizers.likelihoods import Likelihood
+
+Fisher = Literal["sampled", "empirical", "exact"]
+SOLVE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+class Block(Invertible, Approximation):
+    """For type hints: an approximation with a damped solve."""
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """Tensors ``[groups, ...]`` side by side; a single one as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+class Stack:
+    """Blocks of one kind and shape: inverted and solved side by side, in one leading dimension.
+
+    Attributes:
+        blocks: its members.
+        cache: what their solves need, stacked.
+    """
+
+    def __init__(self, blocks: list[Block], cache: Factors) -> None:
+        self.blocks, self.cache = blocks, cache
+
+    @classmethod
+    def build(cls, blocks: list[Block], damping: list[float], counts: Counts) -> Stack:
+        """Invert the blocks' factors.
+
+        Args:
+            blocks: of one kind and shape.
+            damping: one a block.
+            counts: where repairs are counted.
+        """
+        factors = {key: stacked([block.factors[key] for block in blocks]) for key in blocks[0].factors}
+        first = next(iter(factors.values()))
+        groups = len(first) // len(blocks)
+        cache = blocks[0].invert(factors, first.new_tensor(damping).repeat_interleave(groups), counts)
+        for key, tensor in factors.items():
+            if cache.get(key) is tensor:  # what the solve uses as it is need not be kept twice
+                for block, part in zip(blocks, tensor.chunk(len(blocks)), strict=True):
+                    block.factors[key] = part
+        return cls(blocks, cache)
+
+    def members(self) -> Iterator[tuple[Block, Factors]]:
+        """Each block with its share of the cache, as views."""
+        for i, block in enumerate(self.blocks):
+            yield block, {key: t.chunk(len(self.blocks))[i] for key, t in self.cache.items()}
+
+    def finite(self) -> list[bool]:
+        """Whether each block's cache is; waits for the device."""
+        sums = torch.stack([t.flatten(1).sum(1, dtype=torch.float32) for t in self.cache.values()]).sum(0)
+        return [bool(part.isfinite().all()) for part in sums.cpu().chunk(len(self.blocks))]
+
+
+class NaturalGradient(CurvatureOptimizer):
+    """Steps along ``(F + damping)^-1 grad`` with F block-diagonal over layers, one block approximation a layer.
+
+    ``v = nu (F + damping)^-1 g``, then ``m = momentum m + v + weight_decay theta`` and ``theta -= lr m``. The KL clip
+    holds the step's quadratic model of the KL divergence, without momentum, to ``kl_clip``::
+
+        nu = min(1, sqrt(kl_clip / sum over layers of lr² vᵀ (F + damping) v)),    v = (F + damping)^-1 g
+
+    where ``vᵀ (F + damping) v`` is just ``vᵀ g``. It bounds ``lr² vᵀ F v`` from above.
+
+    Curvature is that of the training loss: F is the mean over observations of the Fisher of one, so that it equals the
+    generalized Gauss-Newton matrix of a loss that averages over observations.
+
+    Args:
+        model: the whole module.
+        params: parameters or groups; default all. ``lr, momentum, damping, weight_decay, fallback_lr`` may differ
+            between groups (a layer takes its damping from its weight's).
+        lr: learning rate.
+        momentum: decay of the sum of past directions.
+        damping: lambda.
+        kl_clip: kappa; None: off.
+        fisher: targets are ``"sampled"`` from the model's predictions (one more backward pass to the layers' outputs),
+            those of the data (``"empirical"``), or all of them, weighed (``"exact"``: a pass an output; small nets).
+        batch_fraction: share of the batch that statistics are taken on.
+        decay: weight of the past in the averages; smaller at first: ``min(1 - 1/k, decay)`` at the k-th update.
+        update_every: steps between updates of the factors (T_cov).
+        refresh_every: steps between inversions (T_inv).
+        weight_decay: L2 coefficient, added to the preconditioned gradient.
+        fallback_lr: Adam's step for the parameters without curvature, at the initial ``lr``; schedules of lr scale it.
+        skip: regular expression: layers whose name contains a match are left to the fallback.
+        options: of the blocks.
+        likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
+        seed: of the sampled targets.
+        loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+
+    Raises:
+        ValueError: for a hyper-parameter out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None,
+        *,
+        lr: float,
+        momentum: float,
+        damping: float,
+        kl_clip: float | None,
+        fisher: Fisher,
+        batch_fraction: float,
+        decay: float,
+        update_every: int,
+        refresh_every: int,
+        weight_decay: float,
+        fallback_lr: float,
+        skip: str | None,
+        options: Options,
+        likelihood: Likelihood | None,
+        seed: int,
+        loss_reduction: Literal["mean", "sum"],
+    ) -> None:
+        check_range("lr", lr, 0)
+        check_range("momentum", momentum, 0, 1, open_high=True)
+        check_range("damping", damping, 0, open_low=True)
+        if kl_clip is not None:
+            check_range("kl_clip", kl_clip, 0, open_low=True)
+        if fisher not in ("sampled", "empirical", "exact"):
+            raise ValueError(f"fisher must be one of sampled, empirical, exact, got {fisher!r}")
+        if likelihood is None and fisher != "empirical":
+            raise ValueError(f"likelihood must be given for fisher={fisher!r}, such as Categorical()")
+        check_range("batch_fraction", batch_fraction, 0, 1, open_low=True)
+        check_range("decay", decay, 0, 1, open_high=True)
+        check_range("refresh_every", refresh_every, 1)
+        check_range("weight_decay", weight_decay, 0)
+        check_range("fallback_lr", fallback_lr, 0)
+        if skip is not None:
+            try:
+                re.compile(skip)
+            except re.error as error:
+                raise ValueError(f"skip must be a regular expression, got {skip!r} ({error})") from error
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "fallback_lr": fallback_lr,
+        }
+        super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction)
+        for group in self.param_groups:
+            group["fallback_ratio"] = group["fallback_lr"] / group["lr"] if group["lr"] else 0.0
+        self.kl_clip, self.fisher, self.batch_fraction, self.decay = kl_clip, fisher, batch_fraction, decay
+        self.refresh_every, self.likelihood, self.seed = refresh_every, likelihood, seed
+        self.options = options
+        self.updates = 0  # of the factors
+        self.refreshes = 0  # of the inverses
+        self._updated_at = self._refreshed_at = self._rebased_at = -(10**12)  # long ago
+        self._block_updates: dict[str, int] = {}
+        self._counts = Counts()
+        self._stacks: list[Stack] = []
+        self._directions: dict[Tensor, Tensor] = {}
+        self._kl_scale: Tensor | float = 1.0
+        self._generator: torch.Generator | None = None
+        self._watch(self._block, skip=skip, deferred=fisher != "empirical", fraction=batch_fraction)
+        self.blocks: dict[str, Block]  # type: ignore[assignment]
+
+    @abstractmethod
+    def affine_block(self, layer: AffineLayer) -> Approximation:
+        """The block of an affine layer."""
+
+    def _block(self, layer: Layer) -> Approximation:
+        return self.affine_block(layer) if isinstance(layer, AffineLayer) else ExactDiagonal(layer, self.options)
+
+    # -- statistics ----------------------------------------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        return self.steps - self._updated_at >= self.update_every
+
+    def backward(self, loss: Tensor, outputs: Tensor | None = None, *, scale: float = 1.0) -> None:
+        """See CurvatureOptimizer. ``outputs`` are needed on the steps that sample targets, so always give them."""
+        if self.fisher != "empirical" and self._recorder is not None and self._recorder.waiting:
+            if outputs is None:
+                raise ValueError(f"outputs must be given to backward(loss, outputs) for fisher={self.fisher!r}")
+            self._scale = float(scale)
+            try:
+                with record_function(CURVATURE):
+                    chosen = self._recorder.choose(len(outputs), outputs.device)
+                    self._recorder.differentiate(outputs, self._output_gradients(outputs, chosen, scale), chosen)
+            finally:
+                self._scale = 1.0
+        super().backward(loss, outputs, scale=scale)
+
+    def _output_gradients(self, outputs: Tensor, chosen: Tensor | None, scale: float) -> Iterator[Tensor]:
+        """What to send back: each observation's score of sampled targets, or the columns of a root of its Fisher.
+
+        Scaled so that squares add up to the curvature of a mean over observations.
+        """
+        assert self.likelihood is not None
+        outputs = outputs.detach()
+        seen = outputs if chosen is None else outputs[chosen]
+        # F is a mean over observations; blocks divide by examples.
+        unit = scale * (len(seen) / max(seen[..., 0].numel(), 1)) ** 0.5
+        if self.fisher == "sampled":
+            if self._generator is None:
+                self._generator = torch.Generator(outputs.device).manual_seed(self.seed * 1_000_003 + self.steps)
+            targets = self.likelihood.sample(
+                outputs, self._generator, rank=communication.rank(), world_size=communication.world_size()
+            )
+            yield unit * self.likelihood.score(seen, targets if chosen is None else targets[chosen])
+            return
+        root = self.likelihood.hessian_sqrt(seen)
+        positions = root.flatten(1, -3) if root.dim() > 3 else root.unsqueeze(1)  # [n, positions, features, rank]
+        for position in range(positions.shape[1]):
+            for column in range(positions.shape[-1]):
+                gradient = torch.zeros_like(positions[..., 0])
+                gradient[:, position] = unit * positions[:, position, :, column]
+                yield gradient.view_as(seen)
+
+    def _scaling(self) -> tuple[float, int]:
+        gradient_scale, examples = super()._scaling()
+        return (gradient_scale if self.fisher == "empirical" else 1.0), examples
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._generator = None
+
+    # -- curvature -----------------------------------------------------------------------------------------------------
+
+    def _update_curvature(self) -> None:
+        assert self._recorder is not None
+        if self._recorder.waiting and not self._recorder.observed:
+            raise RuntimeError(
+                f"{type(self).__name__} with fisher={self.fisher!r} saw a forward pass but no backward of its own: "
+                "call optimizer.backward(loss, outputs) in place of loss.backward()."
+            )
+        self._updated_at = self.steps
+        estimates = self._estimates()
+        if not estimates:
+            return
+        for name, new in estimates.items():
+            self.blocks[name].average(new, self._keep(name))
+        self.updates += 1
+        if self._refresh_due():
+            self._rebase()
+        scaling = self._scaling()
+        moments = {name: m for name in estimates if (m := self.blocks[name].moments(*scaling))}
+        for name, new in self._exchanged(moments).items():
+            self.blocks[name].average(new, self._keep(name))
+        for name in estimates:
+            self._block_updates[name] = self._block_updates.get(name, 0) + 1
+
+    def _keep(self, name: str) -> float:
+        """Weight of the past in the k-th update: the first one replaces, the second is a mean of two, ..."""
+        return min(1 - 1 / (self._block_updates.get(name, 0) + 1), self.decay)
+
+    def _refresh_due(self) -> bool:
+        return self.steps - self._refreshed_at >= self.refresh_every
+
+    def _rebase(self) -> None:
+        if self._rebased_at != self.steps:
+            self._rebased_at = self.steps
+            self._counts.repaired += sum(block.rebase() for block in self.blocks.values() if block.factors)
+
+    def _refresh(self, blocks: list[Block]) -> list[Stack]:
+        """Invert blocks side by side. One whose inverse is not finite keeps its last good one, or has none."""
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        last = {id(block): part for stack in self._stacks for block, part in stack.members()}
+        alike: dict[Any, list[Block]] = {}
+        for block in blocks:
+            alike.setdefault(_kind(block, block.factors), []).append(block)
+        stacks = []
+        for members in alike.values():
+            damping = [float(group_of[block.layer.parameters[0]]["damping"]) for block in members]
+            stack = Stack.build(members, damping, self._counts)
+            good = stack.finite()
+            if all(good):
+                stacks.append(stack)
+                continue
+            self._counts.repaired += good.count(False)
+            for (block, part), usable in zip(stack.members(), good, strict=True):
+                if usable or id(block) in last:
+                    stacks.append(Stack([block], part if usable else last[id(block)]))
+        return stacks
+
+    def _precondition(self) -> None:
+        usable = [block for block in self.blocks.values() if block.factors]
+        inverted = {id(block) for stack in self._stacks for block in stack.blocks}
+        if usable and (self._refresh_due() or any(id(block) not in inverted for block in usable)):
+            with record_function(CURVATURE):
+                self._rebase()
+                self._stacks = self._refresh(usable)
+            self._refreshed_at = self.steps
+            self.refreshes += 1
+        elif self._updated_at == self.steps and any(block.inverts_on_update for block in usable):
+            with record_function(CURVATURE):
+                follow = [block for block in usable if block.inverts_on_update]
+                others = [stack for stack in self._stacks if not stack.blocks[0].inverts_on_update]
+                self._stacks = others + self._refresh(follow)
+        with record_function(CURVATURE):
+            self._solve()
+
+    def _solve(self) -> None:
+        """Directions ``nu (F + damping)^-1 g`` of all covered parameters."""
+        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        solved: list[tuple[Stack, Tensor]] = []
+        products: list[Tensor] = []
+        for stack in self._stacks:
+            grads = stacked([block.to_matrix(_grads(block)) for block in stack.blocks])
+            directions = stack.blocks[0].solve(stack.cache, grads)
+            solved.append((stack, directions))
+            if self.kl_clip is not None:
+                lrs = [rates[block.layer.parameters[0]] for block in stack.blocks]
+                if len(set(lrs)) == 1:
+                    products.append(lrs[0] ** 2 * torch.dot(directions.flatten(), grads.flatten()))
+                else:
+                    pairs = zip(directions.chunk(len(lrs)), grads.chunk(len(lrs)), lrs, strict=True)
+                    products += [lr**2 * torch.dot(v.flatten(), g.flatten()) for v, g, lr in pairs]
+        self._kl_scale = 1.0
+        if products and self.kl_clip is not None:
+            scale = (self.kl_clip / torch.stack(products).sum()).sqrt()
+            self._kl_scale = torch.where(scale < 1, scale, torch.ones_like(scale))  # NaN of a negative sum: 1
+        for stack, directions in solved:
+            if isinstance(self._kl_scale, Tensor):
+                directions.mul_(self._kl_scale)
+            for block, part in zip(stack.blocks, directions.chunk(len(stack.blocks)), strict=True):
+                for p, direction in zip(block.layer.parameters, block.from_matrix(part), strict=True):
+                    if p.grad is not None:
+                        self._directions[p] = direction
+
+    def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        lr, beta, decay = group["lr"], group["momentum"], group["weight_decay"]
+        bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._directions]
+        for (p, g), denominator in zip(bare, self._fallback(bare).values(), strict=True):
+            # Momentum adds directions up where Adam averages: hence 1 - momentum.
+            self._directions[p] = g / denominator * ((1 - beta) * group["fallback_ratio"])
+        directions = [self._directions.pop(p) for p in params]
+        if decay:
+            torch._foreach_add_(directions, params, alpha=decay)
+        if beta:
+            fresh = [p for p in params if "momentum_buffer" not in self.state[p]]
+            for p in fresh:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, beta)
+            torch._foreach_add_(buffers, directions)
+            directions = buffers
+        torch._foreach_add_(params, directions, alpha=-lr)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def coverage(self) -> Coverage:
+        """See CurvatureOptimizer. Bytes are of the factors and of their inverses."""
+        return super().coverage()
+
+    def _cache_bytes(self, block: Approximation) -> int:
+        assert isinstance(block, Invertible)
+        return sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in block.cache_shapes().values())
+
+    def diagnostics(self) -> dict[str, float]:
+        """Adds how often curvature was updated and inverted, what had to be repaired, and the last KL scale nu."""
+        return super().diagnostics() | {
+            "curvature/updates": float(self.updates),
+            "curvature/refreshes": float(self.refreshes),
+            "curvature/fallbacks": float(self._counts.repaired),
+            "curvature/floored": float(self._counts.floored),
+            "curvature/kl_scale": float(self._kl_scale),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """See CurvatureOptimizer; also the inverses in use, which may be older than the factors, and all counters."""
+        state = super().state_dict()
+        state["curvature"] |= {
+            "inverses": {block.layer.name: part for stack in self._stacks for block, part in stack.members()},
+            "block_updates": dict(self._block_updates),
+            "counters": {
+                "updates": self.updates,
+                "refreshes": self.refreshes,
+                "updated_at": self._updated_at,
+                "refreshed_at": self._refreshed_at,
+                "repaired": self._counts.repaired,
+                "floored": int(self._counts.floored),
+            },
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See CurvatureOptimizer."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["curvature"]
+        if "inverses" not in saved:
+            raise ValueError(f"this state has no inverses: it was not saved by {type(self).__name__}.")
+        counters = saved["counters"]
+        self.updates, self.refreshes = int(counters["updates"]), int(counters["refreshes"])
+        self._updated_at, self._refreshed_at = int(counters["updated_at"]), int(counters["refreshed_at"])
+        self._counts = Counts(int(counters["repaired"]), int(counters["floored"]))
+        self._block_updates = {name: int(count) for name, count in saved["block_updates"].items()}
+        alike: dict[Any, list[tuple[Block, Factors]]] = {}
+        for name, block in self.blocks.items():
+            if name in saved["inverses"]:
+                device = block.layer.parameters[0].device
+                part = {key: t.to(device, copy=True) for key, t in saved["inverses"][name].items()}
+                alike.setdefault((_kind(block, block.factors), _kind(block, part)), []).append((block, part))
+        self._stacks = [
+            Stack([b for b, _ in members], {k: stacked([part[k] for _, part in members]) for k in members[0][1]})
+            for members in alike.values()
+        ]
+        self._directions.clear()
+
+
+def _kind(block: Block, tensors: Factors) -> Any:
+    """What blocks must have in common to share a stack."""
+    return (type(block), *((key, t.shape, t.dtype, t.device) for key, t in tensors.items()))
+
+
+def _grads(block: Block) -> list[Tensor]:
+    """Gradients of a block's parameters; zeros where there is none."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in block.layer.parameters]

@@ -1,0 +1,110 @@
+"""Compare runs: one picture, one table, a line for all runs that differ by their seed alone.
+
+    python scripts/compare.py multirun/curves --target train/loss=0.0796 --epochs 10,25,200
+    python scripts/compare.py RUN RUN FOLDER --metric val/accuracy --baseline optimizer=adam --out pictures
+
+Writes comparison.png, comparison.md and comparison.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from analysis import compare
+from training.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
+    try:
+        _main(_parser().parse_args(argv))
+    except (ValueError, UserError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 1
+    return 0
+
+
+def _main(options: argparse.Namespace) -> None:
+    target = compare.Target.parse(options.target) if options.target else None
+    folders = compare.find_runs(options.runs)
+    groups, remarks = compare.group_runs([compare.read_run(folder) for folder in folders])
+    references = {}
+    for text in options.reference:
+        reference, label = compare.Reference.parse(text)
+        references[compare.match(groups, label, "reference").label] = reference
+    comparison = compare.Comparison(
+        groups,
+        metric=options.metric or (target.metric if target else "train/loss"),
+        target=target,
+        epochs=_epochs(options.epochs),
+        baseline=compare.match(groups, options.baseline, "baseline") if options.baseline else None,
+        references=references,
+        remarks=remarks,
+    )
+    out = Path(options.out or os.path.commonpath(folders))
+    rows = compare.rows(comparison)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        compare.plot(comparison).savefig(out / "comparison.png", dpi=130)
+        (out / "comparison.md").write_text(compare.to_markdown(comparison, rows), encoding="utf-8")
+        (out / "comparison.csv").write_text(compare.to_csv(rows), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out: {out} cannot be written ({error.strerror}); give another folder") from error
+    # A file has no width: enough for a table of a few epochs.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    for sheet in compare.sheets(comparison, rows):
+        console.print(_table(sheet))
+    for line in (*compare.notes(comparison), f"{out}: comparison.png, comparison.md, comparison.csv"):
+        console.print(line, soft_wrap=True)
+
+
+def _table(sheet: compare.Sheet) -> Table:
+    table = Table(title=f"\n{sheet.title}", title_justify="left")
+    short = max(len(line[0]) for line in sheet.lines) <= 40
+    for column in sheet.header:
+        side: Literal["left", "right"] = "left" if column in ("group", "status") else "right"
+        table.add_column(column, justify=side, no_wrap=short and column == "group", overflow="fold")
+    for line in sheet.lines:
+        table.add_row(*line)
+    return table
+
+
+def _epochs(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",") if word]
+    except ValueError:
+        raise ValueError(f"epochs must be whole numbers such as 10,25,200, got {text!r}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = _refuse  # type: ignore[method-assign]
+    parser.add_argument("runs", nargs="+", metavar="RUN_OR_FOLDER", help="run folders, or folders that hold some")
+    parser.add_argument("--metric", help="what is drawn (default: the target's, or train/loss)")
+    parser.add_argument("--target", help="METRIC=VALUE whose time is taken, e.g. train/loss=0.0796")
+    parser.add_argument("--epochs", default="", help="at which the metric is given, e.g. 10,25,200")
+    parser.add_argument("--baseline", help="the group that ratios are to, e.g. optimizer=adam (default: the first)")
+    parser.add_argument(
+        "--reference", nargs="+", action="extend", default=[], metavar="FILE.json:KEY=label",
+        help="a published curve, one value an epoch, and the group that it is drawn beside",
+    )  # fmt: skip
+    parser.add_argument("--out", help="folder of the results (default: the folder that all runs have in common)")
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message} (see --help)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
