@@ -58,7 +58,9 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
         callbacks = [build(node, f"callbacks.{name}") for name, node in config["callbacks"].items()]
         loggers = [build(node, f"logger.{name}") for name, node in config["logger"].items()]
         with refusals("trainer", config["trainer"]):
-            trainer.check(data, task, world, callbacks, optimizer=optimizer, schedule=schedule, scalars=scalars)
+            trainer.check(
+                data, task, world, callbacks, model=model, optimizer=optimizer, schedule=schedule, scalars=scalars
+            )
         state = resume.load_state(start)
 
         folder = cli.on_main(world, partial(resume.enter, start, run))

@@ -82,8 +82,9 @@ class ImageStore:
 class InMemoryLoader:
     """Serves a part of an `ImageStore` in batches; a `data.BatchLoader`.
 
-    Rank r takes rows r, r + world_size, ... of each global batch, and the random numbers are drawn for the global
-    batch: any number of ranks sees together exactly what one process sees.
+    Each rank takes its share of each global batch, the shares one behind the other (which is how likelihoods draw
+    targets and curvature takes a part of a batch), and the random numbers are drawn for the global batch: any number
+    of ranks sees together exactly what one process sees.
 
     Args:
         store: the images.
@@ -157,7 +158,8 @@ class InMemoryLoader:
             rows = rows[torch.randperm(len(rows), generator=_generator(self.seed, epoch, 0))]
         for index in range(start, len(self)):
             batch = rows[index * self.batch_size : (index + 1) * self.batch_size]
-            plan = self._plan(batch, _generator(self.seed, epoch, 1 + index))[:, self.rank :: self.world_size]
+            plan = self._plan(batch, _generator(self.seed, epoch, 1 + index))
+            plan = plan.tensor_split(self.world_size, dim=1)[self.rank]
             if plan.shape[1]:
                 yield self._batch(plan)
 

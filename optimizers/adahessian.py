@@ -171,6 +171,15 @@ class AdaHessian(CurvatureOptimizer):
         self._denominators: dict[Tensor, tuple[Tensor, float]] = {}
         self._passes = None if self.model is None else TwiceDifferentiable(self.model, self._due)
 
+    @property
+    def hessian_every(self) -> int:
+        """Steps between curvature estimates; another name of ``update_every``."""
+        return self.update_every
+
+    @hessian_every.setter
+    def hessian_every(self, value: int) -> None:
+        self.update_every = value
+
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 

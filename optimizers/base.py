@@ -21,6 +21,9 @@ from optimizers.curvature.recorder import Recorder
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
+#: A step before all others.
+LONG_AGO = -(10**12)
+
 #: Name under which a profiler finds the time that goes into curvature.
 CURVATURE = "curvature"
 
@@ -125,6 +128,7 @@ class CurvatureOptimizer(Optimizer):
         self.update_every = update_every
         self.loss_reduction = loss_reduction
         self.steps = 0
+        self._updated_at = LONG_AGO
         self.rejected = 0  # layer statistics that were not finite and not used
         self.blocks: dict[str, Approximation] = {}
         self._recorder: Recorder | None = None
@@ -188,7 +192,11 @@ class CurvatureOptimizer(Optimizer):
 
     def _due(self) -> bool:
         """Whether the step under way gathers curvature."""
-        return self.steps % self.update_every == 0
+        return self.steps - self._updated_at >= self.update_every
+
+    def renew(self) -> None:
+        """Make the next step gather and refresh curvature, however long its interval has still to run."""
+        self._updated_at = LONG_AGO
 
     def _observe(self, layer: Layer, x: Tensor, g: Tensor) -> None:
         with record_function(CURVATURE):
@@ -298,6 +306,7 @@ class CurvatureOptimizer(Optimizer):
         if self._due():
             with record_function(CURVATURE):
                 self._update_curvature()
+            self._updated_at = self.steps
         self._precondition()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -379,7 +388,9 @@ class CurvatureOptimizer(Optimizer):
         state = super().state_dict()
         state["curvature"] = {
             "steps": self.steps,
+            "updated_at": self._updated_at,
             "layers": {name: dict(block.factors) for name, block in self.blocks.items() if block.factors},
+            "kinds": {name: type(block).__name__ for name, block in self.blocks.items() if block.factors},
         }
         return state
 
@@ -394,8 +405,12 @@ class CurvatureOptimizer(Optimizer):
         layers = state_dict["curvature"]["layers"]
         if unknown := sorted(set(layers) - set(self.blocks)):
             raise ValueError(f"the state holds curvature of {unknown[0]!r}, which is not a layer of this model.")
+        for name, kind in state_dict["curvature"].get("kinds", {}).items():
+            if kind != (here := type(self.blocks[name]).__name__):
+                raise ValueError(f"the state holds {kind} of {name!r}, where {here} belong: another method saved it.")
         super().load_state_dict(copy.deepcopy({k: state_dict[k] for k in ("state", "param_groups")}))
         self.steps = int(state_dict["curvature"]["steps"])
+        self._updated_at = int(state_dict["curvature"].get("updated_at", LONG_AGO))
         for name, block in self.blocks.items():
             saved, shapes = layers.get(name, {}), block.shapes()
             for key, tensor in saved.items():

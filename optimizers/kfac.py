@@ -118,6 +118,9 @@ class KFAC(NaturalGradient):
 class EKFAC(NaturalGradient):
     """EKFAC: K-FAC's eigenbasis with the exact second moments of the gradient in it; damped by Tikhonov.
 
+    Where a factor has seen fewer examples than it is wide, its null space has no basis of its own, and moments taken
+    there later depend on the one that rounding chose: such runs repeat themselves, but no other machine's digits.
+
     Args:
         model: the whole module.
         params: parameters or groups; default all.

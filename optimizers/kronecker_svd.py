@@ -57,6 +57,8 @@ class KPSVD(NaturalGradient):
             None: the method's own (``lanczos`` for Lanczos, ``gram`` for the others).
         sharing: ``expand``: the gradient as it is, all pairs of positions in it; ``reduce``: see KFAC.
         radius: leave out pairs of positions farther apart than this along either axis of the image; None: none.
+        rank: of the second term's eigenvalues, the inverse keeps so many of the largest on either side, in layers more
+            than twice as wide; None: all. A whole eigenbasis costs several K-FAC inverses.
         max_factor_dim: a layer with a wider factor falls back to K-FAC with that factor's diagonal.
         solve_dtype: see KFAC.
         weight_decay: L2 coefficient, added to the preconditioned gradient.
@@ -92,6 +94,7 @@ class KPSVD(NaturalGradient):
         solver: Solver | None = None,
         sharing: Literal["expand", "reduce"] = "expand",
         radius: int | None = None,
+        rank: int | None = 128,
         max_factor_dim: int | None = None,
         solve_dtype: Literal["float32", "bfloat16"] = "float32",
         weight_decay: float = 0.0,
@@ -106,9 +109,11 @@ class KPSVD(NaturalGradient):
         check_choice("solver", solver, ("gram", "power", "lanczos"))
         if radius is not None:
             check_range("radius", radius, 0)
-        if damping_mode == "tikhonov" and self.block.rank > 1:
+        if rank is not None:
+            check_range("rank", rank, 1)
+        if damping_mode == "tikhonov" and self.block.terms > 1:
             raise ValueError("damping_mode must be 'factored' for a sum of two products: lambda I would be a third")
-        options = Options(damping_mode, pi, sharing, max_factor_dim, dtype, solver, radius)
+        options = Options(damping_mode, pi, sharing, max_factor_dim, dtype, solver, radius, rank)
         super().__init__(
             model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
             batch_fraction=batch_fraction, decay=decay, update_every=update_every, refresh_every=refresh_every,

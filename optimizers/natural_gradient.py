@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, Coverage, CurvatureOptimizer, Params, check_range
+from optimizers.base import CURVATURE, LONG_AGO, CurvatureOptimizer, Params, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
 from optimizers.curvature.layers import AffineLayer, Layer
 from optimizers.likelihoods import Likelihood
 
+#: Wider matrices than this keep a processor busy one by one.
+LARGE = 512
+
 Fisher = Literal["sampled", "empirical", "exact"]
-SOLVE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class Block(Invertible, Approximation):
@@ -43,18 +45,20 @@ class Stack:
         self.blocks, self.cache = blocks, cache
 
     @classmethod
-    def build(cls, blocks: list[Block], damping: list[float], counts: Counts) -> Stack:
+    def build(cls, blocks: list[Block], damping: list[float], counts: Counts, last: list[Factors] | None) -> Stack:
         """Invert the blocks' factors.
 
         Args:
             blocks: of one kind and shape.
             damping: one a block.
             counts: where repairs are counted.
+            last: each block's share of the last cache, if all have one.
         """
         factors = {key: stacked([block.factors[key] for block in blocks]) for key in blocks[0].factors}
         first = next(iter(factors.values()))
         groups = len(first) // len(blocks)
-        cache = blocks[0].invert(factors, first.new_tensor(damping).repeat_interleave(groups), counts)
+        before = None if last is None else {key: stacked([part[key] for part in last]) for key in last[0]}
+        cache = blocks[0].invert(factors, first.new_tensor(damping).repeat_interleave(groups), counts, before)
         for key, tensor in factors.items():
             if cache.get(key) is tensor:  # what the solve uses as it is need not be kept twice
                 for block, part in zip(blocks, tensor.chunk(len(blocks)), strict=True):
@@ -160,14 +164,12 @@ class NaturalGradient(CurvatureOptimizer):
             "fallback_lr": fallback_lr,
         }
         super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction)
-        for group in self.param_groups:
-            group["fallback_ratio"] = group["fallback_lr"] / group["lr"] if group["lr"] else 0.0
         self.kl_clip, self.fisher, self.batch_fraction, self.decay = kl_clip, fisher, batch_fraction, decay
         self.refresh_every, self.likelihood, self.seed = refresh_every, likelihood, seed
         self.options = options
         self.updates = 0  # of the factors
         self.refreshes = 0  # of the inverses
-        self._updated_at = self._refreshed_at = self._rebased_at = -(10**12)  # long ago
+        self._refreshed_at = self._rebased_at = LONG_AGO
         self._block_updates: dict[str, int] = {}
         self._counts = Counts()
         self._stacks: list[Stack] = []
@@ -176,6 +178,12 @@ class NaturalGradient(CurvatureOptimizer):
         self._generator: torch.Generator | None = None
         self._watch(self._block, skip=skip, deferred=fisher != "empirical", fraction=batch_fraction)
         self.blocks: dict[str, Block]  # type: ignore[assignment]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("fallback_ratio", group["fallback_lr"] / group["lr"] if group["lr"] else 0.0)
 
     @abstractmethod
     def affine_block(self, layer: AffineLayer) -> Approximation:
@@ -186,8 +194,10 @@ class NaturalGradient(CurvatureOptimizer):
 
     # -- statistics ----------------------------------------------------------------------------------------------------
 
-    def _due(self) -> bool:
-        return self.steps - self._updated_at >= self.update_every
+    def renew(self) -> None:
+        """See CurvatureOptimizer."""
+        super().renew()
+        self._refreshed_at = LONG_AGO
 
     def backward(self, loss: Tensor, outputs: Tensor | None = None, *, scale: float = 1.0) -> None:
         """See CurvatureOptimizer. ``outputs`` are needed on the steps that sample targets, so always give them."""
@@ -246,14 +256,13 @@ class NaturalGradient(CurvatureOptimizer):
                 f"{type(self).__name__} with fisher={self.fisher!r} saw a forward pass but no backward of its own: "
                 "call optimizer.backward(loss, outputs) in place of loss.backward()."
             )
-        self._updated_at = self.steps
         estimates = self._estimates()
         if not estimates:
             return
         for name, new in estimates.items():
             self.blocks[name].average(new, self._keep(name))
         self.updates += 1
-        if self._refresh_due():
+        if self._must_refresh():
             self._rebase()
         scaling = self._scaling()
         moments = {name: m for name in estimates if (m := self.blocks[name].moments(*scaling))}
@@ -268,6 +277,11 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _refresh_due(self) -> bool:
         return self.steps - self._refreshed_at >= self.refresh_every
+
+    def _must_refresh(self) -> bool:
+        """Whether inverses are due, or a block with factors has none yet (its layer was thawed, say)."""
+        inverted = {id(block) for stack in self._stacks for block in stack.blocks}
+        return self._refresh_due() or any(b.factors and id(b) not in inverted for b in self.blocks.values())
 
     def _rebase(self) -> None:
         if self._rebased_at != self.steps:
@@ -284,7 +298,8 @@ class NaturalGradient(CurvatureOptimizer):
         stacks = []
         for members in alike.values():
             damping = [float(group_of[block.layer.parameters[0]]["damping"]) for block in members]
-            stack = Stack.build(members, damping, self._counts)
+            known = [last[id(block)] for block in members] if all(id(block) in last for block in members) else None
+            stack = Stack.build(members, damping, self._counts, known)
             good = stack.finite()
             if all(good):
                 stacks.append(stack)
@@ -297,8 +312,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _precondition(self) -> None:
         usable = [block for block in self.blocks.values() if block.factors]
-        inverted = {id(block) for stack in self._stacks for block in stack.blocks}
-        if usable and (self._refresh_due() or any(id(block) not in inverted for block in usable)):
+        if usable and self._must_refresh():
             with record_function(CURVATURE):
                 self._rebase()
                 self._stacks = self._refresh(usable)
@@ -308,12 +322,14 @@ class NaturalGradient(CurvatureOptimizer):
             with record_function(CURVATURE):
                 follow = [block for block in usable if block.inverts_on_update]
                 others = [stack for stack in self._stacks if not stack.blocks[0].inverts_on_update]
-                self._stacks = others + self._refresh(follow)
+                # In the order of the blocks, as after loading: the KL clip's sum over stacks rounds by its order.
+                order = {id(block): i for i, block in enumerate(self.blocks.values())}
+                self._stacks = sorted(others + self._refresh(follow), key=lambda stack: order[id(stack.blocks[0])])
         with record_function(CURVATURE):
             self._solve()
 
     def _solve(self) -> None:
-        """Directions ``nu (F + damping)^-1 g`` of all covered parameters."""
+        """Directions ``(F + damping)^-1 g`` of all covered parameters, and the factor nu that is still to come."""
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
         solved: list[tuple[Stack, Tensor]] = []
         products: list[Tensor] = []
@@ -333,8 +349,6 @@ class NaturalGradient(CurvatureOptimizer):
             scale = (self.kl_clip / torch.stack(products).sum()).sqrt()
             self._kl_scale = torch.where(scale < 1, scale, torch.ones_like(scale))  # NaN of a negative sum: 1
         for stack, directions in solved:
-            if isinstance(self._kl_scale, Tensor):
-                directions.mul_(self._kl_scale)
             for block, part in zip(stack.blocks, directions.chunk(len(stack.blocks)), strict=True):
                 for p, direction in zip(block.layer.parameters, block.from_matrix(part), strict=True):
                     if p.grad is not None:
@@ -346,27 +360,32 @@ class NaturalGradient(CurvatureOptimizer):
         for (p, g), denominator in zip(bare, self._fallback(bare).values(), strict=True):
             # Momentum adds directions up where Adam averages: hence 1 - momentum.
             self._directions[p] = g / denominator * ((1 - beta) * group["fallback_ratio"])
+        unclipped = {p for p, _ in bare}
         directions = [self._directions.pop(p) for p in params]
-        if decay:
-            torch._foreach_add_(directions, params, alpha=decay)
-        if beta:
-            fresh = [p for p in params if "momentum_buffer" not in self.state[p]]
-            for p in fresh:
+        if isinstance(self._kl_scale, Tensor):
+            one = torch.ones_like(self._kl_scale)
+            scales = [one if p in unclipped else self._kl_scale for p in params]
+        else:
+            scales = [params[0].new_ones(())] * len(params)
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, beta)
-            torch._foreach_add_(buffers, directions)
-            directions = buffers
-        torch._foreach_add_(params, directions, alpha=-lr)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, beta)
+        torch._foreach_addcmul_(buffers, directions, scales)
+        if decay:
+            torch._foreach_add_(buffers, params, alpha=decay)
+        torch._foreach_add_(params, buffers, alpha=-lr)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def coverage(self) -> Coverage:
-        """See CurvatureOptimizer. Bytes are of the factors and of their inverses."""
-        return super().coverage()
-
     def _cache_bytes(self, block: Approximation) -> int:
         assert isinstance(block, Invertible)
+        for stack in self._stacks:
+            for member, part in stack.members():
+                if member is block:  # as it is; before the first refresh, as it will be
+                    owned = (t for key, t in part.items() if key not in block.factors)
+                    return sum(t.numel() * t.element_size() for t in owned)
         return sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in block.cache_shapes().values())
 
     def diagnostics(self) -> dict[str, float]:
@@ -388,7 +407,6 @@ class NaturalGradient(CurvatureOptimizer):
             "counters": {
                 "updates": self.updates,
                 "refreshes": self.refreshes,
-                "updated_at": self._updated_at,
                 "refreshed_at": self._refreshed_at,
                 "repaired": self._counts.repaired,
                 "floored": int(self._counts.floored),
@@ -404,7 +422,7 @@ class NaturalGradient(CurvatureOptimizer):
             raise ValueError(f"this state has no inverses: it was not saved by {type(self).__name__}.")
         counters = saved["counters"]
         self.updates, self.refreshes = int(counters["updates"]), int(counters["refreshes"])
-        self._updated_at, self._refreshed_at = int(counters["updated_at"]), int(counters["refreshed_at"])
+        self._refreshed_at = int(counters["refreshed_at"])
         self._counts = Counts(int(counters["repaired"]), int(counters["floored"]))
         self._block_updates = {name: int(count) for name, count in saved["block_updates"].items()}
         alike: dict[Any, list[tuple[Block, Factors]]] = {}
@@ -421,8 +439,9 @@ class NaturalGradient(CurvatureOptimizer):
 
 
 def _kind(block: Block, tensors: Factors) -> Any:
-    """What blocks must have in common to share a stack."""
-    return (type(block), *((key, t.shape, t.dtype, t.device) for key, t in tensors.items()))
+    """What blocks must have in common to share a stack; large ones gain nothing by it and go alone."""
+    alone = block.layer.name if max(size for t in tensors.values() for size in t.shape) > LARGE else ""
+    return (type(block), alone, *((key, t.shape, t.dtype, t.device) for key, t in tensors.items()))
 
 
 def _grads(block: Block) -> list[Tensor]:

@@ -156,10 +156,11 @@ class Arm:
         self.count += 1
         marks = [now(inputs)]
         self.optimizer.zero_grad()
-        loss = self.likelihood.nll(self.model(inputs), targets)
+        outputs = self.model(inputs)
+        loss = self.likelihood.nll(outputs, targets)
         marks.append(now(inputs))
         if isinstance(self.optimizer, CurvatureOptimizer):
-            self.optimizer.backward(loss)
+            self.optimizer.backward(loss, outputs)
         else:
             loss.backward(create_graph=type(self.optimizer).__name__ == "AdaHessian")  # the peers' recipe
         marks.append(now(inputs))
@@ -170,7 +171,7 @@ class Arm:
     def block(self, steps: int) -> None:
         """A block of timed steps; where curvature has an interval, its first step is a due one."""
         if isinstance(self.optimizer, CurvatureOptimizer):
-            self.optimizer.steps -= self.optimizer.steps % self.interval
+            self.optimizer.renew()
         for index in range(steps):
             is_due = self.interval > 1 and index == 0
             (self.due if is_due else self.ordinary).append(self.step())
@@ -194,7 +195,7 @@ class Arm:
             return 0.0
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(2):
-                self.optimizer.steps -= self.optimizer.steps % self.interval
+                self.optimizer.renew()
                 self.step()
         total = sum(event.cpu_time_total for event in profiler.key_averages() if event.key == CURVATURE)
         return total / 1e6 / 2 / self.interval

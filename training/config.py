@@ -38,7 +38,7 @@ CONTAINERS = ("logger", "callbacks")
 # The one key whose names are not in the files: those of the chosen optimizer's scalars, which are checked against it.
 OPEN = "schedules"
 # A group that follows from the others: hyper-parameters that an experiment has for an optimizer, if it has some.
-PUBLISHED = "published"
+PRESET = "preset"
 # What these two are anyway; Hydra refuses null as a choice on the command line.
 NOTHING = ("experiment=null", "debug=null")
 # Groups that a resumed run may choose anew: they do not change what is learned.
@@ -118,7 +118,7 @@ def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence
         UserError: for a missing or mistyped value, or a broken interpolation.
     """
     chosen = {group: choice for group, choice in choices.items() if choice and not group.startswith("hydra")}
-    chosen.pop(PUBLISHED, None)
+    chosen.pop(PRESET, None)
     if OmegaConf.select(cfg, "resume") not in (None, "auto"):
         cfg, chosen = _take_up(cfg, chosen, command)
     return RunConfig(validate(_resolve(cfg)), chosen, [text.removeprefix("++") for text in command])
@@ -309,7 +309,7 @@ def _resolve(cfg: DictConfig, prefix: str = "") -> dict[str, Any]:
 def _diagnose(overrides: Sequence[Override], options: Mapping[str, list[str]], error: Exception) -> str:
     """Why a configuration does not compose, in a sentence about the override that is at fault."""
     for override in overrides:
-        if override.is_delete() and override.key_or_group in ("experiment", "optimizer"):  # both name `PUBLISHED`
+        if override.is_delete() and override.key_or_group in ("experiment", "optimizer"):  # both name `PRESET`
             return f"{override.key_or_group} is missing from the configuration: ~ cannot remove it"
     groups = [o.input_line or "" for o in overrides if o.key_or_group in options or o.key_or_group.startswith("hydra")]
     tree = _tree(groups)

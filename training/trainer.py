@@ -152,6 +152,7 @@ class Trainer:
         world: World | None = None,
         callbacks: Sequence[Callback] = (),
         *,
+        model: nn.Module | None = None,
         optimizer: Optimizer | None = None,
         schedule: Schedule | None = None,
         scalars: Mapping[str, ScalarSchedule] | None = None,
@@ -163,6 +164,7 @@ class Trainer:
             task: see ``fit``.
             world: see ``fit``.
             callbacks: see ``fit``.
+            model: see ``fit``; None: whether its outputs suit the task is not checked, which takes a forward pass.
             optimizer: see ``fit``; None: whether it suits the trainer is not checked.
             schedule: see ``fit``; None: not checked.
             scalars: see ``fit``; checked together with the optimizer.
@@ -182,7 +184,21 @@ class Trainer:
             Scalars(optimizer, scalars or {})
         for callback in callbacks:
             callback.check(task)
+        if model is not None:
+            self._check_outputs(model, data, task)
         (schedule or schedules.none)(torch.optim.SGD([torch.zeros(1)], lr=1.0), ticks=self._budget(data).ticks)
+
+    @staticmethod
+    def _check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
+        """One example through the model, as in evaluation: tasks refuse outputs that are none of theirs."""
+        inputs, targets = next(iter(data.train.epoch(0)))
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), rng.untouched(inputs.device):
+                task.loss(model(inputs[:1]), targets[:1])
+        finally:
+            model.train(training)
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         name = type(optimizer).__name__

@@ -38,6 +38,7 @@ class Options:
         solve_dtype: of the products with the inverse; None: the statistics'.
         solver: how leading pairs are found, see ``rearranged``.
         radius: farthest positions, along either axis, whose products count; None: all pairs.
+        rank: eigenvalues of the second term that its inverse keeps on either side, the largest; None: all.
         floor: least value of ``1 + s t`` in a two-term inverse.
     """
 
@@ -48,6 +49,7 @@ class Options:
     solve_dtype: torch.dtype | None = None
     solver: Literal["gram", "power", "lanczos"] = "gram"
     radius: int | None = None
+    rank: int | None = None
     floor: float = 0.1
 
 
@@ -85,8 +87,15 @@ class Invertible:
         return {}
 
     @abstractmethod
-    def invert(self, factors: Factors, damping: Tensor, counts: Counts) -> Factors:
-        """What ``solve`` needs, from stacked factors and one damping a stacked matrix ``[n]``."""
+    def invert(self, factors: Factors, damping: Tensor, counts: Counts, last: Factors | None = None) -> Factors:
+        """What ``solve`` needs.
+
+        Args:
+            factors: stacked.
+            damping: one a stacked matrix ``[n]``.
+            counts: where repairs are counted.
+            last: what the last refresh returned for the same blocks, for iterations to start from.
+        """
 
     @abstractmethod
     def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
@@ -112,7 +121,7 @@ class ExactDiagonal(Invertible, Diagonal):
         super().__init__(layer)
         self.options = options
 
-    def invert(self, factors: Factors, damping: Tensor, counts: Counts) -> Factors:
+    def invert(self, factors: Factors, damping: Tensor, counts: Counts, last: Factors | None = None) -> Factors:
         """See Invertible."""
         return {"W": 1 / (factors["D"] + damping.unsqueeze(-1))}
 
@@ -203,7 +212,7 @@ class Kronecker(Invertible, Approximation):
 
     # -- the solve of one damped product, which most approximations share ---------------------------------------------
 
-    def invert(self, factors: Factors, damping: Tensor, counts: Counts) -> Factors:
+    def invert(self, factors: Factors, damping: Tensor, counts: Counts, last: Factors | None = None) -> Factors:
         """See Invertible."""
         if self.options.damping_mode == "tikhonov":
             values = {}
@@ -241,24 +250,29 @@ class Kronecker(Invertible, Approximation):
 
     def _in_solve_dtype(self, cache: Factors) -> Factors:
         dtype = self.options.solve_dtype
-        return cache if dtype is None else {k: v if k == "W" else v.to(dtype) for k, v in cache.items()}
+        return cache if dtype is None else {k: v if k[0] == "W" else v.to(dtype) for k, v in cache.items()}
 
     def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
         """See Invertible."""
         if "W" in cache:
             rotated = self._rotate(matrix, cache.get("U_A"), cache.get("U_G"), forward=True)
             return self._rotate(rotated * cache["W"], cache.get("U_A"), cache.get("U_G"), forward=False).to(matrix)
-        result = _product(cache["G"], matrix) if self.full["G"] else cache["G"].unsqueeze(-1) * matrix
-        result = _product(result, cache["A"]) if self.full["A"] else result * cache["A"].unsqueeze(-2)
-        return result.to(matrix.dtype)
+        return self._sandwich(cache, matrix).to(matrix.dtype)
+
+    def _sandwich(self, cache: Factors, matrix: Tensor) -> Tensor:
+        """``G^-1 V A^-1``, in the dtype of the inverses."""
+        left, right = cache["G"], cache["A"]
+        result = matrix.to(left.dtype)
+        result = _product(left, result) if self.full["G"] else left.unsqueeze(-1) * result
+        return _product(result, right) if self.full["A"] else result * right.unsqueeze(-2)
 
     @staticmethod
     def _rotate(matrix: Tensor, right: Tensor | None, left: Tensor | None, forward: bool) -> Tensor:
         """Into the eigenbasis, ``U_Gᵀ V U_A``, or back, ``U_G V U_Aᵀ``."""
         if left is not None:
-            matrix = _product(left.mT if forward else left, matrix)
+            matrix = _product(left.mT if forward else left, matrix.to(left.dtype))
         if right is not None:
-            matrix = _product(matrix, right if forward else right.mT)
+            matrix = _product(matrix.to(right.dtype), right if forward else right.mT)
         return matrix
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -271,10 +285,7 @@ class Kronecker(Invertible, Approximation):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` over stacks, in the narrower of their dtypes."""
-    if a.dtype != b.dtype:
-        dtype = min(a.dtype, b.dtype, key=lambda d: d.itemsize)
-        a, b = a.to(dtype), b.to(dtype)
+    """``a @ b`` over stacks."""
     return torch.mm(a[0], b[0]).unsqueeze(0) if len(a) == 1 else torch.bmm(a, b)
 
 
@@ -302,9 +313,9 @@ class KroneckerFactors(Kronecker):
 
     def estimate(self, gradient_scale: float, examples: int) -> Factors:
         """See Approximation."""
-        return {
-            "A": self._sums["A"] / self._sums["count"],
-            "G": self._sums["G"] * (gradient_scale**2 / examples),
+        return {  # the sums are this step's alone
+            "A": self._sums["A"].div_(self._sums["count"]),
+            "G": self._sums["G"].mul_(gradient_scale**2 / examples),
         }
 
 
@@ -383,7 +394,7 @@ class EigenFactors(KroneckerFactors):
             dense.append((basis * s.flatten()) @ basis.mT)
         return dense
 
-    def invert(self, factors: Factors, damping: Tensor, counts: Counts) -> Factors:
+    def invert(self, factors: Factors, damping: Tensor, counts: Counts, last: Factors | None = None) -> Factors:
         """See Invertible. The damping is Tikhonov's: S is a diagonal."""
         bases = self._in_solve_dtype({k: v for k, v in factors.items() if k.startswith("U_")})
         return bases | {"W": 1 / (factors["S"] + damping.view(-1, 1, 1))}
@@ -398,31 +409,33 @@ class EigenFactors(KroneckerFactors):
 
 
 class KroneckerPairs(Kronecker):
-    """The best sum of ``rank`` Kronecker products in Frobenius norm (Koroko et al. 2022): KPSVD, Deflation, Lanczos.
+    """The best sum of ``terms`` Kronecker products in Frobenius norm (Koroko et al. 2022): KPSVD, Deflation, Lanczos.
 
     Factors are ``A, G`` of the first pair and ``C, D`` of the second: ``F ~ G (x) A + D (x) C``. Averages over steps
-    are of the sums themselves, brought back to ``rank`` terms: averaging factors one by one would be neither linear nor
+    are of the sums themselves, brought back to as many terms: averaging factors one by one would be neither linear nor
     blind to the signs of a pair.
     """
 
     gathers = True
-    rank = 2
+    terms = 2
     corrected = False
 
     def __init__(self, layer: AffineLayer, options: Options) -> None:
         super().__init__(layer, options)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._grid = (1, 1)
+        self._shared = True  # until a pass has shown otherwise
 
     @property
     def keys(self) -> list[tuple[str, str]]:
         """Names of the pairs' factors: over inputs, over output gradients."""
-        return [("A", "G"), ("C", "D")][: self.rank]
+        return [("A", "G"), ("C", "D")][: self.terms]
 
     def accumulate(self, x: Tensor, g: Tensor) -> None:
         """See Approximation."""
         self._kept.append(self._samples(x.to(self._dtype), g.to(self._dtype)))
         self._grid = (1, 1) if self.options.sharing == "reduce" else self.layer.grid(g)
+        self._shared = self._grid != (1, 1)
 
     @property
     def observed(self) -> bool:
@@ -452,7 +465,7 @@ class KroneckerPairs(Kronecker):
         starts = [block.factors.get("G") for block in members]
         fits = leading_pairs_many(
             samples,
-            cls.rank - cls.corrected,
+            cls.terms - cls.corrected,
             solver=options.solver,
             corrected=cls.corrected,
             masks=masks,
@@ -493,13 +506,13 @@ class KroneckerPairs(Kronecker):
             lefts = [factors[a] for factors, _ in terms for a, _ in self.keys]
             rights = [factors[g] for factors, _ in terms for _, g in self.keys]
             weights = [weight for _, weight in terms for _ in self.keys]
-            new = self._named(compress(lefts, rights, weights, self.rank), lefts[0], rights[0])
+            new = self._named(compress(lefts, rights, weights, self.terms), lefts[0], rights[0])
         self.factors = new
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See Approximation."""
         shapes = super().shapes()
-        return shapes if self.rank == 1 else shapes | {"C": shapes["A"], "D": shapes["G"]}
+        return shapes if self.terms == 1 else shapes | {"C": shapes["A"], "D": shapes["G"]}
 
     def _blocks(self, factors: Factors) -> list[Tensor]:
         terms = [
@@ -510,45 +523,101 @@ class KroneckerPairs(Kronecker):
 
     # -- the two-term inverse ------------------------------------------------------------------------------------------
 
-    def invert(self, factors: Factors, damping: Tensor, counts: Counts) -> Factors:
+    def invert(self, factors: Factors, damping: Tensor, counts: Counts, last: Factors | None = None) -> Factors:
         """See Invertible.
 
-        With ``A_d = A + pi sqrt(lambda) I`` and ``K_A`` the eigenvectors of the pencil (C, A_d), so that
-        ``K_Aᵀ A_d K_A = I`` and ``K_Aᵀ C K_A = diag(s)``, and the same with t for D and G:
+        With ``A_d = A + pi sqrt(lambda) I = L_A L_Aᵀ``, ``M_A = L_A^-1 C L_A^-ᵀ = Q_A diag(s) Q_Aᵀ`` and
+        ``K_A = L_A^-ᵀ Q_A``, and the same with t for D and G:
         ``(G_d (x) A_d + D (x) C)^-1 = (K_G (x) K_A) diag(1 / (1 + t s)) (K_G (x) K_A)ᵀ``. The second term is
         indefinite, so ``1 + t s`` is floored, signs kept.
+
+        Where C and D are antisymmetric, ``X = M_G (x) M_A`` still has a symmetric square, with eigenvalues
+        ``(t s)²``, and ``1 / (1 + X)`` is an even function of X plus X times another: two diagonals and one more
+        product on either side.
+
+        With ``rank``, wide layers keep the eigenvalues of largest magnitude alone, found by one step of subspace
+        iteration from the last refresh's. What they do for the inverse is then a correction of low rank to
+        ``G_d^-1 (x) A_d^-1``.
         """
-        if self.rank == 1:
+        if self.terms == 1:
             return super().invert(factors, damping, counts)
         shares = self._shares(factors, damping)
-        values, cache = {}, {}
+        twisted = self._twisted(factors["C"])
+        values, cache, odd = {}, {}, {}
         for first, second in (("A", "C"), ("G", "D")):
             lower, repaired = linalg.cholesky(factors[first], shares[first])
             counts.repaired += repaired
-            values[first], cache[f"K_{first}"] = linalg.generalized_eigh(factors[second], lower)
-        weights = 1 + values["G"].unsqueeze(-1) * values["A"].unsqueeze(-2)
-        counts.floored = counts.floored + (weights < self.options.floor).sum()
-        return self._in_solve_dtype(cache | {"W": 1 / weights.clamp(min=self.options.floor)})
+            if self._truncated:
+                cache[first] = torch.cholesky_inverse(lower)
+                start = None if last is None else last[f"K_{first}"].to(lower.dtype)
+                found = linalg.leading_pencil(factors[second], lower, self._kept_dims[first], twisted, start)
+            else:
+                found = linalg.pencil(factors[second], lower, twisted)
+            values[first], cache[f"K_{first}"], odd[f"J_{first}"] = found
+        even, odd["W_odd"] = self._weights(values, twisted, counts)
+        cache["W"] = even - 1 if self._truncated else even
+        return self._in_solve_dtype(cache | ({} if twisted is None else odd))
+
+    def _weights(self, values: dict[str, Tensor], twisted: Tensor | None, counts: Counts) -> tuple[Tensor, Tensor]:
+        """``1 / (1 + x)`` at the eigenvalues x of the second term: its even and its odd part (the latter over x)."""
+        floor = self.options.floor
+        product = values["G"].unsqueeze(-1) * values["A"].unsqueeze(-2)
+        weights = 1 + product
+        counts.floored = counts.floored + (weights < floor).sum()
+        weights = 1 / weights.clamp(min=floor)
+        if twisted is None:
+            return weights, weights
+        other = 1 - product
+        counts.floored = counts.floored + ((other < floor) & twisted).sum()
+        other = 1 / other.clamp(min=floor)
+        odd = (weights - other) / (2 * product).clamp(min=torch.finfo(product.dtype).tiny)
+        return torch.where(twisted, (weights + other) / 2, weights), torch.where(twisted, odd, 0.0)
+
+    @property
+    def _truncated(self) -> bool:
+        """Whether a correction of low rank costs less than the whole eigenbasis."""
+        rank = self.options.rank
+        return rank is not None and max(self.dims.values()) > 2 * rank
+
+    @property
+    def _kept_dims(self) -> dict[str, int]:
+        rank = self.options.rank if self._truncated else None
+        return {key: dim if rank is None else min(dim, rank) for key, dim in self.dims.items()}
+
+    def _twisted(self, second: Tensor) -> Tensor | None:
+        """Which of the second pairs are antisymmetric, ``[n, 1, 1]``; None: none is. Waits for the device."""
+        if not self._shared:  # sums of a aᵀ are symmetric
+            return None
+        twisted = ((second + second.mT) == 0).all(-1).all(-1) & (second != 0).any(-1).any(-1)
+        return twisted.view(-1, 1, 1) if bool(twisted.any()) else None
 
     def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
         """See Invertible."""
-        if self.rank == 1:
+        if self.terms == 1:
             return super().solve(cache, matrix)
         rotated = self._rotate(matrix, cache["K_A"], cache["K_G"], forward=True)
-        return self._rotate(rotated * cache["W"], cache["K_A"], cache["K_G"], forward=False).to(matrix)
+        result = self._rotate(rotated * cache["W"], cache["K_A"], cache["K_G"], forward=False)
+        if "W_odd" in cache:
+            result = result + self._rotate(rotated * cache["W_odd"], cache["J_A"], cache["J_G"], forward=False)
+        if "A" in cache:
+            result = result + self._sandwich(cache, matrix)
+        return result.to(matrix)
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See Invertible."""
         shapes = super().cache_shapes()
-        if self.rank == 1:
+        if self.terms == 1:
             return shapes
-        return {f"K_{key}": shapes[key] for key in ("A", "G")} | {"W": (self._matrix, self._dtype)}
+        kept, groups, dtype = self._kept_dims, self.layer.groups, shapes["A"][1]
+        bases = {f"K_{key}": ((groups, self.dims[key], kept[key]), dtype) for key in ("A", "G")}
+        weights = {"W": ((groups, kept["G"], kept["A"]), self._dtype)}
+        return (shapes if self._truncated else {}) | bases | weights
 
 
 class BestKronecker(KroneckerPairs):
     """KPSVD: the nearest single Kronecker product."""
 
-    rank = 1
+    terms = 1
 
 
 class CorrectedFactors(KroneckerPairs):
@@ -557,7 +626,7 @@ class CorrectedFactors(KroneckerPairs):
     corrected = True
 
     def _named(self, pairs: Pairs, a: Tensor, g: Tensor) -> Factors:
-        if len(pairs) == self.rank:
+        if len(pairs) == self.terms:
             return super()._named(pairs, a, g)
         rows = a.flatten(1, 2)
         columns = g.flatten(1, 2)

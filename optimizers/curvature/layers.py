@@ -97,8 +97,8 @@ class AffineLayer(Layer, ABC):
         return torch.cat([matrix, bias.reshape(self.groups, self.d_out, 1)], dim=-1)
 
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
-        """Inverse of ``to_matrix``: one tensor a parameter, contiguous."""
-        weight = matrix[..., : self.d_in].reshape(self.parameters[0].shape).contiguous()
+        """Inverse of ``to_matrix``: one tensor a parameter, views where possible."""
+        weight = matrix[..., : self.d_in].reshape(self.parameters[0].shape)
         return [weight, matrix[..., -1].flatten()] if self.has_bias else [weight]
 
     def _append_count(self, sums: Tensor, count: int) -> tuple[Tensor, int]:
@@ -261,7 +261,7 @@ class ConvTransposeLayer(AffineLayer):
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         """See AffineLayer."""
         weight = matrix[..., : self.d_in].reshape(self.groups, self.d_out, self._per_group, self._taps)
-        weight = weight.transpose(1, 2).reshape(self.parameters[0].shape).contiguous()
+        weight = weight.transpose(1, 2).reshape(self.parameters[0].shape)
         return [weight, matrix[..., -1].flatten()] if self.has_bias else [weight]
 
 

@@ -88,14 +88,66 @@ def inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor, int]:
     return torch.cholesky_inverse(factors), repaired
 
 
-def generalized_eigh(matrices: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues s and vectors K of the pencil (M, L Lᵀ): ``Kᵀ M K = diag(s)`` and ``Kᵀ L Lᵀ K = I``.
+def pencil(matrices: Tensor, factors: Tensor, twisted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues and vectors of ``M = L^-1 C L^-ᵀ`` in the coordinates of C.
 
     Args:
-        matrices: M ``[n, d, d]``, symmetric, any signature.
+        matrices: C ``[n, d, d]``, symmetric, or antisymmetric where ``twisted``.
         factors: L ``[n, d, d]``, lower triangular.
+        twisted: bool ``[n, 1, 1]``; None: all are symmetric.
+
+    Returns:
+        s ``[n, d]`` with ``M = Q diag(s) Qᵀ`` (where twisted, its singular values: ``M Mᵀ = Q diag(s²) Qᵀ``),
+        ``L^-ᵀ Q``, and ``L^-ᵀ M Q`` where anything is twisted.
     """
     half = torch.linalg.solve_triangular(factors, matrices, upper=False)
-    whitened = torch.linalg.solve_triangular(factors, half.mT, upper=False)
-    values, vectors = eigh(symmetrize(whitened))
-    return values, torch.linalg.solve_triangular(factors.mT, vectors, upper=True)
+    whitened = torch.linalg.solve_triangular(factors, half.mT, upper=False).mT
+    target = whitened if twisted is None else torch.where(twisted, whitened @ whitened.mT, whitened)
+    values, vectors = eigh(symmetrize(target))
+    basis = torch.linalg.solve_triangular(factors.mT, vectors, upper=True)
+    if twisted is None:
+        return values, basis, basis
+    values = torch.where(twisted[..., 0], values.clamp(min=0).sqrt(), values)
+    return values, basis, torch.linalg.solve_triangular(factors.mT, whitened @ vectors, upper=True)
+
+
+def leading_pencil(
+    matrices: Tensor, factors: Tensor, rank: int, twisted: Tensor | None, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of ``pencil`` that belongs to the eigenvalues of largest magnitude, by subspace iteration.
+
+    Args:
+        matrices: see ``pencil``.
+        factors: see ``pencil``.
+        rank: how many.
+        twisted: see ``pencil``.
+        start: what an earlier call returned second, for similar matrices: one step is then enough; None: from a fixed
+            irregular basis, in several.
+
+    Returns:
+        See ``pencil``; ``rank`` columns.
+    """
+
+    def whitened(basis: Tensor) -> Tensor:  # M Q
+        half = matrices @ torch.linalg.solve_triangular(factors.mT, basis, upper=True)
+        return torch.linalg.solve_triangular(factors, half, upper=False)
+
+    def target(basis: Tensor) -> Tensor:  # M Q, or M Mᵀ Q = -M M Q
+        image = whitened(basis)
+        return image if twisted is None else torch.where(twisted, -whitened(image), image)
+
+    if start is None:
+        generator = torch.Generator(matrices.device).manual_seed(rank)
+        shape = (*matrices.shape[:-1], rank)
+        basis = torch.randn(shape, generator=generator, dtype=matrices.dtype, device=matrices.device)
+    else:
+        basis = factors.mT @ start
+    for _ in range(4 if start is None else 1):
+        basis = torch.linalg.qr(target(basis))[0]
+    values, vectors = eigh(symmetrize(basis.mT @ target(basis)))
+    vectors = basis @ vectors
+    found = torch.linalg.solve_triangular(factors.mT, vectors, upper=True)
+    if twisted is None:
+        return values, found, found
+    values = torch.where(twisted[..., 0], values.clamp(min=0).sqrt(), values)
+    return values, found, torch.linalg.solve_triangular(factors.mT, whitened(vectors), upper=True)

@@ -9,8 +9,10 @@ that a Kronecker product becomes a matrix of rank one, ``Z(S (x) R) = vec(R) vec
 
 so the leading singular triples of Z(F) are the best sum of Kronecker products in the Frobenius norm. *Left* always
 means the side of the inputs, ``[d, d]``, *right* that of the gradients, ``[o, o]``: ``F ~ sum_k right_k (x) left_k``.
-Only symmetric factors are looked for (Z maps symmetric matrices to symmetric ones): with one position that loses
-nothing, with more a pair of antisymmetric factors is passed over even where it is the next best.
+Z commutes with transposition, so both factors of a pair are symmetric, or both are antisymmetric. The first pair of a
+positive semi-definite block is symmetric and semi-definite itself (Perron and Frobenius), and so are all that one
+position gives, sums of ``a a^T`` and ``g g^T``; with more positions an antisymmetric pair may be the next best. The two
+kinds never mix, so each is solved for in its own space, and the largest singular values of both are taken.
 
 Solvers see Z through an ``Operator``: its products, an inner product, and vectors whose form is the operator's own:
 
@@ -25,13 +27,17 @@ the factors. ``cheapest_form`` decides by counting operations.
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 Pairs = list[tuple[Tensor, Tensor]]  # (left [groups, d, d], right [groups, o, o]), the leading one first
+Terms = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float]]  # lefts, rights and weights of a sum of products
 
 SOLVERS = ("gram", "power", "lanczos")
 FORMS = ("closed", "coefficients", "gradients", "locations")
@@ -45,6 +51,24 @@ _DOUBLE = 2  # double against single precision
 # Singular values below this multiple of the first are rounding in the closed form, which squares them.
 _NEGLIGIBLE = 1e-6
 
+# What parts two singular values, 1 - (s'/s)^2, is never taken for less: the pairs of equal ones cannot be told apart.
+_RESOLVED = 1e-3
+
+# Chance, for a random start, that an antisymmetric pair which belongs to the wanted is given up.
+_MISSED = 0.01
+
+# Steps through a space that an irregular matrix opened, before what it holds counts as known.
+_EXPLORED = 8
+
+# Symmetric pairs go before antisymmetric ones whose singular value is greater by no more than this.
+_TIE = 1e-6
+
+# Entries whose products are summed in their own precision.
+_CHUNK = 32768
+
+# Columns of a block of a symmetric product; of its blocks, those below the diagonal are copied.
+_BLOCK = 256
+
 
 # --- the operator, in three forms -------------------------------------------------------------------------------------
 
@@ -54,12 +78,20 @@ class Operator(ABC):
 
     Attributes:
         precision: relative size below which a norm is rounding.
+        kind: of the matrices: 1 for symmetric, -1 for antisymmetric.
     """
 
     precision: float
 
     def __init__(self) -> None:
+        self.kind = 1
         self._found: tuple[Tensor, Tensor] | None = None
+
+    def antisymmetric(self) -> Operator:
+        """The same Z between spaces of antisymmetric matrices, where symmetric pairs need no deflation."""
+        other = copy.copy(self)
+        other.kind, other._found = -1, None
+        return other
 
     @property
     def deflated(self) -> bool:
@@ -93,6 +125,10 @@ class Operator(ABC):
         """Norms ``[groups]``."""
         return self.inner(vector.unsqueeze(1), vector).squeeze(1).clamp(min=0).sqrt()
 
+    def _projected(self, matrix: Tensor) -> Tensor:
+        # An iteration would let the other kind grow out of rounding.
+        return (matrix + self.kind * matrix.mT) / 2
+
     @abstractmethod
     def _left(self, v: Tensor) -> Tensor:
         """``Z v`` before any deflation."""
@@ -103,7 +139,7 @@ class Operator(ABC):
 
     @abstractmethod
     def start(self, matrix: Tensor) -> Tensor:
-        """A right vector to start from, made of a symmetric ``[groups, o, o]`` matrix."""
+        """A right vector to start from, made of a ``[groups, o, o]`` matrix of the operator's kind."""
 
     @abstractmethod
     def inner(self, basis: Tensor, vector: Tensor) -> Tensor:
@@ -134,7 +170,7 @@ class _Matrices(Operator):
 
     def start(self, matrix: Tensor) -> Tensor:
         """See Operator."""
-        return matrix.to(self._g)
+        return self._projected(matrix.to(self._g))
 
     def inner(self, basis: Tensor, vector: Tensor) -> Tensor:
         """See Operator."""
@@ -176,7 +212,7 @@ class Locations(_Matrices):
     def _product(self, matrix: Tensor, source: Tensor, source_rows: Tensor, to: Tensor, to_rows: Tensor) -> Tensor:
         images = (source_rows @ matrix).view_as(source) @ source.mT
         images = images if self._mask is None else images * self._mask
-        return _symmetric(to_rows.mT @ (images @ to).view_as(to_rows)) / self.examples
+        return self._projected(to_rows.mT @ (images @ to).view_as(to_rows)) / self.examples
 
 
 class ExampleGradients(_Matrices):
@@ -194,10 +230,10 @@ class ExampleGradients(_Matrices):
         self._wide, self._tall = gradients.flatten(2), gradients.flatten(1, 2)
 
     def _left(self, v: Tensor) -> Tensor:
-        return _symmetric(self._tall.mT @ (v @ self._wide).view_as(self._tall)) / self.examples
+        return self._projected(self._tall.mT @ (v @ self._wide).view_as(self._tall)) / self.examples
 
     def _right(self, u: Tensor) -> Tensor:
-        return _symmetric((self._tall @ u).view_as(self._wide) @ self._wide.mT) / self.examples
+        return self._projected((self._tall @ u).view_as(self._wide) @ self._wide.mT) / self.examples
 
 
 class GramCoefficients(Operator):
@@ -251,7 +287,7 @@ class GramCoefficients(Operator):
 
     def _to(self, images: Tensor, blocks: Tensor) -> Tensor:
         images = images if self._mask is None else images * self._mask
-        return self._vector(_symmetric(images) / self.examples, blocks)
+        return self._vector(self._projected(images) / self.examples, blocks)
 
     def inner(self, basis: Tensor, vector: Tensor) -> Tensor:
         """See Operator."""
@@ -282,22 +318,49 @@ class GramCoefficients(Operator):
 Triple = tuple[Tensor, Tensor, Tensor]  # singular value [groups], left and right vectors of norm one (or zero)
 
 
-def _power(operator: Operator, rank: int, start: Tensor, tolerance: float, max_iterations: int) -> list[Triple]:
-    """Power iteration on ``Z^T Z``, one triple after the other, each deflated before the next."""
+def _power(
+    operator: Operator,
+    rank: int,
+    start: Tensor,
+    rivals: Tensor | None = None,
+    *,
+    tolerance: float,
+    max_iterations: int,
+) -> list[Triple]:
+    """Power iteration on ``Z^T Z``, one triple after the other, each deflated before the next.
+
+    A small step alone would not tell a vector that has arrived from one on its slow way between two close singular
+    values; the ratio of successive steps does.
+
+    Args:
+        operator: Z; deflated by what is found.
+        rank: how many triples.
+        start: a right factor ``[groups, o, o]``.
+        rivals: singular values ``[groups, k]`` found elsewhere, descending; a search that cannot beat the last of them
+            is given up early. None: there are none.
+        tolerance: see ``leading_pairs``.
+        max_iterations: see ``leading_pairs``.
+    """
     noise = torch.zeros(len(start), dtype=torch.float64, device=start.device)
+    if rivals is not None:
+        noise = operator.precision * rivals[:, 0]
     found: list[Triple] = []
     while len(found) < rank:
-        v = operator.start(_roughened(start) if operator.deflated else start)
+        v = operator.start(_roughened(start, operator.kind) if operator.deflated else start)
         v = _scaled(v, _inverse(operator.norm(v)))
-        for _ in range(max_iterations):
+        step = torch.full_like(noise, torch.inf)
+        for steps in range(1, max_iterations + 1):
             u = operator.left(v)
             u = _scaled(u, _inverse(operator.norm(u)))
             image = operator.right(u)
             sigma = operator.norm(image)
             previous, v = v, _scaled(image, _inverse(sigma))
             noise = torch.maximum(noise, operator.precision * sigma)
-            residual = sigma * operator.norm(v - previous)
-            if not bool((residual > tolerance * sigma + noise).any()):  # so written, NaN ends it too
+            before, step = step, operator.norm(v - previous)
+            separation = (1 - step / before).clamp(min=_RESOLVED)
+            unsolved = sigma * step > tolerance * separation * sigma + noise  # so written, NaN ends it too
+            given_up = _hopeless(sigma, rivals, _share(steps, start.shape[-1] ** 2, krylov=False))
+            if not bool((unsolved & ~given_up).any()):
                 break
         operator.deflate(_scaled(u, sigma), v)
         found.append((sigma, u, v))
@@ -305,22 +368,39 @@ def _power(operator: Operator, rank: int, start: Tensor, tolerance: float, max_i
 
 
 def _lanczos(
-    operator: Operator, rank: int, start: Tensor, tolerance: float, max_iterations: int, krylov: int
+    operator: Operator,
+    rank: int,
+    start: Tensor,
+    rivals: Tensor | None = None,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    krylov: int,
 ) -> list[Triple]:
     """Golub-Kahan-Lanczos bidiagonalization (1965) with full reorthogonalization.
 
     A full basis is compressed to its leading triples and grown again (Baglama and Reichel, 2005). ``projected`` is
     ``U^T Z V``, taken from the orthogonalization itself, so neither this restart nor a breakdown is a special case.
     Where a Krylov space is exhausted, a fixed irregular matrix opens another; if Z maps that to nothing, all is found.
+
+    Args:
+        operator: Z.
+        rank: see ``_power``.
+        start: see ``_power``.
+        rivals: see ``_power``.
+        tolerance: see ``leading_pairs``.
+        max_iterations: see ``leading_pairs``.
+        krylov: see ``leading_pairs``.
     """
-    v = operator.start(_roughened(start) if operator.deflated or rank > 1 else start)
+    v = operator.start(_roughened(start, operator.kind) if operator.deflated or rank > 1 else start)
     v = _scaled(v, _inverse(operator.norm(v)))
     groups, k = len(v), 0
     rights = v.new_empty(groups, krylov, *v.shape[1:])
     lefts = rights[:, :0]
     projected = torch.zeros(groups, krylov, krylov, dtype=torch.float64, device=v.device)
-    scale = v.new_zeros(groups)
+    scale = v.new_zeros(groups) if rivals is None else rivals[:, 0].to(v.dtype)
     broken = exhausted = torch.zeros(groups, dtype=torch.bool, device=v.device)
+    unexplored = torch.zeros(groups, device=v.device)
     for _ in range(max(max_iterations, rank)):
         rights[:, k] = v
         u = operator.left(v)
@@ -338,12 +418,17 @@ def _lanczos(
         scale = torch.maximum(scale, beta)
         broken = beta == 0
         x, sigma, y = _svd(projected[:, :k, :k])
+        wanted = sigma[:, :rank]
+        following = torch.nn.functional.pad(sigma, (0, 1))[:, 1 : rank + 1]
+        separation = (1 - (following * _inverse(wanted)).square()).clamp(min=_RESOLVED)
         residual = beta.unsqueeze(1) * x[:, k - 1, :rank].abs()
-        unsolved = residual > tolerance * sigma[:, :rank] + operator.precision * sigma[:, :1]  # False for NaN
-        if k >= rank and not bool(((unsolved.any(1) | broken) & ~exhausted).any()):
+        unsolved = residual > tolerance * separation * wanted + operator.precision * sigma[:, :1]  # False for NaN
+        given_up = exhausted | _hopeless(wanted[:, 0], rivals, _share(k, start.shape[-1] ** 2, krylov=True))
+        unexplored = torch.where(broken, _EXPLORED, unexplored - 1)
+        if k >= rank and not bool(((unsolved.any(1) | (unexplored > 0)) & ~given_up).any()):
             break
         if bool(broken.any()):
-            fresh = operator.start(_irregular(start))
+            fresh = operator.start(_irregular(start, operator.kind, k))
             fresh, _, _ = _orthonormalize(operator, fresh, rights[:, :k], operator.norm(fresh))
             v = torch.where(broken.view(-1, *[1] * (v.dim() - 1)), fresh, v)
         if k == krylov:
@@ -369,7 +454,59 @@ def _orthonormalize(operator: Operator, vector: Tensor, basis: Tensor, scale: Te
     return _scaled(vector, _inverse(norm)), coefficients + again, norm
 
 
-def _closed(left_gram: Tensor, right_gram: Tensor, core: Tensor, traces: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _hopeless(sigma: Tensor, rivals: Tensor | None, share: float) -> Tensor:
+    """Whether an estimate of the leading singular value, surely that share of it (squared), is below all rivals."""
+    if rivals is None:
+        return torch.zeros_like(sigma, dtype=torch.bool)
+    return sigma.square() < share * rivals[:, -1].square()
+
+
+def _share(steps: int, n: int, *, krylov: bool) -> float:
+    """What share of the largest eigenvalue of ``Z^T Z`` is found after some steps from a random start.
+
+    By Kuczynski and Wozniakowski (1992, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
+    random start"), who bound how likely it is to find less: ``1.648 sqrt(n) exp(-(2 steps - 1) sqrt(1 - share))`` in a
+    Krylov space, ``0.824 sqrt(n) share^(steps - 1/2)`` by the power iteration.
+
+    Args:
+        steps: dimension of the Krylov space, or number of power iterations.
+        n: dimension of the space.
+        krylov: which of the two.
+    """
+    if krylov:
+        return max(0.0, 1 - (math.log(1.648 * n**0.5 / _MISSED) / (2 * steps - 1)) ** 2)
+    return min(1.0, (_MISSED / (0.824 * n**0.5)) ** (1 / (steps - 0.5)))
+
+
+def _order(symmetric: Tensor, antisymmetric: Tensor, rank: int, settled: int = 0) -> Tensor:
+    """Which ``[groups, rank]`` of the singular values ``[groups, k]`` of both kinds, side by side, lead.
+
+    Args:
+        symmetric: descending.
+        antisymmetric: descending.
+        rank: how many.
+        settled: how many of the symmetric ones come first, whatever their size.
+    """
+    keys = torch.cat([symmetric, antisymmetric * (1 - _TIE)], dim=1)
+    keys[:, :settled] = torch.inf
+    return keys.argsort(dim=1, descending=True, stable=True)[:, :rank]
+
+
+def _merged(symmetric: list[Triple], antisymmetric: list[Triple], settled: int) -> list[tuple[Triple, Tensor]]:
+    """The leading triples of both kinds, as many as there are symmetric ones, and the kind of each, ``[groups]``."""
+    triples, rank = symmetric + antisymmetric, len(symmetric)
+    sigmas = [torch.stack([triple[0] for triple in some], dim=1) for some in (symmetric, antisymmetric)]
+    merged = []
+    for chosen in _order(sigmas[0], sigmas[1], rank, settled).T.tolist():
+        parts = zip(*[[part[group] for part in triples[j]] for group, j in enumerate(chosen)], strict=True)
+        sigma, u, v = (torch.stack(part) for part in parts)
+        merged.append(((sigma, u, v), sigma.new_tensor([1 if j < rank else -1 for j in chosen])))
+    return merged
+
+
+def _closed(
+    left_gram: Tensor, right_gram: Tensor, core: Tensor, traces: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """All leading singular pairs of ``P C Q^T`` from the Gram matrices ``P^T P`` and ``Q^T Q``, in double precision.
 
     With ``P^T P = R R^T``, ``P = U R^T`` for a U of orthonormal columns, and the left singular vectors are U times the
@@ -384,8 +521,8 @@ def _closed(left_gram: Tensor, right_gram: Tensor, core: Tensor, traces: Tensor,
         rank: how many pairs.
 
     Returns:
-        Coefficients of the left and of the right vectors, ``[n, rank, m]``, each times ``sqrt(sigma)``; zero beyond the
-        numerical rank.
+        Singular values ``[n, rank]``, and coefficients of the left and of the right vectors, ``[n, rank, m]``, each
+        times ``sqrt(sigma)``; zero beyond the numerical rank.
     """
     found = min(rank, left_gram.shape[-1])
     half = core.mT @ _root(left_gram)
@@ -396,16 +533,11 @@ def _closed(left_gram: Tensor, right_gram: Tensor, core: Tensor, traces: Tensor,
     right = half @ x * scale.sqrt()
     left = core @ right_gram @ right * scale
     sign = torch.where((traces.unsqueeze(1) @ left) < 0, -1.0, 1.0)
-    missing = (0, 0, 0, rank - found)
-    return torch.nn.functional.pad((left * sign).mT, missing), torch.nn.functional.pad((right * sign).mT, missing)
+    vectors = [torch.nn.functional.pad((x * sign).mT, (0, 0, 0, rank - found)) for x in (left, right)]
+    return torch.nn.functional.pad(sigma.squeeze(1), (0, rank - found)), vectors[0], vectors[1]
 
 
 # --- small pieces -----------------------------------------------------------------------------------------------------
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    # Z also maps antisymmetric matrices to such, and an iteration would let them grow out of rounding.
-    return (matrix + matrix.mT) / 2
 
 
 def _scaled(vector: Tensor, factor: Tensor) -> Tensor:
@@ -425,20 +557,28 @@ def _combine(basis: Tensor, coefficients: Tensor) -> Tensor:
     return sums if coefficients.dim() == 3 else sums.squeeze(1)
 
 
-def _irregular(like: Tensor) -> Tensor:
-    """A symmetric matrix of norm one that, for all that data know of it, has a part in every direction."""
+def _irregular(like: Tensor, kind: int, draw: int = 0) -> Tensor:
+    """A matrix of norm one and of a kind that, for all that data know of it, has a part in every direction.
+
+    Args:
+        like: gives shape, dtype and device.
+        kind: 1 for a symmetric matrix, -1 for an antisymmetric one.
+        draw: each gives another.
+    """
     k = torch.arange(1, like.shape[-1] + 1, dtype=torch.float64, device=like.device)
-    matrix = torch.outer(k, k).cos()
+    matrix = (math.sqrt(1 + draw) * torch.outer(k, k)).cos()
+    if kind < 0:
+        matrix = matrix.triu(1) - matrix.triu(1).mT
     return (matrix / matrix.norm()).to(like).expand_as(like)
 
 
-def _roughened(start: Tensor) -> Tensor:
+def _roughened(start: Tensor, kind: int) -> Tensor:
     """A start with a little of the irregular matrix mixed in.
 
     Structure may keep a positive semi-definite start from ever reaching an indefinite pair: with one example, for one,
     Z takes the identity to matrices that are diagonal in the singular basis of that example's gradient.
     """
-    return start + 0.1 * start.norm(dim=(1, 2), keepdim=True) * _irregular(start)
+    return start + 0.1 * start.norm(dim=(1, 2), keepdim=True) * _irregular(start, kind)
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -520,9 +660,13 @@ def leading_pairs(
 ) -> Pairs:
     """The leading Kronecker pairs of one layer's Fisher block: ``F ~ sum_k right_k (x) left_k``.
 
-    A pair carries ``sqrt(sigma)`` in either factor. The left factor's trace is not negative; that makes both factors of
-    the first pair positive semi-definite wherever F is. Samples that hold fewer than ``rank`` pairs (one example, a
-    dead layer) fill up with zeros, and statistics that are not finite give NaN: neither is an error.
+    A pair carries ``sqrt(sigma)`` in either factor. Both are symmetric or, from the second pair on (of a corrected
+    block, from the first), both antisymmetric, exactly, entry by entry. A symmetric left factor's trace is not
+    negative; that makes both factors of the first pair positive semi-definite wherever F is. Of an antisymmetric left
+    factor, the largest entry is above the diagonal. The first pair of a block that is not corrected is the best
+    symmetric one; only a mask can make F so indefinite that an antisymmetric one were better. Samples that hold fewer
+    than ``rank`` pairs (one example, a dead layer) fill up with zeros, and statistics that are not finite give NaN:
+    neither is an error.
 
     Args:
         a: inputs ``[groups, m, T, d]``.
@@ -530,10 +674,11 @@ def leading_pairs(
         rank: how many pairs.
         solver: ``gram`` (the cheapest form; Lanczos where it is not closed), ``power`` or ``lanczos`` (matrix-free).
         corrected: of ``F - G (x) A`` instead, with the K-FAC factors of these very samples: KFAC-corrected's residual.
-        mask: which pairs of positions count, boolean ``[T, T]``; None for all. See ``location_mask``.
+        mask: which pairs of positions count, boolean and symmetric ``[T, T]``; None for all. See ``location_mask``.
         start: a positive semi-definite right factor for iterations to start from, ``[o, o]`` or ``[groups, o, o]``;
             None for the identity. Where pairs may be indefinite, a little of a fixed irregular matrix is mixed in.
-        tolerance: iterations end when the residual of every wanted triple is this small against its singular value.
+        tolerance: iterations end when the error of every wanted triple is this small against its singular value. It is
+            estimated by the residual, divided by what parts the triple from the next, as far as that can be told.
         max_iterations: of the power iteration, a pair; of Lanczos, in all. The best so far is returned then.
         krylov: vectors that Lanczos keeps on either side before it restarts.
         form: one of ``FORMS``; None for the cheapest.
@@ -595,6 +740,8 @@ def leading_pairs_many(
     _check_settings(rank, solver, tolerance, max_iterations, krylov, form)
     masks = masks if masks is not None else [None] * len(layers)
     starts = starts if starts is not None else [None] * len(layers)
+    solve: Callable[..., list[Triple]] = partial(_lanczos, krylov=krylov) if solver != "power" else _power
+    solve = partial(solve, tolerance=tolerance, max_iterations=max_iterations)
     found: dict[int, Pairs] = {}
     closed: dict[tuple[int, torch.device], list[int]] = {}
     for index, ((a, g), mask, start) in enumerate(zip(layers, masks, starts, strict=True)):
@@ -612,24 +759,31 @@ def leading_pairs_many(
             operator.deflate(*operator.kfac())
         identity = torch.eye(o, dtype=g.dtype, device=g.device)
         first = (identity if start is None else start.to(g)).expand(len(g), o, o)
-        if solver == "power":
-            triples = _power(operator, rank, first, tolerance, max_iterations)
+        triples = solve(operator, rank, first)
+        if t > 1 and min(d, o) > 1 and (corrected or rank > 1):
+            rivals = torch.stack([sigma for sigma, _, _ in triples], dim=1)
+            settled = 0 if corrected else 1
+            others = solve(operator.antisymmetric(), rank - settled, _irregular(first, -1), rivals)
+            ranked = _merged(triples, others, settled)
         else:
-            triples = _lanczos(operator, rank, first, tolerance, max_iterations, krylov)
-        found[index] = [_pair(operator, triple, size.flatten()) for triple in triples]
+            ranked = [(triple, torch.ones_like(triple[0])) for triple in triples]
+        found[index] = [_pair(operator, triple, kinds, size.flatten()) for triple, kinds in ranked]
     for indices in closed.values():
         pairs = _closed_pairs([layers[i] for i in indices], [masks[i] for i in indices], rank, corrected)
         found.update(zip(indices, pairs, strict=True))
     return [found[index] for index in range(len(layers))]
 
 
-@torch.no_grad()
 def compress(lefts: Sequence[Tensor], rights: Sequence[Tensor], weights: Sequence[float], rank: int) -> Pairs:
     """The best sum of ``rank`` Kronecker products for ``sum_i weights_i right_i (x) left_i``, a handful of terms.
 
     This averages curvature over steps: ``rho * old + (1 - rho) * new``, both sums of Kronecker products, is one of
     twice the terms. Only their inner products enter the decomposition. Scale and signs are those of ``leading_pairs``,
     and the first pair of positive semi-definite terms is positive semi-definite.
+
+    A term whose left factor is antisymmetric, exactly, is taken to be antisymmetric in both factors; all others are
+    taken to be symmetric. The two kinds are orthogonal, and are decomposed apart, so that each pair combines terms of
+    one kind only and is of that kind as exactly as they are.
 
     Args:
         lefts: matrices ``[groups, d, d]``.
@@ -644,18 +798,37 @@ def compress(lefts: Sequence[Tensor], rights: Sequence[Tensor], weights: Sequenc
     Raises:
         ValueError: no terms, lists of different lengths, or a rank below 1.
     """
+    return compress_many([(lefts, rights, weights)], rank)[0]
+
+
+@torch.no_grad()
+def compress_many(layers: Sequence[Terms], rank: int) -> list[Pairs]:
+    """``compress`` of several layers; the small problems of those with equally many terms are solved in one batch.
+
+    Args:
+        layers: lefts, rights and weights of each layer.
+        rank: see ``compress``.
+
+    Returns:
+        The pairs of each layer.
+
+    Raises:
+        ValueError: no terms, lists of different lengths, or a rank below 1.
+    """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    if not lefts or not len(lefts) == len(rights) == len(weights):
-        raise ValueError(
-            f"lefts, rights and weights must be as many as there are terms, "
-            f"got {len(lefts)}, {len(rights)} and {len(weights)}"
-        )
-    left, right = torch.stack(list(lefts), dim=1), torch.stack(list(rights), dim=1)
-    core = torch.tensor(list(weights), dtype=torch.float64, device=left.device).diag().expand(len(left), -1, -1)
-    traces = left.diagonal(dim1=2, dim2=3).sum(-1).double()
-    left_c, right_c = _closed(_inner_products(left), _inner_products(right), core, traces, rank)
-    return [(_combine(left, left_c[:, k]), _combine(right, right_c[:, k])) for k in range(rank)]
+    alike: dict[tuple[int, torch.device], list[int]] = {}
+    for index, (lefts, rights, weights) in enumerate(layers):
+        if not lefts or not len(lefts) == len(rights) == len(weights):
+            raise ValueError(
+                f"lefts, rights and weights must be as many as there are terms, "
+                f"got {len(lefts)}, {len(rights)} and {len(weights)}"
+            )
+        alike.setdefault((len(lefts), lefts[0].device), []).append(index)
+    found: dict[int, Pairs] = {}
+    for indices in alike.values():
+        found.update(zip(indices, _compressed([layers[i] for i in indices], rank), strict=True))
+    return [found[index] for index in range(len(layers))]
 
 
 def location_mask(height: int, width: int, radius: int) -> Tensor:
@@ -723,11 +896,21 @@ def _operator(form: str, a: Tensor, g: Tensor, mask: Tensor | None) -> Operator:
     return GramCoefficients(a, g, mask) if form == "coefficients" else Locations(a, g, mask)
 
 
-def _pair(operator: Operator, triple: Triple, size: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(operator: Operator, triple: Triple, kinds: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     sigma, u, v = triple
-    left, right = operator.left_matrix(u), operator.right_matrix(v)
-    factor = sigma.sqrt() * size * torch.where(left.diagonal(dim1=1, dim2=2).sum(-1) < 0, -1, 1)
+    left, right = _mirrored(operator.left_matrix(u), kinds), _mirrored(operator.right_matrix(v), kinds)
+    factor = sigma.sqrt() * size * _signs(left, kinds)
     return _scaled(left, factor), _scaled(right, factor)
+
+
+def _signs(left: Tensor, kinds: Tensor) -> Tensor:
+    """The sign of each group's pair: of the left factor's trace, or of its largest entry above the diagonal."""
+    signs = torch.where(left.diagonal(dim1=1, dim2=2).sum(-1) < 0, -1, 1)
+    if bool((kinds < 0).any()):
+        largest = left.flatten(1).argmax(1)  # of an antisymmetric matrix also the largest in size
+        below = largest // left.shape[-1] > largest % left.shape[-1]
+        signs = torch.where(kinds < 0, torch.where(below, -1, 1), signs)
+    return signs
 
 
 def _closed_pairs(
@@ -745,7 +928,7 @@ def _closed_pairs(
     core = core - 1 / m**2 if corrected else core
     left, right = torch.cat(lefts), torch.cat(rights)
     traces = left.diagonal(dim1=1, dim2=2)
-    left_c, right_c = _closed(left.square(), right.square(), core, traces, rank)
+    _, left_c, right_c = _closed(left.square(), right.square(), core, traces, rank)
     return [
         [(_weighted(a, x[:, k]), _weighted(g, y[:, k])) for k in range(rank)]
         for (a, g), x, y in zip(layers, left_c.split(groups), right_c.split(groups), strict=True)
@@ -753,12 +936,111 @@ def _closed_pairs(
 
 
 def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
-    """``sum_i weights_i rows_i rows_i^T`` of ``[groups, m, 1, n]``."""
+    """``sum_i weights_i rows_i rows_i^T`` of ``[groups, m, 1, n]``, exactly symmetric."""
     rows = rows.squeeze(2)
-    return (rows * weights.unsqueeze(-1).to(rows.dtype)).mT @ rows
+    weighted = (rows * weights.unsqueeze(-1).to(rows.dtype)).mT
+    n = rows.shape[-1]
+    total = rows.new_empty(len(rows), n, n)
+    for start in range(0, n, _BLOCK):
+        stop = min(start + _BLOCK, n)
+        torch.bmm(weighted[:, start:stop], rows[:, :, start:], out=total[:, start:stop, start:])
+    return _mirrored(total)
 
 
-def _inner_products(terms: Tensor) -> Tensor:
-    """``[groups, k, k]`` of ``[groups, k, n, n]``: the short sums over a row in its own precision, theirs in double."""
-    rows = terms.transpose(1, 2)
-    return (rows @ rows.mT).double().sum(1)
+def _mirrored(matrix: Tensor, kinds: Tensor | None = None) -> Tensor:
+    """A matrix, given above its diagonal and around it, made exactly symmetric or of ``kinds [groups]``, in place."""
+    kind = 1 if kinds is None else kinds.to(matrix).view(-1, 1, 1)
+    n = matrix.shape[-1]
+    for start in range(0, n, _BLOCK):
+        stop = min(start + _BLOCK, n)
+        square = matrix[:, start:stop, start:stop]
+        square.copy_((square + kind * square.mT) / 2)
+        matrix[:, stop:, start:stop] = matrix[:, start:stop, stop:].mT
+        if kinds is not None:
+            matrix[:, stop:, start:stop] *= kind
+    return matrix
+
+
+def _compressed(layers: list[Terms], rank: int) -> list[Pairs]:
+    """``compress_many`` of layers with equally many terms."""
+    all_lefts = [lefts for lefts, _, _ in layers]
+    left_gram, right_gram = _inner_products(all_lefts), _inner_products([rights for _, rights, _ in layers])
+    traces = torch.cat([_per_term([x.diagonal(dim1=1, dim2=2).sum(-1) for x in lefts]) for lefts in all_lefts]).double()
+    groups = [len(lefts[0]) for lefts in all_lefts]
+    rows = [list(weights) for (_, _, weights), n in zip(layers, groups, strict=True) for _ in range(n)]
+    weights = left_gram.new_tensor(rows)
+    other = torch.cat([_antisymmetric(lefts) for lefts in all_lefts])
+    mixed = bool(other.any())
+    if not mixed:
+        _, left_c, right_c = _closed(left_gram, right_gram, weights.diag_embed(), traces, rank)
+        kinds = torch.ones_like(left_c[..., 0])
+    else:
+        cores = torch.cat([(weights * ~other).diag_embed(), (weights * other).diag_embed()])
+        sigma, left_c, right_c = _closed(
+            left_gram.repeat(2, 1, 1), right_gram.repeat(2, 1, 1), cores, traces.repeat(2, 1), rank
+        )
+        order = _order(sigma[: len(other)], sigma[len(other) :], rank)
+        chosen = order.unsqueeze(-1).expand(-1, -1, weights.shape[1])
+        left_c, right_c = (torch.cat(c.chunk(2), dim=1).gather(1, chosen) for c in (left_c, right_c))
+        kinds = torch.where(order < rank, 1.0, -1.0)
+    found = []
+    split = (part.split(groups) for part in (left_c, right_c, kinds))
+    for (lefts, rights, _), x, y, kind in zip(layers, *split, strict=True):
+        pairs = list(zip(_weighted_sums(lefts, x), _weighted_sums(rights, y), strict=True))
+        if mixed:  # traces have settled the signs of symmetric pairs only
+            signs = [_signs(left, kind[:, k]) for k, (left, _) in enumerate(pairs)]
+            pairs = [(_scaled(left, s), _scaled(right, s)) for (left, right), s in zip(pairs, signs, strict=True)]
+        found.append(pairs)
+    return found
+
+
+def _antisymmetric(matrices: Sequence[Tensor]) -> Tensor:
+    """Which of some ``[groups, n, n]`` matrices are exactly antisymmetric: ``[groups, number of them]``."""
+    found = _per_term([(matrix.diagonal(dim1=1, dim2=2) == 0).all(1) for matrix in matrices])
+    if bool(found.any()):  # hardly ever for another reason
+        found = _per_term([(matrix == -matrix.mT).all(2).all(1) for matrix in matrices])
+    return found
+
+
+def _inner_products(layers: Sequence[Sequence[Tensor]]) -> Tensor:
+    """``[sum of groups, k, k]`` of k terms ``[groups, n, n]`` a layer, the long sums in double precision."""
+    k = len(layers[0])
+    rows, columns = torch.triu_indices(k, k, device=layers[0][0].device)
+    places = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    sums = []
+    for terms in layers:
+        if _plain(terms[0]):
+            chunks = zip(*(x.reshape(-1).split(_CHUNK) for x in terms), strict=True)
+            parts = torch.stack([torch.dot(chunk[i], chunk[j]) for chunk in chunks for i, j in places])
+            sums.append(parts.double().view(1, -1, len(places)).sum(1))
+        else:
+            sums.append(_per_term([(terms[i] * terms[j]).sum(2) for i, j in places]).double().sum(2))
+    upper = torch.cat(sums)
+    gram = upper.new_empty(len(upper), k, k)
+    gram[:, rows, columns] = gram[:, columns, rows] = upper
+    return gram
+
+
+def _weighted_sums(terms: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """``sum_k weights_jk terms_k`` of ``[groups, j, k]`` weights, an entry and its mirror image treated alike."""
+    if not _plain(terms[0]):
+        columns = weights.to(terms[0].dtype)[..., None, None]
+        return [
+            torch.stack([x * columns[:, j, k] for k, x in enumerate(terms)]).sum(0) for j in range(weights.shape[1])
+        ]
+    sums = []
+    for row in weights[0].tolist():
+        total = terms[0] * row[0]
+        for term, weight in zip(terms[1:], row[1:], strict=True):
+            total.add_(term, alpha=weight)
+        sums.append(total)
+    return sums
+
+
+def _plain(term: Tensor) -> bool:
+    """Whether numbers are quicker than tensors of a number each group: for one group, where reading them is free."""
+    return len(term) == 1 and term.device.type == "cpu"
+
+
+def _per_term(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values), dim=1)

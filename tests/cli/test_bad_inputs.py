@@ -63,6 +63,20 @@ REFUSED = [
     ("unknown device", ["trainer.device=tpu9"], r"trainer.device must be auto, cpu, cuda"),
     ("half precision", ["trainer.device=cpu", "trainer.precision=fp16"], r"precision=fp16 needs a CUDA GPU"),
     ("unknown metric", ["trainer.monitor=val/f1"], r"trainer.monitor must be one of val/loss, .*, got 'val/f1'"),
+    ("Fisher matrix", ["optimizer=kfac", "optimizer.fisher=true"], r"fisher must be one of sampled, .*, got True"),
+    ("KL clip", ["optimizer=kfac", "optimizer.kl_clip=0"], r"optimizer.kl_clip must be in \(0, inf\), got 0"),
+    ("damping mode", ["optimizer=kfac", "optimizer.damping_mode=both"], r"one of factored, tikhonov, got 'both'"),
+    ("two products", ["optimizer=deflation", "optimizer.damping_mode=tikhonov"], r"mode must be 'factored' for a sum"),
+    ("key of another", ["optimizer=ekfac", "optimizer.damping_mode=tikhonov"], r"optimizer has no key 'damping_mode'"),
+    ("solver", ["optimizer=deflation", "optimizer.solver=qr"], r"one of gram, power, lanczos or null, got 'qr'"),
+    ("radius", ["optimizer=kpsvd", "optimizer.radius=-1"], r"optimizer.radius must be in \[0, inf\), got -1"),
+    ("pattern", ["optimizer=lanczos", "optimizer.skip='('"], r"optimizer.skip must be a regular expression, got '\('"),
+    ("share of the batch", ["optimizer=kfac", "optimizer.batch_fraction=0"], r"fraction must be in \(0, 1\], got 0"),
+    ("interval", ["optimizer=ekfac", "optimizer.refresh_every=0"], r"refresh_every must be in \[1, inf\), got 0"),
+    ("half an interval", ["optimizer=ekfac", "optimizer.refresh_every=0.5"], r"must be a whole number, got 0.5"),
+    ("widest factor", ["optimizer=kfac_corrected", "optimizer.max_factor_dim=0"], r"factor_dim must be in \[1, inf\)"),
+    ("curvature of Adam", ["-m", "optimizer=kfac,adam", "optimizer.damping=0.1"], r"optimizer has no key 'damping'"),
+    ("no classes", ["dataset=digits_autoencoder"], r"model: mlp needs num_classes, which this .*choose another model"),
     ("unknown callable", ["optimizer._target_=torch.optim.Sdg"], r"torch.optim has no callable 'Sdg' .*mean 'SGD'"),
 ]  # fmt: skip
 
@@ -74,6 +88,14 @@ def test_one_sentence_and_no_folder(argv: list[str], says: str, command: Callabl
     assert re.search(says, sentence), sentence
     assert outcome.code == 1
     assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", ["autoencoder_mnist", "conv_autoencoder"])
+def test_an_auto_encoder_is_no_classifier(model: str, command: Callable[..., Outcome], work: Path) -> None:
+    outcome = command(f"model={model}", "optimizer=kfac", "logger=quiet", "callbacks=none")
+    assert re.search(r"needs 10 outputs an example, .* gives \[64\]: choose a classifier", outcome.sentence())
+    assert outcome.code == 1
+    assert list(work.iterdir()) == [], "found out before the run folder was made"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,17 @@ from training.schema import locate, parameters
 
 FILES = sorted(CONFIG_FOLDER.rglob("*.yaml"))
 OURS = ("data", "models", "optimizers", "training")
-# Where a data set that is not embedded may lie on this machine.
-NEEDS = {"cifar10": "cifar10", "cifar100": "cifar100", "mnist": "mnist", "fashion_mnist": "fashion_mnist"}
+# Where a data set that is neither embedded nor generated may lie on this machine.
+NEEDS = {
+    "cifar10": "cifar10", "cifar100": "cifar100", "mnist": "mnist", "fashion_mnist": "fashion_mnist",
+    "cifar10_autoencoder": "cifar10", "mnist_autoencoder": "mnist", "faces": "olivetti",
+}  # fmt: skip
+FEW = {"faces": "dataset.train_images=1500"}  # of the rotated and enlarged images; a share of the others
+
+
+def photos(choices: list[str]) -> list[str]:
+    """The folder that the data sets of one's own images need, if one of them is chosen."""
+    return ["dataset.root=photos"] if any(choice.startswith("dataset=image_folder") for choice in choices) else []
 
 
 def names(group: str) -> list[str]:
@@ -53,8 +63,19 @@ def test_a_file_says_what_it_is_and_explains_its_values(path: Path) -> None:
 @pytest.mark.parametrize("group", ["optimizer", "scheduler", "model", "dataset", "trainer", "logger", "callbacks"])
 def test_every_choice_composes(group: str) -> None:
     for name in names(group):
-        root = ["dataset.root=photos"] if name == "image_folder" else []
-        assert compose([f"{group}={name}", *root]).choices[group] == name
+        choice = f"{group}={name}"
+        assert compose([choice, *photos([choice])]).choices[group] == name
+
+
+@pytest.mark.parametrize("name", names("optimizer"))
+def test_every_optimizer_runs_two_steps(name: str, quick: Callable[..., Outcome], work: Path) -> None:
+    """With the values of its file, but for intervals: curvature is renewed in the second step too."""
+    keys = compose([f"optimizer={name}"]).values["optimizer"]
+    often = [f"optimizer.{key}=1" for key in ("update_every", "refresh_every", "hessian_every") if key in keys]
+    outcome = quick(f"optimizer={name}", "trainer.max_epochs=null", "trainer.max_steps=2", *often)
+    assert outcome.code == 0, outcome.err
+    (folder,) = runs(work)
+    assert summary(folder)["steps"] == 2 and summary(folder)["status"] == "finished"
 
 
 @pytest.mark.parametrize("name", names("experiment"))
@@ -62,8 +83,8 @@ def test_every_experiment_runs_two_steps(name: str, command: Callable[..., Outco
     run = compose([f"experiment={name}"])
     assert run.values["name"], "an experiment names its folder"
     root = []
-    if run.choices["dataset"] in NEEDS:
-        root = [f"dataset.root={shared_data(NEEDS[run.choices['dataset']])}", "dataset.limit_train=0.02"]
+    if (dataset := run.choices["dataset"]) in NEEDS:
+        root = [f"dataset.root={shared_data(NEEDS[dataset])}", FEW.get(dataset, "dataset.limit_train=0.02")]
     budget = ("trainer.max_epochs=null", "trainer.max_steps=2", "trainer.eval_every_epochs=null")
     outcome = command(f"experiment={name}", *budget, *root)
     assert outcome.code == 0, outcome.err
@@ -94,7 +115,9 @@ def test_the_published_row() -> None:
 def test_help_lists_groups_and_choices(command: Callable[..., Outcome]) -> None:
     outcome = command("--help")
     assert outcome.code == 0
-    assert re.search(r"optimizer: adafisher, adafisherw, adahessian, adam, adamw, sgd", outcome.out)
+    listed = re.search(r"optimizer: ([\w, \n]*?)\n *\w+: ", outcome.out)
+    ours = ["adafisher", "adafisherw", "adahessian", "deflation", "ekfac", "kfac", "kfac_corrected", "kpsvd", "lanczos"]
+    assert listed and set(re.findall(r"\w+", listed[1])) >= {*ours, "adam", "adamw", "sgd"}, outcome.out
     assert re.search(r"debug: overfit, profile, smoke", outcome.out)
     assert "experiment/adafisher: cifar10_resnet18" in outcome.out
     assert "python train.py -m optimizer=sgd,adam,adafisher seed=0,1" in outcome.out
@@ -106,11 +129,10 @@ def test_commands_of_the_readme_and_the_help_are_valid(command: Callable[..., Ou
     given = re.findall(r"^ *(?:torchrun \S+|python) train\.py([^\n#`]*)", text, re.MULTILINE)
     assert len(given) > 10
     for line in given:
-        words = line.split("   ")[0].split()
+        words = shlex.split(line.split("   ")[0])
         overrides = [word for word in words if "=" in word and not re.search(r"=[A-Z_]+$", word)]
         single = [re.sub(r",.*", "", word) if "-m" in words else word for word in overrides]
-        root = ["dataset.root=photos"] if "dataset=image_folder" in single else []
-        compose([*single, *root])
+        compose([*single, *photos(single)])
 
 
 def test_train_py_fits_on_a_screen() -> None:

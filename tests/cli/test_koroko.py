@@ -13,7 +13,7 @@ from training.config import CONFIG_FOLDER, compose
 
 NAMES = ("curves", "mnist", "faces")
 PIXELS = {"curves": 784, "mnist": 784, "faces": 625}
-PRESETS = sorted((CONFIG_FOLDER / "published").rglob("*.yaml"))
+PRESETS = sorted((CONFIG_FOLDER / "preset").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -29,14 +29,14 @@ def test_the_published_protocol(name: str) -> None:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.relative_to(CONFIG_FOLDER).with_suffix("").as_posix())
 def test_an_optimizer_comes_with_its_hyper_parameters(path: Path) -> None:
-    experiment, optimizer = path.parent.relative_to(CONFIG_FOLDER / "published").as_posix(), path.stem
+    experiment, optimizer = path.parent.relative_to(CONFIG_FOLDER / "preset").as_posix(), path.stem
     assert (CONFIG_FOLDER / "experiment" / f"{experiment}.yaml").exists()
     if not (CONFIG_FOLDER / "optimizer" / f"{optimizer}.yaml").exists():
         pytest.skip(f"there is no optimizer={optimizer} yet")
     run = compose([f"experiment={experiment}", f"optimizer={optimizer}"])
     preset = yaml.safe_load(path.read_text())
     assert run.values["optimizer"] | preset == run.values["optimizer"]
-    assert "published" not in run.choices, "it follows from the experiment and the optimizer"
+    assert "preset" not in run.choices, "it follows from the experiment and the optimizer"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -40,7 +40,13 @@ def test_a_run_and_its_folder(command: Callable[..., Outcome], work: Path) -> No
     assert [path.name for path in work.iterdir()] == ["runs"], "something was written beside the run folder"
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adafisher", "adafisherw", "adahessian"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "sgd", "adam", "adamw", "adafisher", "adafisherw", "adahessian",
+        "kfac", "ekfac", "kpsvd", "deflation", "kfac_corrected", "lanczos",
+    ],
+)  # fmt: skip
 def test_every_optimizer_trains(optimizer: str, quick: Callable[..., Outcome], work: Path) -> None:
     outcome = quick(f"optimizer={optimizer}", "trainer.max_epochs=3", "optimizer.lr=0.01")
     assert outcome.code == 0, outcome.err

@@ -369,4 +369,4 @@ def test_ranks_share_a_batch(world_size: int) -> None:
         for rank in range(world_size)
     ]
     for rank, share in enumerate(shares):
-        assert all(torch.equal(part, whole[rank::world_size]) for part, whole in zip(share, alone, strict=True))
+        assert all(torch.equal(part, whole.chunk(world_size)[rank]) for part, whole in zip(share, alone, strict=True))

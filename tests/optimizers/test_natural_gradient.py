@@ -65,6 +65,7 @@ def around(name: str, batch: int = 7) -> tuple[nn.Module, nn.Module, Tensor, Ten
     """A small net with the layer inside, the layer, and a batch."""
     template, shape = LAYERS[name]
     layer = copy.deepcopy(template).to(torch.get_default_dtype())
+    layer.reset_parameters()  # from the test's own random state
     inputs, targets = torch.randn(batch, *shape), torch.randint(0, 3, (batch,))
     flat = layer(inputs).flatten(1).shape[1]
     return nn.Sequential(nn.Tanh(), layer, nn.Tanh(), nn.Flatten(), nn.Linear(flat, 3)), layer, inputs, targets
@@ -340,6 +341,44 @@ def test_the_floor_of_a_two_term_inverse() -> None:
     basis = torch.linalg.solve(root.T, vectors)
     expected = basis @ ((basis.T @ matrix.flatten()) / floored)
     assert relative(block.solve(cache, matrix).flatten(), expected) < 1e-7
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["linear", "conv", "grouped", "transposed dilated"])
+@pytest.mark.parametrize("method", [Deflation, KFACCorrected])
+def test_a_truncated_second_term_keeps_its_largest_eigenvalues(method: type[NaturalGradient], name: str) -> None:
+    """After a few refreshes from the last basis, the step is the dense solve with the truncated second term."""
+    model, layer, inputs, targets = around(name)
+    rank, damping = 1 if name == "transposed dilated" else 2, 0.1
+    settings = {"lr": 0.0, "momentum": 0.0, "fisher": "empirical", "kl_clip": None, "batch_fraction": 1.0, "decay": 0.0}
+    optimizer = method(model, damping=damping, rank=rank, update_every=1, refresh_every=1, **settings)
+    block = optimizer.blocks["1"]
+    assert block._truncated
+    for _ in range(400):
+        train(optimizer, model, (inputs, targets), 1)
+    f = block.factors
+    shares = block._shares(f, torch.full((len(f["A"]),), damping))
+    blocks = []
+    for i in range(len(f["A"])):
+        first, second = [], []
+        for one, two in (("G", "D"), ("A", "C")):
+            a = f[one][i] + shares[one][i] * torch.eye(len(f[one][i]))
+            root = torch.linalg.cholesky(a)
+            whitened = torch.linalg.solve(root, torch.linalg.solve(root, f[two][i]).T).T
+            u, s, vh = torch.linalg.svd(whitened)  # of a symmetric or antisymmetric matrix: eigenvalues up to sign
+            kept = min(rank + rank % 2 if torch.equal(f["C"][i], -f["C"][i].T) else rank, len(s))
+            first.append(a)
+            second.append(root @ (u[:, :kept] * s[:kept]) @ vh[:kept] @ root.T)
+        blocks.append(torch.kron(*first) + torch.kron(*second))
+    optimizer.param_groups[0]["lr"] = 1.0
+    before = [p.detach().clone() for p in layer.parameters()]
+    train(optimizer, model, (inputs, targets), 1)
+    step = dense.flatten([b - p.detach() for p, b in zip(layer.parameters(), before, strict=True)])
+    order = dense.as_matrix_order(layer)
+    gradient = dense.flatten([p.grad for p in layer.parameters()])[order]
+    expected = torch.linalg.solve(torch.block_diag(*blocks), gradient)
+    assert optimizer.diagnostics()["curvature/floored"] == 0
+    assert relative(step[order], expected) < 1e-6
 
 
 @pytest.mark.usefixtures("float64")

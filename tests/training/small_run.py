@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data import DataModule, digits
 from models import build_model, mlp
-from optimizers import AdaFisher, AdaFisherW, AdaHessian, build_optimizer
+from optimizers import EKFAC, KFAC, AdaFisher, AdaFisherW, AdaHessian, Deflation, build_optimizer
 from training import (
     Interrupted,
     RunFolder,
@@ -45,6 +45,13 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adafisher": (AdaFisher, {"lr": 1e-3, "update_every": 3}),
     "adafisherw": (AdaFisherW, {"lr": 1e-3, "update_every": 3}),
     "adahessian": (AdaHessian, {"lr": 0.05, "hessian_every": 2}),
+    "kfac": (KFAC, {"lr": 0.02, "damping": 0.1, "update_every": 2, "refresh_every": 3}),
+    # Moments between two refreshes would be taken in a null space too, whose basis differs from one launch to another.
+    "ekfac": (EKFAC, {"lr": 0.02, "damping": 0.1, "update_every": 2, "refresh_every": 2}),
+    "deflation": (
+        Deflation,
+        {"lr": 0.02, "damping": 0.1, "update_every": 2, "refresh_every": 3, "batch_fraction": 0.5},
+    ),
 }
 SCHEDULES = {"none": schedules.none, "cosine": partial(schedules.cosine, warmup=0.2), "onecycle": schedules.onecycle}
 

@@ -25,9 +25,13 @@ def gpu() -> World:
         {},
         {"optimizer": "adafisher", "accumulate": 2},
         {"optimizer": "adahessian"},
+        {"optimizer": "kfac", "accumulate": 2},
+        {"optimizer": "ekfac"},
+        {"optimizer": "deflation"},
         {"precision": "bf16", "optimizer": "adam"},
         {"precision": "fp16", "clip_norm": 1.0},
         {"precision": "fp16", "optimizer": "adafisher", "clip_norm": 1.0},
+        {"precision": "fp16", "optimizer": "kfac", "clip_norm": 1.0},
     ],
 )
 def test_resume_is_bit_for_bit(tmp_path: Path, gpu: World, options: dict[str, Any]) -> None:

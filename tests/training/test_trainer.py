@@ -240,14 +240,20 @@ def test_how_often_one_evaluates_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_best_weights_are_chosen_on_validation_and_tested_once(tmp_path: Path) -> None:
-    # A rate that ruins the weights towards the end: the best ones are not the last ones.
-    ruinous: dict[str, Any] = {"optimizer": "adam", "lr": 1.0, "schedule": "onecycle", "max_steps": 40}
-    summary, model = fit(tmp_path / "run", monitor="val/loss", **ruinous)
+    class Ruin(Callback):
+        """A rate that ruins the weights in the last steps, too few of them to recover in."""
+
+        def on_step(self, run: Run) -> None:
+            if run.step == 35:
+                run.optimizer.param_groups[0]["lr"] = 1.0
+
+    options: dict[str, Any] = {"optimizer": "adam", "lr": 0.01, "schedule": "none", "max_steps": 40}
+    summary, model = fit(tmp_path / "run", monitor="val/loss", callbacks=[Ruin()], **options)
     recorded = events(tmp_path / "run")
     evaluations = [e for e in recorded if e["event"] == "eval"]
     best = min(evaluations, key=lambda e: e["val/loss"])
     assert (summary["best"]["step"], summary["best"]["value"]) == (best["step"], best["val/loss"])
-    assert best["step"] < 40
+    assert best["step"] <= 35 and evaluations[-1]["val/loss"] > 2 * best["val/loss"]
     tests = [e for e in recorded if e["event"] == "test"]
     assert len(tests) == 1 and tests[0]["test/loss"] == summary["final"]["test/loss"]
     assert tests[0]["best/test/loss"] == summary["best"]["test/loss"] != summary["final"]["test/loss"]
