@@ -698,7 +698,7 @@ def plot(comparison: Comparison) -> Figure:
         if shown:
             axes.axhline(shown.value, color=GREY, linestyle=":", linewidth=1.2)
         _dress(axes, label, metric if axes is panels[0] else "")
-    _scale(panels[0], drawn, metric, extra=[*map(float, plateaus), *([shown.value] if shown else [])])
+    _scale(panels[0], drawn, metric, list(map(float, plateaus)), shown)
     _legend(figure, comparison, [f"constant output {plateau}" for plateau in plateaus], shown)
     figure.suptitle(comparison.title, fontsize="medium")
     return figure
@@ -732,14 +732,18 @@ def _draw_group(axes: Axes, lines: list[tuple[np.ndarray, np.ndarray]], colour: 
             axes.plot(x[start:], y[start:], **THIN, color=colour)
 
 
-def _scale(axes: Axes, drawn: list[np.ndarray], metric: str, extra: list[float]) -> None:
+def _scale(axes: Axes, drawn: list[np.ndarray], metric: str, plateaus: list[float], target: Target | None) -> None:
     """The shared vertical axis: per cent for accuracies; logarithmic for a large range; no room for what blew up."""
     if higher_is_better(metric):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         return
+    extra = [*plateaus, *([target.value] if target else [])]
     values = np.concatenate([*drawn, extra])
     # Training starts about where every curve does; what is far above has diverged and would flatten all others.
     ceiling = max(3 * float(np.median([line[0] for line in drawn if len(line)])), max(extra, default=0.0))
+    last = [float(line[-1]) for line in drawn if len(line)]
+    if plateaus and last and float(np.median(last)) < 0.9 * max(plateaus):  # what matters lies below the plateau
+        ceiling = max(1.1 * max(plateaus), max(last))
     low, top = float(values.min()), min(float(values.max()), ceiling)
     logarithmic = low > 0 and top / low > LOG_RANGE
     if logarithmic:

@@ -53,7 +53,7 @@ class KPSVD(NaturalGradient):
         update_every: steps between fits (T_cov).
         refresh_every: steps between inversions (T_inv).
         solver: ``gram``: closed form where no weight is shared over positions, else a Lanczos process in the cheapest
-            representation; ``power``: the published power iteration, pair by pair; ``lanczos``: Lanczos, matrix-free.
+            representation; ``power``: the published power iteration, pair by pair; ``lanczos``: Lanczos always.
             None: the method's own (``lanczos`` for Lanczos, ``gram`` for the others).
         sharing: ``expand``: the gradient as it is, all pairs of positions in it; ``reduce``: see KFAC.
         radius: leave out pairs of positions farther apart than this along either axis of the image; None: none.

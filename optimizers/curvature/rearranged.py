@@ -614,7 +614,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # --- the public functions ---------------------------------------------------------------------------------------------
 
 
-def cheapest_form(m: int, positions: int, d: int, o: int, *, masked: bool = False, matrix_free: bool = False) -> str:
+def cheapest_form(m: int, positions: int, d: int, o: int, *, masked: bool = False, solver: str = "gram") -> str:
     """The form of Z that solves one layer with the fewest floating-point operations.
 
     Counted are the set-up and the products of a typical solve (``_PRODUCTS``), each with a fixed price for being called
@@ -626,7 +626,7 @@ def cheapest_form(m: int, positions: int, d: int, o: int, *, masked: bool = Fals
         d: inputs of the layer, bias entry included.
         o: outputs of the layer.
         masked: whether pairs of positions are left out, which ``gradients`` cannot do.
-        matrix_free: leave out the forms that rest on Gram matrices.
+        solver: see ``leading_pairs``; ``lanczos`` bars the closed form, ``power`` all that rests on Gram matrices.
 
     Returns:
         One of ``FORMS``.
@@ -640,7 +640,8 @@ def cheapest_form(m: int, positions: int, d: int, o: int, *, masked: bool = Fals
         "gradients": 2 * n * d * o + _PRODUCTS * (_CALL + 2 * m * d * o * (d + o)),
         "locations": _PRODUCTS * (_CALL + 2 * n * (d * d + o * o + positions * (d + o))),
     }
-    allowed = [f for f in FORMS if not (masked and f == "gradients") and not (matrix_free and f in FORMS[:2])]
+    barred = {"gram": (), "lanczos": FORMS[:1], "power": FORMS[:2]}[solver]
+    allowed = [f for f in FORMS if not (masked and f == "gradients") and f not in barred]
     return min(allowed, key=costs.__getitem__)
 
 
@@ -672,7 +673,8 @@ def leading_pairs(
         a: inputs ``[groups, m, T, d]``.
         g: gradients of the per-example loss by the outputs, ``[groups, m, T, o]``.
         rank: how many pairs.
-        solver: ``gram`` (the cheapest form; Lanczos where it is not closed), ``power`` or ``lanczos`` (matrix-free).
+        solver: ``gram`` (the cheapest form; Lanczos where it is not closed), ``lanczos`` (always), or ``power``, the
+            published iteration on matrices.
         corrected: of ``F - G (x) A`` instead, with the K-FAC factors of these very samples: KFAC-corrected's residual.
         mask: which pairs of positions count, boolean and symmetric ``[T, T]``; None for all. See ``location_mask``.
         start: a positive semi-definite right factor for iterations to start from, ``[o, o]`` or ``[groups, o, o]``;
@@ -747,7 +749,7 @@ def leading_pairs_many(
     for index, ((a, g), mask, start) in enumerate(zip(layers, masks, starts, strict=True)):
         _check_sample(a, g, mask, start, form)
         m, t, d, o = *a.shape[1:], g.shape[-1]
-        chosen = form or cheapest_form(m, t, d, o, masked=mask is not None, matrix_free=solver != "gram")
+        chosen = form or cheapest_form(m, t, d, o, masked=mask is not None, solver=solver)
         if chosen == "closed":
             closed.setdefault((m, a.device), []).append(index)
             continue

@@ -360,7 +360,8 @@ def test_layers_together_are_layers_one_by_one() -> None:
 
 def test_the_cheapest_form_of_layers_of_known_shape() -> None:
     assert cheapest_form(64, 1, 785, 400) == "closed"
-    assert cheapest_form(64, 1, 785, 400, matrix_free=True) == "locations"
+    assert cheapest_form(64, 1, 785, 400, solver="power") == "locations"
+    assert cheapest_form(64, 1, 785, 400, solver="lanczos") == "coefficients"
     assert cheapest_form(1000, 1, 785, 400) == "coefficients"  # a dense decomposition grows with the batch's cube
     assert cheapest_form(8, 1024, 576, 64) == "gradients"
     assert cheapest_form(8, 1024, 576, 64, masked=True) == "locations"
