@@ -31,8 +31,7 @@ def test_the_published_protocol(name: str) -> None:
 def test_an_optimizer_comes_with_its_hyper_parameters(path: Path) -> None:
     experiment, optimizer = path.parent.relative_to(CONFIG_FOLDER / "preset").as_posix(), path.stem
     assert (CONFIG_FOLDER / "experiment" / f"{experiment}.yaml").exists()
-    if not (CONFIG_FOLDER / "optimizer" / f"{optimizer}.yaml").exists():
-        pytest.skip(f"there is no optimizer={optimizer} yet")
+    assert (CONFIG_FOLDER / "optimizer" / f"{optimizer}.yaml").exists()
     run = compose([f"experiment={experiment}", f"optimizer={optimizer}"])
     preset = yaml.safe_load(path.read_text())
     assert run.values["optimizer"] | preset == run.values["optimizer"]
