@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from optimizers.base import CurvatureOptimizer, Params, check_range
+from optimizers.base import CurvatureOptimizer, Params, check_choice, check_range
 from optimizers.curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
 from optimizers.curvature.layers import AffineLayer, Layer
 
@@ -79,8 +79,7 @@ class AdaFisher(CurvatureOptimizer):
             ("normalize", normalize, ("minmax", "none")),
             ("damping_mode", damping_mode, ("absolute", "relative")),
         ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            check_choice(name, value, choices)
         defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
         super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction)
         self.decay, self.ema, self.normalize, self.damping_mode = decay, ema, normalize, damping_mode

@@ -51,6 +51,12 @@ def check_range(
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError with a sentence unless ``value`` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
 @dataclass
 class Coverage:
     """Which parameters have which curvature, as a table (``str(coverage)``).

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from optimizers.base import Params, check_range
+from optimizers.base import Params, check_choice, check_range
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import EigenFactors, KroneckerFactors, Options
 from optimizers.curvature.layers import AffineLayer
@@ -22,12 +22,6 @@ from optimizers.likelihoods import Likelihood
 from optimizers.natural_gradient import Fisher, NaturalGradient
 
 SOLVE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError with a sentence unless ``value`` is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_options(damping_mode: str, sharing: str, max_factor_dim: int | None, solve_dtype: str) -> torch.dtype | None:

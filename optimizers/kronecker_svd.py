@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from optimizers.base import Params, check_range
+from optimizers.base import Params, check_choice, check_range
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import (
     BestKronecker,
@@ -27,7 +27,7 @@ from optimizers.curvature.kronecker import (
     Options,
 )
 from optimizers.curvature.layers import AffineLayer
-from optimizers.kfac import check_choice, check_options
+from optimizers.kfac import check_options
 from optimizers.likelihoods import Likelihood
 from optimizers.natural_gradient import Fisher, NaturalGradient
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, LONG_AGO, CurvatureOptimizer, Params, check_range
+from optimizers.base import CURVATURE, LONG_AGO, CurvatureOptimizer, Params, check_choice, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
@@ -142,8 +142,7 @@ class NaturalGradient(CurvatureOptimizer):
         check_range("damping", damping, 0, open_low=True)
         if kl_clip is not None:
             check_range("kl_clip", kl_clip, 0, open_low=True)
-        if fisher not in ("sampled", "empirical", "exact"):
-            raise ValueError(f"fisher must be one of sampled, empirical, exact, got {fisher!r}")
+        check_choice("fisher", fisher, ("sampled", "empirical", "exact"))
         if likelihood is None and fisher != "empirical":
             raise ValueError(f"likelihood must be given for fisher={fisher!r}, such as Categorical()")
         check_range("batch_fraction", batch_fraction, 0, 1, open_low=True)
