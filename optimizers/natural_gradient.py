@@ -329,29 +329,43 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _solve(self) -> None:
         """Directions ``(F + damping)^-1 g`` of all covered parameters, and the factor nu that is still to come."""
-        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        solved: list[tuple[Stack, Tensor]] = []
-        products: list[Tensor] = []
-        for stack in self._stacks:
-            grads = stacked([block.to_matrix(_grads(block)) for block in stack.blocks])
-            directions = stack.blocks[0].solve(stack.cache, grads)
-            solved.append((stack, directions))
-            if self.kl_clip is not None:
-                lrs = [rates[block.layer.parameters[0]] for block in stack.blocks]
-                if len(set(lrs)) == 1:
-                    products.append(lrs[0] ** 2 * torch.dot(directions.flatten(), grads.flatten()))
-                else:
-                    pairs = zip(directions.chunk(len(lrs)), grads.chunk(len(lrs)), lrs, strict=True)
-                    products += [lr**2 * torch.dot(v.flatten(), g.flatten()) for v, g, lr in pairs]
-        self._kl_scale = 1.0
-        if products and self.kl_clip is not None:
-            scale = (self.kl_clip / torch.stack(products).sum()).sqrt()
-            self._kl_scale = torch.where(scale < 1, scale, torch.ones_like(scale))  # NaN of a negative sum: 1
-        for stack, directions in solved:
-            for block, part in zip(stack.blocks, directions.chunk(len(stack.blocks)), strict=True):
-                for p, direction in zip(block.layer.parameters, block.from_matrix(part), strict=True):
+        gradients = [stacked([block.to_matrix(_grads(block)) for block in stack.blocks]) for stack in self._stacks]
+        directions = self._solve_blocks(gradients)
+        if self.kl_clip is not None:
+            self._clip(gradients, directions, self.kl_clip)
+        for stack, direction in zip(self._stacks, directions, strict=True):
+            for block, part in zip(stack.blocks, direction.chunk(len(stack.blocks)), strict=True):
+                for p, entry in zip(block.layer.parameters, block.from_matrix(part), strict=True):
                     if p.grad is not None:
-                        self._directions[p] = direction
+                        self._directions[p] = entry
+
+    def _solve_blocks(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Each block's damped inverse times its gradient. Methods that couple layers extend this.
+
+        Args:
+            gradients: one stacked tensor ``[n, d_out, columns]`` a stack, in the order of ``_stacks``.
+
+        Returns:
+            Directions of the same shapes.
+        """
+        pairs = zip(self._stacks, gradients, strict=True)
+        return [stack.blocks[0].solve(stack.cache, gradient) for stack, gradient in pairs]
+
+    def _clip(self, gradients: list[Tensor], directions: list[Tensor], kl_clip: float) -> None:
+        """Set nu from ``lr² vᵀ g`` summed over layers."""
+        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        products: list[Tensor] = []
+        for stack, gradient, direction in zip(self._stacks, gradients, directions, strict=True):
+            lrs = [rates[block.layer.parameters[0]] for block in stack.blocks]
+            if len(set(lrs)) == 1:
+                products.append(lrs[0] ** 2 * torch.dot(direction.flatten(), gradient.flatten()))
+            else:
+                pairs = zip(direction.chunk(len(lrs)), gradient.chunk(len(lrs)), lrs, strict=True)
+                products += [lr**2 * torch.dot(v.flatten(), g.flatten()) for v, g, lr in pairs]
+        self._kl_scale = 1.0
+        if products:
+            scale = (kl_clip / torch.stack(products).sum()).sqrt()
+            self._kl_scale = torch.where(scale < 1, scale, torch.ones_like(scale))  # NaN of a negative sum: 1
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr, beta, decay = group["lr"], group["momentum"], group["weight_decay"]
