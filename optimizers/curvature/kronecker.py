@@ -23,6 +23,10 @@ from optimizers.curvature.rearranged import Pairs, compress, leading_pairs_many,
 
 Factors = dict[str, Tensor]
 
+#: From this width on a processor keeps Cholesky factors: two triangular solves a step cost little more than a product
+#: with the inverse, which itself costs several products.
+WIDE = 4096
+
 
 @dataclass(frozen=True)
 class Options:
@@ -227,12 +231,22 @@ class Kronecker(Invertible, Approximation):
         shares = self._shares(factors, damping)
         cache = {}
         for key in ("A", "G"):
-            if self.full[key]:
-                cache[key], repaired = linalg.inverse(factors[key], shares[key])
-                counts.repaired += repaired
-            else:
+            if not self.full[key]:
                 cache[key] = 1 / (factors[key] + shares[key].unsqueeze(-1))
+                continue
+            lower, repaired = linalg.cholesky(factors[key], shares[key])
+            counts.repaired += repaired
+            cache |= self._inverse(key, lower)
         return self._in_solve_dtype(cache)
+
+    def _inverse(self, key: str, lower: Tensor) -> Factors:
+        """What ``_sandwich`` takes of a full factor with this Cholesky factor."""
+        return {f"L_{key}": lower} if self._solves_triangles(key) else {key: torch.cholesky_inverse(lower)}
+
+    def _solves_triangles(self, key: str) -> bool:
+        """Whether a full factor is kept as its Cholesky factor rather than as its inverse."""
+        on_processor = self.layer.parameters[0].device.type == "cpu"  # elsewhere triangular solves are slow
+        return self.full[key] and self.dims[key] >= WIDE and self.options.solve_dtype is None and on_processor
 
     def _shares(self, factors: Factors, damping: Tensor) -> dict[str, Tensor]:
         """How the factored damping falls on A and G: ``pi sqrt(lambda)`` and ``sqrt(lambda) / pi``."""
@@ -261,10 +275,17 @@ class Kronecker(Invertible, Approximation):
 
     def _sandwich(self, cache: Factors, matrix: Tensor) -> Tensor:
         """``G^-1 V A^-1``, in the dtype of the inverses."""
-        left, right = cache["G"], cache["A"]
-        result = matrix.to(left.dtype)
-        result = _product(left, result) if self.full["G"] else left.unsqueeze(-1) * result
-        return _product(result, right) if self.full["A"] else result * right.unsqueeze(-2)
+        result = matrix.to(self.options.solve_dtype or self._dtype)
+        for key, left in (("G", True), ("A", False)):
+            if (lower := cache.get(f"L_{key}")) is not None:
+                first, second = (lower, lower.mT) if left else (lower.mT, lower)
+                result = torch.linalg.solve_triangular(first, result, upper=not left, left=left)
+                result = torch.linalg.solve_triangular(second, result, upper=left, left=left)
+            elif not self.full[key]:
+                result = cache[key].unsqueeze(-1 if left else -2) * result
+            else:
+                result = _product(cache[key], result) if left else _product(result, cache[key])
+        return result
 
     @staticmethod
     def _rotate(matrix: Tensor, right: Tensor | None, left: Tensor | None, forward: bool) -> Tensor:
@@ -280,7 +301,7 @@ class Kronecker(Invertible, Approximation):
         dtype = self.options.solve_dtype or self._dtype
         square = {k: (shape, dtype) for k, shape in self.shapes().items() if k in ("A", "G")}
         if self.options.damping_mode == "factored":
-            return square
+            return {f"L_{k}" if self._solves_triangles(k) else k: v for k, v in square.items()}
         return {f"U_{k}": v for k, v in square.items() if self.full[k]} | {"W": (self._matrix, self._dtype)}
 
 
@@ -548,7 +569,7 @@ class KroneckerPairs(Kronecker):
             lower, repaired = linalg.cholesky(factors[first], shares[first])
             counts.repaired += repaired
             if self._truncated:
-                cache[first] = torch.cholesky_inverse(lower)
+                cache |= self._inverse(first, lower)
                 start = None if last is None else last[f"K_{first}"].to(lower.dtype)
                 found = linalg.leading_pencil(factors[second], lower, self._kept_dims[first], twisted, start)
             else:
@@ -599,7 +620,7 @@ class KroneckerPairs(Kronecker):
         result = self._rotate(rotated * cache["W"], cache["K_A"], cache["K_G"], forward=False)
         if "W_odd" in cache:
             result = result + self._rotate(rotated * cache["W_odd"], cache["J_A"], cache["J_G"], forward=False)
-        if "A" in cache:
+        if self._truncated:
             result = result + self._sandwich(cache, matrix)
         return result.to(matrix)
 
@@ -608,7 +629,7 @@ class KroneckerPairs(Kronecker):
         shapes = super().cache_shapes()
         if self.terms == 1:
             return shapes
-        kept, groups, dtype = self._kept_dims, self.layer.groups, shapes["A"][1]
+        kept, groups, dtype = self._kept_dims, self.layer.groups, self.options.solve_dtype or self._dtype
         bases = {f"K_{key}": ((groups, self.dims[key], kept[key]), dtype) for key in ("A", "G")}
         weights = {"W": ((groups, kept["G"], kept["A"]), self._dtype)}
         return (shapes if self._truncated else {}) | bases | weights

@@ -78,16 +78,6 @@ def cholesky(matrices: Tensor, damping: Tensor) -> tuple[Tensor, int]:
     return factors, len(bad)
 
 
-def inverse(matrices: Tensor, damping: Tensor) -> tuple[Tensor, int]:
-    """``(M + damping I)^-1`` by Cholesky; see ``cholesky``.
-
-    Returns:
-        The inverses and the number of matrices that were repaired.
-    """
-    factors, repaired = cholesky(matrices, damping)
-    return torch.cholesky_inverse(factors), repaired
-
-
 def pencil(matrices: Tensor, factors: Tensor, twisted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues and vectors of ``M = L^-1 C L^-ᵀ`` in the coordinates of C.
 

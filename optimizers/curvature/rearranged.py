@@ -945,21 +945,23 @@ def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
     total = rows.new_empty(len(rows), n, n)
     for start in range(0, n, _BLOCK):
         stop = min(start + _BLOCK, n)
-        torch.bmm(weighted[:, start:stop], rows[:, :, start:], out=total[:, start:stop, start:])
+        for left, right, result in zip(weighted, rows, total, strict=True):
+            torch.mm(left[start:stop], right[:, start:], out=result[start:stop, start:])
     return _mirrored(total)
 
 
 def _mirrored(matrix: Tensor, kinds: Tensor | None = None) -> Tensor:
     """A matrix, given above its diagonal and around it, made exactly symmetric or of ``kinds [groups]``, in place."""
-    kind = 1 if kinds is None else kinds.to(matrix).view(-1, 1, 1)
+    kind = None if kinds is None else kinds.to(matrix).view(-1, 1, 1)
     n = matrix.shape[-1]
     for start in range(0, n, _BLOCK):
         stop = min(start + _BLOCK, n)
-        square = matrix[:, start:stop, start:stop]
-        square.copy_((square + kind * square.mT) / 2)
-        matrix[:, stop:, start:stop] = matrix[:, start:stop, stop:].mT
-        if kinds is not None:
-            matrix[:, stop:, start:stop] *= kind
+        square, below = matrix[:, start:stop, start:stop], matrix[:, stop:, start:stop]
+        mirror = square.mT if kind is None else kind * square.mT
+        square.copy_(square.add(mirror).mul_(0.5))
+        below.copy_(matrix[:, start:stop, stop:].mT)
+        if kind is not None:
+            below.mul_(kind)
     return matrix
 
 

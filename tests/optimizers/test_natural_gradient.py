@@ -25,6 +25,7 @@ from optimizers import (
     Lanczos,
     Likelihood,
 )
+from optimizers.curvature import kronecker
 from optimizers.natural_gradient import NaturalGradient
 from tests import dense
 from tests.optimizers.problems import PROBLEMS, Shape, conv_net, images, mlp
@@ -322,6 +323,19 @@ def test_a_step_is_the_dense_solve(name: str, method: str, options: dict[str, An
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["kfac", "kpsvd"])
+@pytest.mark.parametrize("name", ["linear", "grouped", "transposed grouped"])
+def test_wide_factors_are_solved_with_their_cholesky_factors(
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kronecker, "WIDE", 1)
+    test_a_step_is_the_dense_solve(name, method, {})
+    model, _, inputs, targets = around(name)
+    optimizer = observed(METHODS[method], model, inputs, targets)
+    assert {key for stack in optimizer._stacks for key in stack.cache} == {"L_A", "L_G"}
+
+
+@pytest.mark.usefixtures("float64")
 def test_the_floor_of_a_two_term_inverse() -> None:
     """``1 + t s`` is floored with its sign kept; the count says how often."""
     model, _, inputs, targets = around("linear")
@@ -346,8 +360,12 @@ def test_the_floor_of_a_two_term_inverse() -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["linear", "conv", "grouped", "transposed dilated"])
 @pytest.mark.parametrize("method", [Deflation, KFACCorrected])
-def test_a_truncated_second_term_keeps_its_largest_eigenvalues(method: type[NaturalGradient], name: str) -> None:
+@pytest.mark.parametrize("wide", [1, 4096])
+def test_a_truncated_second_term_keeps_its_largest_eigenvalues(
+    method: type[NaturalGradient], name: str, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a few refreshes from the last basis, the step is the dense solve with the truncated second term."""
+    monkeypatch.setattr(kronecker, "WIDE", wide)
     model, layer, inputs, targets = around(name)
     rank, damping = 1 if name == "transposed dilated" else 2, 0.1
     settings = {"lr": 0.0, "momentum": 0.0, "fisher": "empirical", "kl_clip": None, "batch_fraction": 1.0, "decay": 0.0}
