@@ -564,7 +564,8 @@ class KroneckerPairs(Kronecker):
             return super().invert(factors, damping, counts)
         shares = self._shares(factors, damping)
         twisted = self._twisted(factors["C"])
-        values, cache, odd = {}, {}, {}
+        cache: Factors = {}
+        values, odd = {}, {}
         for first, second in (("A", "C"), ("G", "D")):
             lower, repaired = linalg.cholesky(factors[first], shares[first])
             counts.repaired += repaired

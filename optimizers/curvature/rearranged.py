@@ -32,6 +32,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,8 +139,8 @@ class Operator(ABC):
         """``Z^T u`` before any deflation."""
 
     @abstractmethod
-    def start(self, matrix: Tensor) -> Tensor:
-        """A right vector to start from, made of a ``[groups, o, o]`` matrix of the operator's kind."""
+    def start(self, matrices: Sequence[Tensor]) -> Tensor:
+        """A right vector to start from, made of a ``[groups, o, o]`` matrix a layer, of the operator's kind."""
 
     @abstractmethod
     def inner(self, basis: Tensor, vector: Tensor) -> Tensor:
@@ -150,16 +151,16 @@ class Operator(ABC):
         """K-FAC's factors as vectors: left ``mean_{i,t} a a^T``, right ``mean_i sum_t g g^T`` (arXiv 1503.05671)."""
 
     @abstractmethod
-    def left_matrix(self, u: Tensor) -> Tensor:
-        """A left vector as ``[groups, d, d]``."""
+    def left_matrices(self, u: Tensor) -> list[Tensor]:
+        """A left vector as ``[groups, d, d]`` of each layer."""
 
     @abstractmethod
-    def right_matrix(self, v: Tensor) -> Tensor:
-        """A right vector as ``[groups, o, o]``."""
+    def right_matrices(self, v: Tensor) -> list[Tensor]:
+        """A right vector as ``[groups, o, o]`` of each layer."""
 
 
 class _Matrices(Operator):
-    """Vectors are the matrices themselves."""
+    """Vectors are the matrices themselves, of one layer."""
 
     def __init__(self, a: Tensor, g: Tensor) -> None:
         super().__init__()
@@ -168,8 +169,9 @@ class _Matrices(Operator):
         self._a_rows, self._g_rows = self._a.flatten(1, 2), self._g.flatten(1, 2)
         self.precision = 20 * torch.finfo(a.dtype).eps
 
-    def start(self, matrix: Tensor) -> Tensor:
+    def start(self, matrices: Sequence[Tensor]) -> Tensor:
         """See Operator."""
+        (matrix,) = matrices
         return self._projected(matrix.to(self._g))
 
     def inner(self, basis: Tensor, vector: Tensor) -> Tensor:
@@ -181,13 +183,13 @@ class _Matrices(Operator):
         left = self._a_rows.mT @ self._a_rows / self._a_rows.shape[1]
         return left, self._g_rows.mT @ self._g_rows / self.examples
 
-    def left_matrix(self, u: Tensor) -> Tensor:
+    def left_matrices(self, u: Tensor) -> list[Tensor]:
         """See Operator."""
-        return u
+        return [u]
 
-    def right_matrix(self, v: Tensor) -> Tensor:
+    def right_matrices(self, v: Tensor) -> list[Tensor]:
         """See Operator."""
-        return v
+        return [v]
 
 
 class Locations(_Matrices):
@@ -244,17 +246,20 @@ class GramCoefficients(Operator):
     ``sum_j <N_j, image'_j>``, and ``Z V`` has the coefficients ``mask * image_j / m``. Always in double precision: the
     norm of a small vector is the root of a difference.
 
+    Several layers with equal m and T share the leading dimension: small problems are mostly overhead one by one.
+
     Args:
-        a: inputs ``[groups, m, T, d]``.
-        g: output gradients ``[groups, m, T, o]``.
+        layers: inputs ``[groups, m, T, d]`` and output gradients ``[groups, m, T, o]`` of each layer.
         mask: which pairs of positions count, ``[T, T]``; None for all.
     """
 
-    def __init__(self, a: Tensor, g: Tensor, mask: Tensor | None = None) -> None:
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> None:
         super().__init__()
-        self.examples, self.positions = a.shape[1:3]
-        self._a, self._g, self._mask = a, g, mask
-        self._a_gram, self._g_gram = self._blocks(a), self._blocks(g)
+        self._a, self._g = ([rows.contiguous() for rows in side] for side in zip(*layers, strict=True))
+        self._groups = [len(rows) for rows in self._a]
+        self.examples, self.positions = self._a[0].shape[1:3]
+        self._mask = mask
+        self._a_gram, self._g_gram = (torch.cat([self._blocks(x) for x in side]) for side in (self._a, self._g))
         self.precision = torch.finfo(torch.float64).eps ** 0.5
 
     def _blocks(self, rows: Tensor) -> Tensor:
@@ -274,10 +279,11 @@ class GramCoefficients(Operator):
         half = (blocks @ coefficients).unflatten(2, (m, t))  # K_ji N_i as [groups, i, j, T, T]
         return half.permute(0, 2, 3, 1, 4).flatten(3) @ blocks
 
-    def start(self, matrix: Tensor) -> Tensor:
+    def start(self, matrices: Sequence[Tensor]) -> Tensor:
         """See Operator. A matrix need not be of the form that coefficients can stand for; ``Z^T Z`` of it is."""
-        images = self._g @ matrix.to(self._g).unsqueeze(1) @ self._g.mT
-        return self._right(self._to(images.double(), self._a_gram))
+        pairs = zip(self._g, matrices, strict=True)
+        images = torch.cat([(g @ matrix.to(g).unsqueeze(1) @ g.mT).double() for g, matrix in pairs])
+        return self._right(self._to(images, self._a_gram))
 
     def _left(self, v: Tensor) -> Tensor:
         return self._to(v[:, 1], self._a_gram)
@@ -295,22 +301,22 @@ class GramCoefficients(Operator):
 
     def kfac(self) -> tuple[Tensor, Tensor]:
         """See Operator."""
-        groups, m, t = self._a.shape[:3]
-        identity = torch.eye(t, dtype=torch.float64, device=self._a.device).expand(groups, m, t, t)
+        m, t = self.examples, self.positions
+        identity = torch.eye(t, dtype=torch.float64, device=self._a_gram.device).expand(len(self._a_gram), m, t, t)
         return self._vector(identity / (m * t), self._a_gram), self._vector(identity / m, self._g_gram)
 
-    def left_matrix(self, u: Tensor) -> Tensor:
+    def left_matrices(self, u: Tensor) -> list[Tensor]:
         """See Operator."""
-        return self._matrix(u, self._a)
+        return self._matrices(u, self._a)
 
-    def right_matrix(self, v: Tensor) -> Tensor:
+    def right_matrices(self, v: Tensor) -> list[Tensor]:
         """See Operator."""
-        return self._matrix(v, self._g)
+        return self._matrices(v, self._g)
 
-    @staticmethod
-    def _matrix(vector: Tensor, rows: Tensor) -> Tensor:
-        weighted = vector[:, 0].to(rows) @ rows
-        return rows.flatten(1, 2).mT @ weighted.flatten(1, 2)
+    def _matrices(self, vector: Tensor, layers: list[Tensor]) -> list[Tensor]:
+        pairs = zip(vector[:, 0].split(self._groups), layers, strict=True)
+        weighted = [(rows, (coefficients.to(rows) @ rows).flatten(1, 2)) for coefficients, rows in pairs]
+        return [rows.flatten(1, 2).mT @ products for rows, products in weighted]
 
 
 # --- solvers: the leading singular triples of any operator ------------------------------------------------------------
@@ -321,7 +327,7 @@ Triple = tuple[Tensor, Tensor, Tensor]  # singular value [groups], left and righ
 def _power(
     operator: Operator,
     rank: int,
-    start: Tensor,
+    starts: Sequence[Tensor],
     rivals: Tensor | None = None,
     *,
     tolerance: float,
@@ -335,20 +341,21 @@ def _power(
     Args:
         operator: Z; deflated by what is found.
         rank: how many triples.
-        start: a right factor ``[groups, o, o]``.
+        starts: a right factor ``[groups, o, o]`` a layer of the operator.
         rivals: singular values ``[groups, k]`` found elsewhere, descending; a search that cannot beat the last of them
             is given up early. None: there are none.
         tolerance: see ``leading_pairs``.
         max_iterations: see ``leading_pairs``.
     """
-    noise = torch.zeros(len(start), dtype=torch.float64, device=start.device)
+    size = max(start.shape[-1] for start in starts) ** 2
+    noise = torch.zeros(sum(map(len, starts)), dtype=torch.float64, device=starts[0].device)
     if rivals is not None:
         noise = operator.precision * rivals[:, 0]
     found: list[Triple] = []
     while len(found) < rank:
-        v = operator.start(_roughened(start, operator.kind) if operator.deflated else start)
+        v = operator.start(_roughened(starts, operator.kind) if operator.deflated else starts)
         v = _scaled(v, _inverse(operator.norm(v)))
-        step = torch.full_like(noise, torch.inf)
+        step, done = torch.full_like(noise, torch.inf), torch.zeros_like(noise, dtype=torch.bool)
         for steps in range(1, max_iterations + 1):
             u = operator.left(v)
             u = _scaled(u, _inverse(operator.norm(u)))
@@ -359,8 +366,8 @@ def _power(
             before, step = step, operator.norm(v - previous)
             separation = (1 - step / before).clamp(min=_RESOLVED)
             unsolved = sigma * step > tolerance * separation * sigma + noise  # so written, NaN ends it too
-            given_up = _hopeless(sigma, rivals, _share(steps, start.shape[-1] ** 2, krylov=False))
-            if not bool((unsolved & ~given_up).any()):
+            done = done | ~unsolved | _hopeless(sigma, rivals, _share(steps, size, krylov=False))
+            if bool(done.all()):
                 break
         operator.deflate(_scaled(u, sigma), v)
         found.append((sigma, u, v))
@@ -370,7 +377,7 @@ def _power(
 def _lanczos(
     operator: Operator,
     rank: int,
-    start: Tensor,
+    starts: Sequence[Tensor],
     rivals: Tensor | None = None,
     *,
     tolerance: float,
@@ -386,20 +393,21 @@ def _lanczos(
     Args:
         operator: Z.
         rank: see ``_power``.
-        start: see ``_power``.
+        starts: see ``_power``.
         rivals: see ``_power``.
         tolerance: see ``leading_pairs``.
         max_iterations: see ``leading_pairs``.
         krylov: see ``leading_pairs``.
     """
-    v = operator.start(_roughened(start, operator.kind) if operator.deflated or rank > 1 else start)
+    size = max(start.shape[-1] for start in starts) ** 2
+    v = operator.start(_roughened(starts, operator.kind) if operator.deflated or rank > 1 else starts)
     v = _scaled(v, _inverse(operator.norm(v)))
     groups, k = len(v), 0
     rights = v.new_empty(groups, krylov, *v.shape[1:])
     lefts = rights[:, :0]
     projected = torch.zeros(groups, krylov, krylov, dtype=torch.float64, device=v.device)
     scale = v.new_zeros(groups) if rivals is None else rivals[:, 0].to(v.dtype)
-    broken = exhausted = torch.zeros(groups, dtype=torch.bool, device=v.device)
+    broken = exhausted = done = torch.zeros(groups, dtype=torch.bool, device=v.device)
     unexplored = torch.zeros(groups, device=v.device)
     for _ in range(max(max_iterations, rank)):
         rights[:, k] = v
@@ -423,14 +431,23 @@ def _lanczos(
         separation = (1 - (following * _inverse(wanted)).square()).clamp(min=_RESOLVED)
         residual = beta.unsqueeze(1) * x[:, k - 1, :rank].abs()
         unsolved = residual > tolerance * separation * wanted + operator.precision * sigma[:, :1]  # False for NaN
-        given_up = exhausted | _hopeless(wanted[:, 0], rivals, _share(k, start.shape[-1] ** 2, krylov=True))
+        given_up = exhausted | _hopeless(wanted[:, 0], rivals, _share(k, size, krylov=True))
         unexplored = torch.where(broken, _EXPLORED, unexplored - 1)
-        if k >= rank and not bool(((unsolved.any(1) | (unexplored > 0)) & ~given_up).any()):
-            break
-        if bool(broken.any()):
-            fresh = operator.start(_irregular(start, operator.kind, k))
+        if k >= rank:
+            done = done | given_up | ~(unsolved.any(1) | (unexplored > 0))  # for good, whatever others still need
+            if bool(done.all()):
+                break
+        stuck = broken & ~done
+        if bool(stuck.any()):
+            needed = stuck.split([len(start) for start in starts])
+            fresh = operator.start(
+                [
+                    _irregular(start, operator.kind, k) if bool(some.any()) else torch.zeros_like(start)
+                    for start, some in zip(starts, needed, strict=True)
+                ]
+            )
             fresh, _, _ = _orthonormalize(operator, fresh, rights[:, :k], operator.norm(fresh))
-            v = torch.where(broken.view(-1, *[1] * (v.dim() - 1)), fresh, v)
+            v = torch.where(stuck.view(-1, *[1] * (v.dim() - 1)), fresh, v)
         if k == krylov:
             k = (rank + krylov) // 2
             lefts[:, :k], rights[:, :k] = _combine(lefts, x[..., :k].mT), _combine(rights, y[..., :k].mT)
@@ -572,13 +589,13 @@ def _irregular(like: Tensor, kind: int, draw: int = 0) -> Tensor:
     return (matrix / matrix.norm()).to(like).expand_as(like)
 
 
-def _roughened(start: Tensor, kind: int) -> Tensor:
-    """A start with a little of the irregular matrix mixed in.
+def _roughened(starts: Sequence[Tensor], kind: int) -> list[Tensor]:
+    """Starts with a little of the irregular matrix mixed in.
 
     Structure may keep a positive semi-definite start from ever reaching an indefinite pair: with one example, for one,
     Z takes the identity to matrices that are diagonal in the singular basis of that example's gradient.
     """
-    return start + 0.1 * start.norm(dim=(1, 2), keepdim=True) * _irregular(start, kind)
+    return [start + 0.1 * start.norm(dim=(1, 2), keepdim=True) * _irregular(start, kind) for start in starts]
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -745,33 +762,24 @@ def leading_pairs_many(
     solve: Callable[..., list[Triple]] = partial(_lanczos, krylov=krylov) if solver != "power" else _power
     solve = partial(solve, tolerance=tolerance, max_iterations=max_iterations)
     found: dict[int, Pairs] = {}
-    closed: dict[tuple[int, torch.device], list[int]] = {}
+    batches: dict[tuple[Any, ...], list[int]] = {}
     for index, ((a, g), mask, start) in enumerate(zip(layers, masks, starts, strict=True)):
         _check_sample(a, g, mask, start, form)
         m, t, d, o = *a.shape[1:], g.shape[-1]
         chosen = form or cheapest_form(m, t, d, o, masked=mask is not None, solver=solver)
+        # Small problems gain by company: those of one position, whose size is m alone.
+        together = chosen == "closed" or (chosen == "coefficients" and t == 1 and mask is None)
+        batches.setdefault((chosen, m, a.device) if together else (chosen, index), []).append(index)
+    for (chosen, *_), indices in batches.items():
+        members, mask = [layers[i] for i in indices], masks[indices[0]]
         if chosen == "closed":
-            closed.setdefault((m, a.device), []).append(index)
-            continue
-        # Gradients shrink by many orders of magnitude in training, and Z holds their fourth powers.
-        size = g.abs().amax((1, 2, 3), keepdim=True)
-        size = torch.where(size == 0, 1, size)
-        operator = _operator(chosen, a, g / size, mask)
-        if corrected:
-            operator.deflate(*operator.kfac())
-        identity = torch.eye(o, dtype=g.dtype, device=g.device)
-        first = (identity if start is None else start.to(g)).expand(len(g), o, o)
-        triples = solve(operator, rank, first)
-        if t > 1 and min(d, o) > 1 and (corrected or rank > 1):
-            rivals = torch.stack([sigma for sigma, _, _ in triples], dim=1)
-            settled = 0 if corrected else 1
-            others = solve(operator.antisymmetric(), rank - settled, _irregular(first, -1), rivals)
-            ranked = _merged(triples, others, settled)
+            pairs = _closed_pairs(members, [masks[i] for i in indices], rank, corrected)
         else:
-            ranked = [(triple, torch.ones_like(triple[0])) for triple in triples]
-        found[index] = [_pair(operator, triple, kinds, size.flatten()) for triple, kinds in ranked]
-    for indices in closed.values():
-        pairs = _closed_pairs([layers[i] for i in indices], [masks[i] for i in indices], rank, corrected)
+            given = [
+                (torch.eye(g.shape[-1]) if start is None else start).to(g).expand(len(g), *2 * g.shape[-1:])
+                for (_, g), start in zip(members, (starts[i] for i in indices), strict=True)
+            ]
+            pairs = _iterated_pairs(chosen, members, mask, given, rank, corrected, solve)
         found.update(zip(indices, pairs, strict=True))
     return [found[index] for index in range(len(layers))]
 
@@ -892,17 +900,59 @@ def _check_sample(a: Tensor, g: Tensor, mask: Tensor | None, start: Tensor | Non
         raise ValueError("form 'gradients' sums over all positions, so it takes no mask")
 
 
-def _operator(form: str, a: Tensor, g: Tensor, mask: Tensor | None) -> Operator:
-    if form == "gradients":
-        return ExampleGradients(a, g)
-    return GramCoefficients(a, g, mask) if form == "coefficients" else Locations(a, g, mask)
+def _iterated_pairs(
+    form: str,
+    layers: list[tuple[Tensor, Tensor]],
+    mask: Tensor | None,
+    starts: list[Tensor],
+    rank: int,
+    corrected: bool,
+    solve: Callable[..., list[Triple]],
+) -> list[Pairs]:
+    """The leading pairs of layers that share an operator (of one layer, but for ``coefficients``)."""
+    # Gradients shrink by many orders of magnitude in training, and Z holds their fourth powers.
+    sizes = [g.abs().amax((1, 2, 3), keepdim=True) for _, g in layers]
+    sizes = [torch.where(size == 0, 1, size) for size in sizes]
+    operator = _operator(form, [(a, g / size) for (a, g), size in zip(layers, sizes, strict=True)], mask)
+    if corrected:
+        operator.deflate(*operator.kfac())
+    triples = solve(operator, rank, starts)
+    a, g = layers[0]
+    if a.shape[2] > 1 and min(a.shape[-1], g.shape[-1]) > 1 and (corrected or rank > 1):
+        rivals = torch.stack([sigma for sigma, _, _ in triples], dim=1)
+        settled = 0 if corrected else 1
+        irregular = [_irregular(start, -1) for start in starts]
+        others = solve(operator.antisymmetric(), rank - settled, irregular, rivals)
+        ranked = _merged(triples, others, settled)
+    else:
+        ranked = [(triple, torch.ones_like(triple[0])) for triple in triples]
+    pairs = [_pair(operator, triple, kinds, sizes) for triple, kinds in ranked]
+    return [list(of_layer) for of_layer in zip(*pairs, strict=True)]
 
 
-def _pair(operator: Operator, triple: Triple, kinds: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+def _operator(form: str, layers: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> Operator:
+    if form == "coefficients":
+        return GramCoefficients(layers, mask)
+    ((a, g),) = layers
+    return ExampleGradients(a, g) if form == "gradients" else Locations(a, g, mask)
+
+
+def _pair(operator: Operator, triple: Triple, kinds: Tensor, sizes: list[Tensor]) -> Pairs:
+    """A triple's matrices, one (left, right) a layer of the operator."""
     sigma, u, v = triple
-    left, right = _mirrored(operator.left_matrix(u), kinds), _mirrored(operator.right_matrix(v), kinds)
-    factor = sigma.sqrt() * size * _signs(left, kinds)
-    return _scaled(left, factor), _scaled(right, factor)
+    pairs = []
+    for size, root, kind, left, right in zip(
+        sizes,
+        sigma.sqrt().split([len(size) for size in sizes]),
+        kinds.split([len(size) for size in sizes]),
+        operator.left_matrices(u),
+        operator.right_matrices(v),
+        strict=True,
+    ):
+        left, right = _mirrored(left, kind), _mirrored(right, kind)
+        factor = root * size.flatten() * _signs(left, kind)
+        pairs.append((_scaled(left, factor), _scaled(right, factor)))
+    return pairs
 
 
 def _signs(left: Tensor, kinds: Tensor) -> Tensor:

@@ -348,13 +348,17 @@ def test_statistics_that_are_not_finite_give_nan(solver: str, form: str | None) 
         assert left.isnan().any() and right.isnan().any()
 
 
-def test_layers_together_are_layers_one_by_one() -> None:
+@pytest.mark.parametrize("solver", ["gram", "lanczos", "power"])
+def test_layers_together_are_layers_one_by_one(solver: str) -> None:
     layers = [sample(name) for name in SAMPLES] + [(torch.randn(1, 8, 1, 3), torch.randn(1, 8, 1, 2))]
     masks = [location_mask(*shape[2], 0) for shape in SAMPLES.values()] + [None]
-    together = leading_pairs_many(layers, 2, masks=masks)
+    layers += [(torch.randn(2, 8, 1, 4), torch.randn(2, 8, 1, 5)), (torch.zeros(1, 8, 1, 2), torch.randn(1, 8, 1, 6))]
+    masks += [None, None]
+    options = {"solver": solver, "max_iterations": 2000}
+    together = leading_pairs_many(layers, 2, masks=masks, **options)
     for (a, g), mask, pairs in zip(layers, masks, together, strict=True):
         for group in range(len(a)):
-            alone = leading_pairs(a, g, 2, mask=mask)
+            alone = leading_pairs(a, g, 2, mask=mask, **options)
             torch.testing.assert_close(total(pairs, group), total(alone, group), rtol=1e-5, atol=1e-8)
 
 
