@@ -19,6 +19,7 @@ from models import build_model
 from optimizers import build_optimizer
 from training import cli, distributed, resume, tasks
 from training.config import CONFIG_FOLDER, CONFIG_NAME
+from training.finetune import parameter_groups
 from training.rng import seed_everything
 from training.run_config import RunConfig
 from training.schema import build, build_scalars, build_schedule, refusals
@@ -49,9 +50,13 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
         with refusals("trainer", config["trainer"]):
             task = tasks.build(data.task, data.facts, trainer.label_smoothing)
         model = build(config["model"], "model", through=build_model, facts=data.facts).to(world.device)
+        cli.say(str(getattr(model, "loaded", "")))  # what became of pretrained weights
         if config["init_from"] and start.checkpoint is None:
             cli.say(warm_start(model, config["init_from"]))
         extras: dict[str, Any] = {"model": model, "likelihood": task.likelihood, "seed": config["seed"]}
+        if any(config["finetune"].values()):
+            with refusals("finetune", config["finetune"]):
+                extras["params"] = parameter_groups(model, **config["finetune"], lr=config["optimizer"].get("lr"))
         optimizer = build(config["optimizer"], "optimizer", through=build_optimizer, **extras)
         schedule = build_schedule(config["scheduler"])
         scalars = build_scalars(config["schedules"])

@@ -11,7 +11,18 @@ from data.autoencoding import (
 )
 from data.base import BatchLoader, DataError, DataModule
 from data.memory import Augmentation, ImageStore, InMemoryLoader
-from data.vision import cifar10, cifar100, digits, fashion_mnist, image_folder, mnist
+from data.text import TextLoader, Vocabulary, text_file, wikitext2, wikitext103
+from data.vision import (
+    cifar10,
+    cifar100,
+    digits,
+    fashion_mnist,
+    image_folder,
+    imagenet,
+    mnist,
+    svhn,
+    tiny_imagenet,
+)
 
 __all__ = [
     "Augmentation",
@@ -21,6 +32,8 @@ __all__ = [
     "ImageStore",
     "InMemoryLoader",
     "ReconstructionLoader",
+    "TextLoader",
+    "Vocabulary",
     "cifar10",
     "cifar10_autoencoder",
     "cifar100",
@@ -31,6 +44,12 @@ __all__ = [
     "fashion_mnist",
     "image_folder",
     "image_folder_autoencoder",
+    "imagenet",
     "mnist",
     "mnist_autoencoder",
+    "svhn",
+    "text_file",
+    "tiny_imagenet",
+    "wikitext2",
+    "wikitext103",
 ]

@@ -19,16 +19,18 @@ from filelock import FileLock
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
+from torchvision.datasets.utils import download_and_extract_archive
 
 from data.base import DataError, DataModule
-from data.folders import find_splits, read_images
+from data.folders import FileLoader, ImageFiles, find_splits, find_tiny_imagenet, read_images
 from data.memory import Augmentation, ImageStore, InMemoryLoader, pixel_statistics
 
 Augment = Literal["none", "standard", "cutout"]
 Labelled = tuple[Tensor, Tensor]  # images uint8 [N, C, H, W], targets int64 [N]
 
 DOWNLOAD_SILENCE = 20.0  # seconds without a byte after which a download is given up
-
+TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std of the train images, as published
 
 # What torchvision raises where a set is absent (RuntimeError), cut short, or out of reach.
 UNLOADABLE = (RuntimeError, OSError, AssertionError, ValueError, EOFError, HTTPException)
@@ -196,6 +198,161 @@ def image_folder(
     return _module("image_folder", read, loading)
 
 
+def tiny_imagenet(
+    root: str,
+    download: bool = True,
+    max_gigabytes: float = 8.0,
+    batch_size: int = 128,
+    eval_batch_size: int = 256,
+    augment: Augment = "standard",
+    val_fraction: float = 0.1,
+    split_seed: int = 0,
+    limit_train: float = 1.0,
+    limit_val: float = 1.0,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataModule:
+    """Tiny ImageNet: 100,000 + 10,000 colour 64 × 64 images in two hundred classes, decoded once into memory.
+
+    The published validation images are the test set, as nobody has the labels of the published test images; some of
+    the train images are held out for validation.
+
+    Args:
+        root: the folder ``tiny-imagenet-200`` as it is published, or where to put it.
+        download: fetch the set if it is not there.
+        max_gigabytes: refuse a set that takes more memory than this once decoded.
+        batch_size: of all ranks together.
+        eval_batch_size: for validation and test, of all ranks together.
+        augment: ``standard`` crops with padding 4 and mirrors, ``cutout`` also cuts a 16 × 16 hole.
+        val_fraction: share of the train images that is held out for validation.
+        split_seed: which images are held out; independent of ``seed``.
+        limit_train: share of the train split that is used.
+        limit_val: share of the validation split that is used.
+        seed: of order and augmentation.
+        device: of the batches.
+        rank: this process.
+        world_size: how many processes there are.
+
+    Raises:
+        ValueError: for an option out of its range.
+        DataError: the set is not there and cannot be fetched, or cannot be read.
+    """
+    loading = Loading(
+        batch_size, eval_batch_size, augment, val_fraction, split_seed, limit_train, limit_val,
+        seed, device, rank, world_size,
+    )  # fmt: skip
+    if max_gigabytes <= 0:
+        raise ValueError(f"max_gigabytes must be positive, got {max_gigabytes}")
+    splits = find_tiny_imagenet(_tiny_imagenet_folder(Path(root).expanduser(), download))
+    train, test = splits.files["train"], splits.files["test"]
+    images = read_images([file for file, _ in [*train, *test]], None, max_gigabytes)
+    targets = torch.tensor([target for _, target in [*train, *test]])
+    parts = zip(*(tensor.split([len(train), len(test)]) for tensor in (images, targets)), strict=True)
+    labelled_train, labelled_test = parts
+    return _module("tiny_imagenet", _Images(labelled_train, splits.class_names, test=labelled_test), loading)
+
+
+def imagenet(
+    root: str,
+    image_size: int = 224,
+    resize: int = 256,
+    workers: int = 8,
+    prefetch: int = 2,
+    batch_size: int = 256,
+    eval_batch_size: int = 256,
+    augment: Literal["none", "standard"] = "standard",
+    val_fraction: float = 0.02,
+    split_seed: int = 0,
+    limit_train: float = 1.0,
+    limit_val: float = 1.0,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataModule:
+    """ImageNet (ILSVRC 2012), or any set too large for memory: ``root/train/<class>/...`` and ``root/val/<class>/...``.
+
+    Images are decoded, cropped and resized by worker processes, travel as bytes and are normalised on the device. The
+    published validation images are the test set, as nobody has the labels of the published test images; some of the
+    train images are held out for validation.
+
+    Args:
+        root: the folder that holds ``train`` and ``val``.
+        image_size: side of what the model sees.
+        resize: in evaluation, and without augmentation, the shorter side is brought to this many pixels and the
+            centre is cut out.
+        workers: processes that decode; 0: none, this one does.
+        prefetch: batches that each worker prepares ahead.
+        batch_size: of all ranks together.
+        eval_batch_size: for validation and test, of all ranks together.
+        augment: ``standard`` cuts out 8 to 100 % of the area at a ratio of 3:4 to 4:3, and mirrors.
+        val_fraction: share of the train images that is held out for validation.
+        split_seed: which images are held out; independent of ``seed``.
+        limit_train: share of the train split that is used.
+        limit_val: share of the validation split that is used.
+        seed: of order and augmentation.
+        device: of the batches.
+        rank: this process.
+        world_size: how many processes there are.
+
+    Raises:
+        ValueError: for an option out of its range.
+        DataError: for a folder without such a layout; later, for an image that cannot be read.
+    """
+    loading = Loading(
+        batch_size, eval_batch_size, augment, val_fraction, split_seed, limit_train, limit_val,
+        seed, device, rank, world_size,
+    )  # fmt: skip
+    if loading.augment == "cutout":
+        raise ValueError("augment must be none or standard, got 'cutout'")
+    if not 1 <= image_size <= resize:
+        raise ValueError(f"image_size must be at least 1 and at most resize ({resize}), got {image_size}")
+    if workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}")
+    if prefetch < 1:
+        raise ValueError(f"prefetch must be at least 1, got {prefetch}")
+    folder = Path(root).expanduser()
+    splits = find_splits(folder)
+    if splits.files.keys() != {"train", "val"}:
+        raise DataError(
+            f"{folder.absolute()} must hold train/<class>/... and val/<class>/... for dataset=imagenet: name another "
+            "folder with dataset.root, or use dataset=image_folder"
+        )
+    mean, std = IMAGENET_STATISTICS
+
+    def loader(split: str, rows: Tensor, training: bool = False) -> FileLoader:
+        return FileLoader(
+            ImageFiles(splits.files[split], image_size, resize, crop=training and loading.augment == "standard"),
+            rows,
+            workers=workers,
+            prefetch=prefetch,
+            batch_size=loading.batch_size if training else loading.eval_batch_size,
+            mean=mean,
+            std=std,
+            training=training,
+            seed=loading.seed,
+            device=loading.device,
+            rank=loading.rank,
+            world_size=loading.world_size,
+        )
+
+    order = _stratified_order(torch.tensor([target for _, target in splits.files["train"]]), loading.split_seed)
+    val_rows, train_rows = cut(order, loading.val_fraction)
+    return DataModule(
+        name="imagenet",
+        task="classification",
+        facts={"in_channels": 3, "num_classes": len(splits.class_names), "image_size": image_size},
+        train=loader("train", limited(train_rows, "limit_train", loading.limit_train), training=True),
+        val=loader("train", limited(val_rows, "limit_val", loading.limit_val)),
+        test=loader("val", torch.arange(len(splits.files["val"]))),
+        class_names=splits.class_names,
+    )
+
+
 def _published(
     name: str, source: type, mean: list[float], std: list[float], flip: bool, summary: str
 ) -> Callable[..., DataModule]:
@@ -270,6 +427,50 @@ cifar100 = _published(
 )  # fmt: skip
 
 
+class _SVHN(datasets.SVHN):
+    """torchvision's SVHN under the conventions of its other sets."""
+
+    classes = [str(digit) for digit in range(10)]  # noqa: RUF012
+
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        super().__init__(root, split="train" if train else "test", download=download)
+        self.data: Any = self.data.transpose(0, 2, 3, 1)
+        self.targets = self.labels
+
+
+svhn = _published(
+    "svhn", _SVHN, [0.4377, 0.4438, 0.4728], [0.1980, 0.2010, 0.1970], False,
+    "Street View House Numbers: 73,257 + 26,032 colour 32 × 32 photographs of digits in ten classes.",
+)  # fmt: skip
+
+
+def _tiny_imagenet_folder(root: Path, download: bool) -> Path:
+    """The folder of the set, downloaded if it is not there (by one process at a time)."""
+    url, md5 = TINY_IMAGENET
+    places = (root, root / Path(url).stem)  # the archive holds a folder
+
+    def there() -> Path | None:
+        return next((place for place in places if (place / "val" / "val_annotations.txt").is_file()), None)
+
+    if found := there():
+        return found
+    absent = f"tiny_imagenet is absent from {root.absolute()}"
+    ways_out = "put its files there, or name another folder with dataset.root"
+    if not download:
+        raise DataError(f"{absent}: set dataset.download=true, {ways_out}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".lock"), socket_timeout(DOWNLOAD_SILENCE):
+            if not there():  # no other rank or run has fetched it meanwhile
+                download_and_extract_archive(url, str(root), md5=md5, remove_finished=True)
+    except UNLOADABLE as error:
+        reason = shorten(str(error), 120)
+        raise DataError(f"{absent} and cannot be downloaded ({reason}): {ways_out}") from error
+    if found := there():
+        return found
+    raise DataError(f"{absent}, and the archive that was downloaded does not hold it: {ways_out}")
+
+
 def torchvision_sets(name: str, source: type, root: Path, download: bool) -> tuple[Any, Any]:
     """Train and test set, from the folder if they are there, else downloaded (by one process at a time)."""
     absent = f"{name} is absent from {root.absolute()}, or damaged there"
@@ -283,7 +484,7 @@ def torchvision_sets(name: str, source: type, root: Path, download: bool) -> tup
             raise DataError(f"{absent}: set dataset.download=true, {ways_out}") from error
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".lock"), _socket_timeout(DOWNLOAD_SILENCE):  # other ranks and runs wait, then find it
+        with FileLock(root / ".lock"), socket_timeout(DOWNLOAD_SILENCE):  # other ranks and runs wait, then find it
             return source(str(root), train=True, download=True), source(str(root), train=False)
     except UNLOADABLE as error:
         reason = shorten(str(error), 120)
@@ -291,7 +492,7 @@ def torchvision_sets(name: str, source: type, root: Path, download: bool) -> tup
 
 
 @contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
+def socket_timeout(seconds: float) -> Iterator[None]:
     """Within it, a silent server raises in place of waiting for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)

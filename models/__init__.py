@@ -9,21 +9,44 @@ from typing import Any
 from torch import nn
 
 from models.autoencoder import autoencoder, conv_autoencoder
+from models.cct import cct
 from models.convnets import cuda_convnet, vgg11
+from models.densenet import densenet
+from models.focalnet import focalnet
+from models.gpt import gpt
 from models.mlp import mlp
-from models.resnet import resnet
+from models.mobilenet import mobilenetv3
+from models.plain import plain_layers
+from models.pretrained import Loaded, load, read_weights
+from models.resnet import cifar_resnet, resnet
 from models.toy import deep_linear, toynet
+from models.transformers import swin, vit
+from models.wrapped import timm_model, torchvision_model
 
 __all__ = [
+    "Loaded",
     "autoencoder",
     "build_model",
+    "cct",
+    "cifar_resnet",
     "conv_autoencoder",
     "cuda_convnet",
     "deep_linear",
+    "densenet",
+    "focalnet",
+    "gpt",
+    "load",
     "mlp",
+    "mobilenetv3",
+    "plain_layers",
+    "read_weights",
     "resnet",
+    "swin",
+    "timm_model",
+    "torchvision_model",
     "toynet",
     "vgg11",
+    "vit",
 ]
 
 

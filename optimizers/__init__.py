@@ -11,10 +11,13 @@ from torch import nn
 
 from optimizers.adafisher import AdaFisher, AdaFisherW
 from optimizers.adahessian import AdaHessian
-from optimizers.base import Coverage, CurvatureOptimizer, unwrap
+from optimizers.base import Coverage, CurvatureOptimizer, Params, unwrap
+from optimizers.exact import ExactNaturalGradient
+from optimizers.fishleg import FishLeg
 from optimizers.kfac import EKFAC, KFAC
 from optimizers.kronecker_svd import KPSVD, Deflation, KFACCorrected, Lanczos
-from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, LearnedGaussian, Likelihood
+from optimizers.two_level import TwoLevelKFAC
 
 __all__ = [
     "EKFAC",
@@ -28,10 +31,14 @@ __all__ = [
     "Coverage",
     "CurvatureOptimizer",
     "Deflation",
+    "ExactNaturalGradient",
+    "FishLeg",
     "Gaussian",
     "KFACCorrected",
     "Lanczos",
+    "LearnedGaussian",
     "Likelihood",
+    "TwoLevelKFAC",
     "build_optimizer",
     "unwrap",
 ]
@@ -41,17 +48,20 @@ def build_optimizer(
     target: Callable[..., torch.optim.Optimizer],
     model: nn.Module,
     *,
+    params: Params | None = None,
     likelihood: Likelihood | None = None,
     seed: int = 0,
     **options: Any,
 ) -> torch.optim.Optimizer:
     """Build any optimizer, ours or another package's, for a model.
 
-    Ours take the module itself; the others take its parameters. ``likelihood`` and ``seed`` reach those that ask.
+    Ours, and what asks for a ``model`` first, take the module itself; the others take its parameters. ``likelihood``
+    and ``seed`` reach those that ask.
 
     Args:
         target: an optimizer class, or a function that returns an optimizer.
         model: the module to train.
+        params: parameters or groups of it to train; None: all.
         likelihood: what the outputs say about the targets.
         seed: of whatever the optimizer samples.
         options: hyper-parameters.
@@ -60,10 +70,15 @@ def build_optimizer(
         The optimizer.
 
     Raises:
-        ValueError: for a hyper-parameter out of its range.
+        ValueError: for a hyper-parameter out of its range, or groups for an optimizer that takes none.
     """
     accepted = inspect.signature(target).parameters
     injected = {"likelihood": likelihood, "seed": seed}
     options |= {k: v for k, v in injected.items() if k in accepted and k not in options and v is not None}
     ours = isinstance(target, type) and issubclass(target, CurvatureOptimizer)
-    return target(model if ours else model.parameters(), **options)
+    takes_model = ours or next(iter(accepted)) == "model"
+    if params is None:
+        return target(model if takes_model else model.parameters(), **options)
+    if "params" not in accepted:
+        raise ValueError("params cannot be given to this optimizer, which takes the whole model: choose another one")
+    return target(params=params, **({"model": model} if "model" in accepted else {}), **options)

@@ -119,6 +119,7 @@ class AdaHessian(CurvatureOptimizer):
     Args:
         params: parameters, groups, or a whole module. ``lr, betas, eps, weight_decay, hessian_power`` may differ
             between groups.
+        model: the module that the parameters are of, where they are given in place of it.
         lr: learning rate (eta).
         betas: decay of the gradient's and of the squared curvature's averages (beta_1, beta_2).
         eps: added to the denominator.
@@ -137,6 +138,7 @@ class AdaHessian(CurvatureOptimizer):
         self,
         params: nn.Module | Params,
         *,
+        model: nn.Module | None = None,
         lr: float = 0.15,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
@@ -157,7 +159,7 @@ class AdaHessian(CurvatureOptimizer):
         check_range("samples", samples, 1)
         if block_size is not None:
             check_range("block_size", block_size, 1)
-        model = params if isinstance(params, nn.Module) else None
+        model = params if isinstance(params, nn.Module) else model
         defaults = {
             "lr": lr,
             "betas": tuple(betas),

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from optimizers.base import check_range
 
@@ -130,9 +130,12 @@ class Gaussian(Likelihood):
     """
 
     def __init__(self, sigma: float = 1.0) -> None:
-        if not (sigma > 0 and math.isfinite(sigma)):
-            raise ValueError(f"sigma must be a positive number, got {sigma!r}")
-        self.sigma = sigma
+        self._sigma = _checked(sigma)
+
+    @property
+    def sigma(self) -> float | Tensor:
+        """Standard deviation of every feature."""
+        return self._sigma
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See Likelihood."""
@@ -151,3 +154,37 @@ class Gaussian(Likelihood):
         """See Likelihood."""
         eye = torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device)
         return (eye / self.sigma).expand(*outputs.shape[:-1], -1, -1)
+
+
+class LearnedGaussian(nn.Module, Gaussian):
+    """A Gaussian whose standard deviation is learned with the model: ``log_sigma`` is a parameter.
+
+    ``nll`` has the term ``features log sigma`` that keeps sigma from growing, and its gradient reaches ``log_sigma`` as
+    it reaches the model's parameters, so any optimizer trains it that is given it:
+    ``KFAC(model, [*model.parameters(), *likelihood.parameters()], likelihood=likelihood)``. It lies outside of the
+    model, where there is no layer to have curvature: ours take their first-order fallback for it. The Fisher matrix of
+    the model is taken at the present sigma. ``state_dict`` belongs in the checkpoint, beside the model's.
+
+    Args:
+        sigma: where it starts.
+    """
+
+    def __init__(self, sigma: float = 1.0) -> None:
+        super().__init__()
+        self.log_sigma = nn.Parameter(torch.tensor(math.log(_checked(sigma))))
+
+    @property
+    def sigma(self) -> Tensor:
+        """See Gaussian; without a gradient."""
+        return self.log_sigma.detach().exp()
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See Likelihood; but for the constant ``features log(sqrt(2 pi))``, the whole."""
+        errors = (outputs - targets).square().sum() / (2 * outputs[..., 0].numel())
+        return errors * (-2 * self.log_sigma).exp() + outputs.shape[-1] * self.log_sigma
+
+
+def _checked(sigma: float) -> float:
+    if not (sigma > 0 and math.isfinite(sigma)):
+        raise ValueError(f"sigma must be a positive number, got {sigma!r}")
+    return sigma

@@ -207,7 +207,8 @@ class NaturalGradient(CurvatureOptimizer):
             try:
                 with record_function(CURVATURE):
                     chosen = self._recorder.choose(len(outputs), outputs.device)
-                    self._recorder.differentiate(outputs, self._output_gradients(outputs, chosen, scale), chosen)
+                    gradients = self._output_gradients(outputs, chosen, scale)
+                    self._recorder.differentiate(outputs, _counted(loss, outputs, chosen, gradients), chosen)
             finally:
                 self._scale = 1.0
         super().backward(loss, outputs, scale=scale)
@@ -248,27 +249,37 @@ class NaturalGradient(CurvatureOptimizer):
 
     # -- curvature -----------------------------------------------------------------------------------------------------
 
-    def _update_curvature(self) -> None:
+    def _check_passes(self) -> None:
+        """Raise RuntimeError if a due step went without the backward pass of its own that it needs."""
         assert self._recorder is not None
         if self._recorder.waiting and not self._recorder.observed:
             raise RuntimeError(
                 f"{type(self).__name__} with fisher={self.fisher!r} saw a forward pass but no backward of its own: "
                 "call optimizer.backward(loss, outputs) in place of loss.backward()."
             )
+
+    def _update_curvature(self) -> None:
+        self._check_passes()
         estimates = self._estimates()
         if not estimates:
             return
-        for name, new in estimates.items():
-            self.blocks[name].average(new, self._keep(name))
+        self._average(estimates)
         self.updates += 1
         if self._must_refresh():
             self._rebase()
         scaling = self._scaling()
         moments = {name: m for name in estimates if (m := self.blocks[name].moments(*scaling))}
-        for name, new in self._exchanged(moments).items():
-            self.blocks[name].average(new, self._keep(name))
+        self._average(self._exchanged(moments))
         for name in estimates:
             self._block_updates[name] = self._block_updates.get(name, 0) + 1
+
+    def _average(self, estimates: dict[str, Factors]) -> None:
+        kinds: dict[type[Block], list[str]] = {}
+        for name in estimates:
+            kinds.setdefault(type(self.blocks[name]), []).append(name)
+        for kind, names in kinds.items():
+            blocks, new = [self.blocks[name] for name in names], [estimates[name] for name in names]
+            kind.average_all(blocks, new, [self._keep(name) for name in names])
 
     def _keep(self, name: str) -> float:
         """Weight of the past in the k-th update: the first one replaces, the second is a mean of two, ..."""
@@ -397,8 +408,8 @@ class NaturalGradient(CurvatureOptimizer):
         for stack in self._stacks:
             for member, part in stack.members():
                 if member is block:  # as it is; before the first refresh, as it will be
-                    owned = (t for key, t in part.items() if key not in block.factors)
-                    return sum(t.numel() * t.element_size() for t in owned)
+                    kept = {t.data_ptr() for t in block.factors.values()}  # some serve in the solve as they are
+                    return sum(t.numel() * t.element_size() for t in part.values() if t.data_ptr() not in kept)
         return sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in block.cache_shapes().values())
 
     def diagnostics(self) -> dict[str, float]:
@@ -460,3 +471,18 @@ def _kind(block: Block, tensors: Factors) -> Any:
 def _grads(block: Block) -> list[Tensor]:
     """Gradients of a block's parameters; zeros where there is none."""
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in block.layer.parameters]
+
+
+def _counted(loss: Tensor, outputs: Tensor, chosen: Tensor | None, gradients: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Gradients without the positions that the loss leaves out (padding of sequences), at the weight of the others.
+
+    A position that counts has a gradient of its own: its loss falls as long as its target is not certain.
+    """
+    if outputs.dim() < 3:
+        yield from gradients
+        return
+    (own,) = torch.autograd.grad(loss, outputs, retain_graph=True)
+    counted = (own if chosen is None else own[chosen]).ne(0).any(-1, keepdim=True)
+    weight = counted * (counted.numel() / counted.sum().clamp(min=1)) ** 0.5
+    for gradient in gradients:
+        yield weight.to(gradient.dtype) * gradient

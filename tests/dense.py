@@ -221,3 +221,37 @@ def as_matrix_order(layer: nn.Module) -> Tensor:
         return weight.flatten()
     bias = layer.weight.numel() + torch.arange(len(layer.bias))
     return torch.cat([weight, bias.unsqueeze(1)], dim=1).flatten()
+
+
+def learned_inverse(factors: dict[str, Tensor]) -> Tensor:
+    """FishLeg's Q of a layer from its factors: diag(vec A) (RᵀR (x) LLᵀ) diag(vec A) by group, an absent L or R being
+    the identity, or diag(D)². Differentiable."""
+    if "D" in factors:
+        return torch.diag(factors["D"] ** 2)
+    blocks = []
+    for group, a in enumerate(factors["A"]):
+        right = factors["R"][group] if "R" in factors else torch.eye(a.shape[0])
+        left = factors["L"][group] if "L" in factors else torch.eye(a.shape[1])
+        outer = torch.diag(a.flatten())
+        blocks.append(outer @ torch.kron(right.T @ right, left @ left.T) @ outer)
+    return torch.block_diag(*blocks)
+
+
+def auxiliary_loss(factors: dict[str, Tensor], fisher: Tensor, damping: Tensor, u: Tensor) -> Tensor:
+    """½ vᵀ(F + diag(damping))v - uᵀv at v = Q u, as a function of Q's factors."""
+    v = learned_inverse(factors) @ u
+    return 0.5 * v @ (fisher + torch.diag(damping)) @ v - u @ v
+
+
+def damped_solve(fisher: Tensor, gradient: Tensor, damping: float | Tensor) -> Tensor:
+    """(F + diag(damping))^-1 g."""
+    return torch.linalg.solve(fisher + damping * torch.eye(len(fisher)), gradient)
+
+
+def two_level_direction(
+    fisher: Tensor, damping: float, gradient: Tensor, fine: Tensor, coarse: Tensor, additive: bool = False
+) -> Tensor:
+    """d0 + R0ᵀ (R0 (F + damping I) R0ᵀ)^-1 R0 r, r the residual of d0 or, if additive, the gradient. R0 by rows."""
+    damped = fisher + damping * torch.eye(len(fisher))
+    right = gradient if additive else gradient - damped @ fine
+    return fine + coarse.T @ (torch.linalg.pinv(coarse @ damped @ coarse.T, hermitian=True) @ (coarse @ right))

@@ -114,7 +114,7 @@ def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: Dict
         _rows.append((run.label or folder.name, summary))
     monitor = summary.get("monitor") or monitored(run)
     value = (summary.get("best") or {}).get(monitor)
-    worst = float("inf") if monitor.endswith("loss") else float("-inf")
+    worst = float("-inf") if monitor.endswith("accuracy") else float("inf")
     return float(value) if isinstance(value, int | float) else worst
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from optimizers.packaged import Package
 from training import schema
 from training.errors import UserError
 from training.run_config import RunConfig, find, load, replace_folder
@@ -37,6 +38,8 @@ CONFIG_NAME = "train"
 CONTAINERS = ("logger", "callbacks")
 # The one key whose names are not in the files: those of the chosen optimizer's scalars, which are checked against it.
 OPEN = "schedules"
+# Another one, checked against the names of the model's parameters.
+RATES = "finetune.lr_mult"
 # A group that follows from the others: hyper-parameters that an experiment has for an optimizer, if it has some.
 PRESET = "preset"
 # What these two are anyway; Hydra refuses null as a choice on the command line.
@@ -44,7 +47,7 @@ NOTHING = ("experiment=null", "debug=null")
 # Groups that a resumed run may choose anew: they do not change what is learned.
 FREE = ("paths", "logger", "callbacks")
 # Keys that a resumed run cannot change: their state lies in a checkpoint, or they go with what does.
-RESTORED = ("seed", "model", "optimizer", "scheduler", "schedules", "init_from")
+RESTORED = ("seed", "model", "optimizer", "scheduler", "schedules", "init_from", "finetune")
 
 
 def prepare(argv: Sequence[str]) -> list[str]:
@@ -130,9 +133,8 @@ def current(cfg: DictConfig) -> RunConfig:
     run = settle(cfg, hydra.runtime.choices, list(hydra.overrides.task))
     if hydra.mode != RunMode.MULTIRUN:
         return run
-    return RunConfig(
-        run.values, run.choices, run.command, Path(hydra.sweep.dir), hydra.job.override_dirname.replace("++", "")
-    )
+    label = re.sub(r"(^|_)\+{1,2}", r"\1", hydra.job.override_dirname)  # without the signs that add keys
+    return RunConfig(run.values, run.choices, run.command, Path(hydra.sweep.dir), label)
 
 
 def validate(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +155,9 @@ def validate(values: Mapping[str, Any]) -> dict[str, Any]:
             for name, node in (checked.get(group) or {}).items()
             if node is not None  # callbacks.early_stopping=null switches it off
         }
+    checked["finetune"] = schema.check_options(_finetune, checked.get("finetune") or {"lr_mult": {}}, "finetune")
+    rates = checked["finetune"]["lr_mult"]
+    rates |= {name: schema.check_value(rate, float, f"{RATES}.{name}") for name, rate in rates.items()}
     checked[OPEN] = {
         name: schema.check_options(ScalarSchedule, schema.check_value(node, dict, f"{OPEN}.{name}"), f"{OPEN}.{name}")
         for name, node in (checked.get(OPEN) or {}).items()
@@ -165,12 +170,17 @@ def _top_level(
     paths: dict, dataset: dict, model: dict, optimizer: dict, scheduler: dict, trainer: dict,
     seed: int, name: str | None = None, resume: str | None = None, init_from: str | None = None,
     logger: dict | None = None, callbacks: dict | None = None, schedules: dict | None = None,
+    finetune: dict | None = None,
 ) -> None:  # fmt: skip
     """The signature that `configs/train.yaml` is checked against."""
 
 
 def _paths(data: str, runs: str, sweeps: str) -> None:
     """The signature of the group `paths`."""
+
+
+def _finetune(lr_mult: dict, freeze: str | None = None) -> None:
+    """The signature of `finetune`."""
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -217,16 +227,20 @@ def _quote_path(text: str) -> str:
 
 def _opened(text: str) -> str:
     """An override under `schedules` in the form that adds what is not there, which Hydra would refuse."""
-    return f"++{text}" if text.partition("=")[0].split(".")[0] == OPEN else text
+    key = text.partition("=")[0]
+    return f"++{text}" if key.split(".")[0] == OPEN or key.startswith(RATES) else text
 
 
-def _refuse_additions(overrides: Iterable[Override], search: Sequence[str]) -> None:
-    """Hydra's + accepts any key, so a typo would be dropped in silence."""
+def _refuse_additions(overrides: Sequence[Override], search: Sequence[str]) -> None:
+    """Hydra's + accepts any key, so a typo would be dropped in silence. Options of a package's classes are checked."""
     for override in overrides:
         if not (override.is_add() or override.is_force_add()):
             continue
         plain = (override.input_line or "").lstrip("+")
-        fault = _fault_of_key(override, _tree(search))
+        tree = _tree([*search, *_choices(overrides)])
+        if _is_option_of_a_class(override, tree):
+            continue
+        fault = _fault_of_key(override, tree)
         advice = f"; {fault}" if fault else f": write {plain}"
         raise UserError(f"{override.input_line!r}: keys cannot be added with +{advice}")
 
@@ -311,8 +325,7 @@ def _diagnose(overrides: Sequence[Override], options: Mapping[str, list[str]], e
     for override in overrides:
         if override.is_delete() and override.key_or_group in ("experiment", "optimizer"):  # both name `PRESET`
             return f"{override.key_or_group} is missing from the configuration: ~ cannot remove it"
-    groups = [o.input_line or "" for o in overrides if o.key_or_group in options or o.key_or_group.startswith("hydra")]
-    tree = _tree(groups)
+    tree = _tree(_choices(overrides))
     for override in overrides:
         if tree is not None and (fault := _fault_of_key(override, tree)):
             return fault
@@ -348,13 +361,15 @@ def _fault_of_choice(override: Override, options: Mapping[str, list[str]]) -> st
 def _fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
     """A sentence if the key is not in the tree, with what it may have been meant to be."""
     key = override.key_or_group
-    if tree is None or key.startswith("hydra") or key.split(".")[0] == OPEN:
+    if tree is None or key.startswith("hydra") or key.split(".")[0] == OPEN or key.startswith(RATES):
         return None
     known = _keys(tree)
     groups = sorted(_options([]))
     if key in known or key in groups:
         return None
     parents = [parent for parent in itertools.accumulate(key.split("."), "{}.{}".format) if parent in known]
+    if _is_option_of_a_class(override, tree):
+        return f"{key} is not in the file of this optimizer: add it with +{(override.input_line or '').lstrip('+')}"
     if parents:
         parent, leaf = parents[-1], key.removeprefix(parents[-1])[1:].split(".")[0]
         children = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
@@ -364,6 +379,21 @@ def _fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
     homes = [name for name in known if name.endswith(f".{key.split('.')[-1]}")]  # lr=0.1 for optimizer.lr=0.1
     hint = f" (did you mean {homes[0]!r}?)" if homes else did_you_mean(key, [*known, *groups])
     return f"unknown key {key!r}{hint or '; python train.py --cfg job prints all keys'}"
+
+
+def _is_option_of_a_class(override: Override, tree: DictConfig | None) -> bool:
+    """Whether a key that is not in the tree may be an option of a class that is asked for by its name."""
+    group, _, name = override.key_or_group.partition(".")
+    if tree is None or group != "optimizer" or not name or override.key_or_group in _keys(tree):
+        return False
+    return isinstance(schema.locate(tree.optimizer[TARGET], group), Package)
+
+
+def _choices(overrides: Sequence[Override]) -> list[str]:
+    """The overrides that choose a group's file (or are Hydra's own), as far as they choose one."""
+    groups = _options(overrides)
+    chosen = [o for o in overrides if o.key_or_group in groups or o.key_or_group.startswith("hydra")]
+    return [o.input_line or "" for o in chosen if not (o.is_sweep_override() or o.input_line in NOTHING)]
 
 
 def _tree(groups: Sequence[str]) -> DictConfig | None:

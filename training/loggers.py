@@ -43,6 +43,9 @@ class Logger:
     def image(self, name: str, image: torch.Tensor, step: int) -> None:
         """A picture, uint8 ``[C, H, W]`` with one channel or three."""
 
+    def text(self, name: str, text: str, step: int) -> None:
+        """Some lines of text."""
+
     def on_step(self, run: Run) -> None:
         """After every optimizer step; values that lie on the device are not to be read."""
 
@@ -134,8 +137,7 @@ class TensorBoard(Logger):
         purge = run.step + 1 if run.resumed else 0
         self._writer = SummaryWriter(str(run.folder.tensorboard), purge_step=purge, flush_secs=self.flush_seconds)
         if not run.resumed:
-            text = run.folder.config_file.read_text()
-            self._writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), 0)
+            self.text("config", run.folder.config_file.read_text(), 0)
             experiment, start, _ = hparams(_hyperparameters(run.config), dict.fromkeys(self._results(run), 0.0))
             # SummaryWriter.add_hparams would open a run of its own in a sub-folder.
             self._write_summary(experiment, 0)
@@ -169,6 +171,11 @@ class TensorBoard(Logger):
         """See Logger."""
         assert self._writer is not None
         self._writer.add_image(name, image, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """See Logger."""
+        assert self._writer is not None
+        self._writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)  # as it is
 
     def _histogram(self, name: str, tensor: torch.Tensor | None, step: int) -> None:
         assert self._writer is not None

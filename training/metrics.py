@@ -37,7 +37,7 @@ class Mean(Metric):
             self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.to(device)
 
-    def update(self, value: Tensor, weight: float) -> None:
+    def update(self, value: Tensor, weight: float | Tensor) -> None:
         """Count a scalar value as much as its weight says."""
         self.total += value.to(self.total.dtype) * weight
         self.weight += weight
@@ -45,6 +45,18 @@ class Mean(Metric):
     def compute(self) -> Tensor:
         """The mean so far."""
         return self.total / self.weight
+
+
+class Perplexity(Mean):
+    """The exponential of a mean negative log-likelihood: e to the (sum over all tokens / their number).
+
+    Args:
+        device: where the sums are kept.
+    """
+
+    def compute(self) -> Tensor:
+        """The perplexity so far."""
+        return super().compute().exp()
 
 
 def accuracy(num_classes: int, device: torch.device) -> Metric:
@@ -107,7 +119,8 @@ def evaluate(model: nn.Module, loader: BatchLoader, task: Task, precision: Preci
         precision: of the forward pass.
 
     Returns:
-        {"loss": ..., "accuracy": ...}; the loss is the likelihood's own, without smoothing.
+        {"loss": ..., "accuracy": ...}, or what else the task measures; the loss is the likelihood's own, without
+        smoothing.
     """
     if loader.num_examples == 0:
         return {}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from optimizers import Gaussian, build_optimizer
+from optimizers.packaged import Package
 from training.errors import UserError
 from training.schedules import Scalars, ScalarSchedule
 
@@ -29,9 +30,11 @@ TARGET = "_target_"
 # A model's facts (in_channels, num_classes, ...) are its keyword-only parameters without a default.
 INJECTED: dict[str, frozenset[str]] = {
     "dataset": frozenset({"seed", "device", "rank", "world_size"}),
-    "optimizer": frozenset({"model", "params", "likelihood", "seed", "loss_reduction"}),
+    "optimizer": frozenset({"model", "params", "likelihood", "seed", "loss_reduction", "aux_loader"}),
     "scheduler": frozenset({"optimizer", "ticks"}),
 }
+# Packages whose exceptions for a value that they refuse are no ValueErrors.
+PECULIAR = ("pytorch_optimizer",)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -62,7 +65,8 @@ def locate(target: Any, where: str) -> Callable[..., Any]:
 
 def parameters(function: Callable[..., Any], group: str = "") -> dict[str, inspect.Parameter]:
     """The parameters of `function` that a configuration may set: all but the injected ones of its group."""
-    found = dict(inspect.signature(function).parameters)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = {name: p for name, p in inspect.signature(function).parameters.items() if p.kind not in variadic}
     if group == "optimizer":  # its first parameter takes the model or its tensors, whatever the name
         found.pop(next(iter(found)), None)
     injected = INJECTED.get(group, frozenset())
@@ -90,15 +94,24 @@ def check(node: Mapping[str, Any], where: str, group: str = "") -> dict[str, Any
     """
     function = locate(node.get(TARGET), where)
     options = {name: value for name, value in node.items() if name != TARGET}
-    return {TARGET: node[TARGET], **check_options(function, options, where, group)}
+    chosen: dict[str, Any] = {}
+    if isinstance(function, Package):  # its options are those of the class that it is asked for
+        name = {"name": options.pop("name")} if "name" in options else {}
+        chosen = check_options(function.choose, name, where)
+        with refusals(where, chosen):
+            function = function.choose(**chosen)
+    return {TARGET: node[TARGET], **chosen, **check_options(function, options, where, group)}
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], where: str, group: str = "") -> dict:
     """Check keyword options against the signature of `function`; see `check`."""
     prefix = f"{where}." if where else ""
     known = parameters(function, group)
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    names = [name for name, p in known.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    # An optimizer that takes whatever it is given would drop a typo in silence.
+    open_ended = group != "optimizer" and any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values()
+    )
+    names = list(known)
     hints = _hints(function)
     checked: dict[str, Any] = {}
     for name, value in options.items():
@@ -229,7 +242,9 @@ def refusals(where: str, options: Collection[str] = ()) -> Iterator[None]:
     """Within it, a `ValueError` becomes a `UserError` that names the group, and the option where that leads."""
     try:
         yield
-    except ValueError as error:
+    except Exception as error:
+        if not isinstance(error, ValueError) and type(error).__module__.partition(".")[0] not in PECULIAR:
+            raise
         sentence = str(error)
         leads_with_option = sentence.split(" ", 1)[0].split("[")[0].rstrip(":,") in options
         raise UserError(f"{where}.{sentence}" if leads_with_option else f"{where}: {sentence}") from error

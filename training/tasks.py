@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from training.errors import UserError
-from training.metrics import Mean, Meters, accuracy
+from training.metrics import Mean, Meters, Perplexity, accuracy
 
 
 class Task(ABC):
@@ -91,6 +91,53 @@ class Classification(Task):
         meters.metrics["accuracy"].update(outputs, targets)
 
 
+class LanguageModelling(Task):
+    """The next token at every position; outputs are logits ``[batch, sequence, vocabulary]``, targets int64.
+
+    Every mean is over the tokens that count, which are those whose target is not -100. The perplexity of several
+    batches is that of all their tokens together, not a mean of perplexities.
+
+    Args:
+        vocabulary: how many tokens there are.
+        label_smoothing: of the training loss; evaluation, and perplexity, have none.
+    """
+
+    name = "language_modelling"
+    metrics: ClassVar[dict[str, Literal["min", "max"]]] = {"loss": "min", "perplexity": "min"}
+    main = "perplexity"
+
+    def __init__(self, vocabulary: int, label_smoothing: float = 0.0) -> None:
+        self.vocabulary = vocabulary
+        self.likelihood = Categorical(label_smoothing)
+        self._smoothed = label_smoothing > 0
+        self._proper = Categorical()
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See Task.
+
+        Raises:
+            UserError: the model's outputs are not a logit a token of the vocabulary for each target.
+        """
+        if outputs.shape != (*targets.shape, self.vocabulary):
+            raise UserError(
+                f"language modelling needs outputs {[*targets.shape[1:], self.vocabulary]} an example, a logit a token "
+                f"for every position, and this model gives {list(outputs.shape[1:])}: choose a language model"
+            )
+        return super().loss(outputs, targets)
+
+    def meters(self, device: torch.device) -> Meters:
+        """See Task."""
+        return Meters({"loss": Mean(device), "perplexity": Perplexity(device)})
+
+    def measure(self, meters: Meters, outputs: Tensor, targets: Tensor, loss: Tensor | None = None) -> None:
+        """See Task."""
+        meters.examples += len(targets)
+        tokens = (targets != -100).sum()
+        nll = self._proper.nll(outputs, targets) if loss is None or self._smoothed else loss
+        meters.metrics["loss"].update(nll if loss is None else loss, tokens)
+        meters.metrics["perplexity"].update(nll, tokens)
+
+
 class Reconstruction(Task):
     """The input's pixels; outputs are logits or means ``[batch, pixels]``, targets the pixels themselves.
 
@@ -156,10 +203,13 @@ def build(name: str, facts: dict[str, Any], label_smoothing: float = 0.0) -> Tas
     """
     if name == Classification.name:
         return Classification(facts["num_classes"], label_smoothing)
+    if name == LanguageModelling.name:
+        return LanguageModelling(facts["vocabulary"], label_smoothing)
     if name == Reconstruction.name:
         if label_smoothing:
             raise ValueError(
                 f"label_smoothing must be 0 for a reconstruction, which has no labels, got {label_smoothing}"
             )
         return Reconstruction(facts["likelihood"])
-    raise ValueError(f"task must be {Classification.name!r} or {Reconstruction.name!r}, got {name!r}")
+    known = ", ".join(task.name for task in (Classification, LanguageModelling, Reconstruction))
+    raise ValueError(f"task must be one of {known}, got {name!r}")

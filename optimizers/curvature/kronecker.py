@@ -19,7 +19,7 @@ from torch import Tensor
 from optimizers.curvature import communication, linalg
 from optimizers.curvature.approximations import Approximation, Diagonal, statistics_dtype
 from optimizers.curvature.layers import AffineLayer, Layer
-from optimizers.curvature.rearranged import Pairs, compress, leading_pairs_many, location_mask
+from optimizers.curvature.rearranged import Pairs, Terms, compress_many, leading_pairs_many, location_mask
 
 Factors = dict[str, Tensor]
 
@@ -74,13 +74,21 @@ class Invertible:
     #: Whether the inverse follows every update of the factors rather than every refresh.
     inverts_on_update: bool = False
 
-    def average(self, new: Factors, keep: float) -> None:
-        """``factors = keep * factors + (1 - keep) * new``, in the sense of the approximation."""
-        for key, value in new.items():
-            if key in self.factors:
-                self.factors[key].lerp_(value, 1 - keep)
-            else:
-                self.factors[key] = value
+    @classmethod
+    def average_all(cls, blocks: Sequence[Invertible], new: Sequence[Factors], keep: Sequence[float]) -> None:
+        """``factors = keep * factors + (1 - keep) * new`` of several blocks of this kind, as the approximation has it.
+
+        Args:
+            blocks: to be changed.
+            new: this step's factors, one a block.
+            keep: weight of the past, one a block.
+        """
+        for block, estimate, share in zip(blocks, new, keep, strict=True):
+            for key, value in estimate.items():
+                if key in block.factors:
+                    block.factors[key].lerp_(value, 1 - share)
+                else:
+                    block.factors[key] = value
 
     def rebase(self) -> int:
         """On a refresh, before inverting: renew what the factors are expressed in. Returns how many were repaired."""
@@ -520,15 +528,30 @@ class KroneckerPairs(Kronecker):
         """See Approximation."""
         return self.estimate_all([self], gradient_scale, examples)[self.layer.name]
 
-    def average(self, new: Factors, keep: float) -> None:
-        """See Invertible."""
-        if self.factors and keep > 0:
-            terms = [(factors, weight) for factors, weight in ((self.factors, keep), (new, 1 - keep))]
-            lefts = [factors[a] for factors, _ in terms for a, _ in self.keys]
-            rights = [factors[g] for factors, _ in terms for _, g in self.keys]
-            weights = [weight for _, weight in terms for _ in self.keys]
-            new = self._named(compress(lefts, rights, weights, self.terms), lefts[0], rights[0])
-        self.factors = new
+    @classmethod
+    def average_all(cls, blocks: Sequence[Invertible], new: Sequence[Factors], keep: Sequence[float]) -> None:
+        """See Invertible. The averages of all layers are recompressed in one go."""
+        averaged: list[tuple[KroneckerPairs, Terms]] = []
+        for block, estimate, share in zip(blocks, new, keep, strict=True):
+            assert isinstance(block, KroneckerPairs)
+            if block.factors and share > 0:
+                averaged.append((block, block._averaged_terms(estimate, share)))
+            else:
+                block.factors = estimate
+        for (block, terms), pairs in zip(
+            averaged, compress_many([terms for _, terms in averaged], cls.terms - cls.corrected), strict=True
+        ):
+            block.factors = block._recompressed(pairs, terms)
+
+    def _averaged_terms(self, new: Factors, keep: float) -> Terms:
+        """Lefts, rights and weights of ``keep * factors + (1 - keep) * new``."""
+        both = ((self.factors, keep), (new, 1 - keep))
+        lefts = [factors[a] for factors, _ in both for a, _ in self.keys]
+        rights = [factors[g] for factors, _ in both for _, g in self.keys]
+        return lefts, rights, [weight for _, weight in both for _ in self.keys]
+
+    def _recompressed(self, pairs: Pairs, terms: Terms) -> Factors:
+        return self._named(pairs, terms[0][0], terms[1][0])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See Approximation."""
@@ -655,18 +678,16 @@ class CorrectedFactors(KroneckerPairs):
         first = (_product(rows.mT, rows) / max(rows.shape[1], 1), _product(columns.mT, columns) / max(g.shape[1], 1))
         return super()._named([first, *pairs], a, g)
 
-    def average(self, new: Factors, keep: float) -> None:
-        """See Invertible. K-FAC's factors are averaged as in K-FAC; the correction is the best one to their product.
+    def _averaged_terms(self, new: Factors, keep: float) -> Terms:
+        """K-FAC's factors are averaged as in K-FAC; the correction is the best one to their product.
 
         It is fitted to ``keep (G (x) A + D (x) C) + (1 - keep) (G' (x) A' + D' (x) C') - G'' (x) A''``, where one dash
         marks the new terms and two the averages.
         """
-        if not self.factors or keep <= 0:
-            self.factors = new
-            return
-        old, mean = self.factors, {k: torch.lerp(self.factors[k], new[k], 1 - keep) for k in ("A", "G")}
-        lefts = [old["A"], old["C"], new["A"], new["C"], mean["A"]]
-        rights = [old["G"], old["D"], new["G"], new["D"], mean["G"]]
-        weights = [keep, keep, 1 - keep, 1 - keep, -1.0]
-        ((c, d),) = compress(lefts, rights, weights, 1)
-        self.factors = mean | {"C": c, "D": d}
+        lefts, rights, weights = super()._averaged_terms(new, keep)
+        means = (torch.lerp(self.factors[k], new[k], 1 - keep) for k in ("A", "G"))
+        return [*lefts, next(means)], [*rights, next(means)], [*weights, -1.0]
+
+    def _recompressed(self, pairs: Pairs, terms: Terms) -> Factors:
+        ((c, d),) = pairs
+        return {"A": terms[0][-1], "G": terms[1][-1], "C": c, "D": d}

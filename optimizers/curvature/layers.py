@@ -11,17 +11,28 @@ curvature factorizes over inputs ``a`` and output gradients ``g``:
 
 An *elementwise* layer (norms, Embedding) multiplies or looks up: the exact diagonal of its Fisher is as cheap as a
 factor, so that is what it offers: ``square_sums(x, g)``.
+
+Every layer's output is linear in its parameters. So what an example's gradient ``V_i`` does to a direction is what the
+layer itself does with the direction in place of its parameters: ``<V_i, D> = sum_t g_it . (D a_it)``. On that rest the
+products with the gradients of all examples, none of which is formed:
+
+- ``flow(x, g, examples)``: what to keep of a pass, ``[examples, ...]`` each;
+- ``dots``, ``combine``, ``gram``: ``<V_i, D>``, ``sum_i w_i V_i`` and ``<V_i, V_j>`` of what was kept;
+- ``rows``: the ``V_i`` themselves, flat, in the order of the matrix (affine layers) or of the parameters.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+#: Numbers that a temporary matrix of per-example gradients or of pairs of positions may hold.
+ROOM = 2**24
 
 
 class Layer:
@@ -49,6 +60,48 @@ class Layer:
     def has_bias(self) -> bool:
         """Whether the layer adds a bias."""
         return getattr(self.module, "bias", None) is not None
+
+    # -- gradients of single examples ----------------------------------------------------------------------------------
+
+    def flow(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, ...]:
+        """What a pass leaves: input and output gradient, ``[examples, ...]``; of norms the rows themselves.
+
+        Raises:
+            ValueError: if the pass cannot be told apart by examples.
+        """
+        self._check_examples(g, len(g) == examples, examples)
+        return x, g
+
+    def _check_examples(self, g: Tensor, known: bool, examples: int) -> None:
+        if not known:
+            raise ValueError(
+                f"skip must match layer {self.name!r}: it sees {len(g)} rows of a batch of {examples} examples, so its "
+                "gradient cannot be told apart by examples."
+            )
+
+    def respond(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """The layer's output with other tensors in place of its parameters."""
+        raise NotImplementedError
+
+    def rows(self, x: Tensor, g: Tensor) -> Tensor:
+        """``V_i``, one a row."""
+        raise NotImplementedError
+
+    def dots(self, x: Tensor, g: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """``<V_i, D>`` for every example i, with D in tensors shaped like the parameters."""
+        return (self.respond(x, tensors).flatten(1) * g.flatten(1)).sum(1)
+
+    def combine(self, x: Tensor, g: Tensor, weights: Tensor) -> list[Tensor]:
+        """``sum_i w_i V_i``, in tensors shaped like the parameters: a weight gradient."""
+        with torch.enable_grad():
+            leaves = [torch.zeros(p.shape, dtype=g.dtype, device=g.device, requires_grad=True) for p in self.parameters]
+            response = self.respond(x, leaves)
+        weighted = g * weights.view(-1, *(1,) * (g.dim() - 1))
+        return list(torch.autograd.grad(response, leaves, weighted.view_as(response)))
+
+    def gram(self, x: Tensor, g: Tensor) -> Tensor:
+        """``<V_i, V_j>`` for all pairs, in float64."""
+        raise NotImplementedError
 
 
 class AffineLayer(Layer, ABC):
@@ -78,6 +131,39 @@ class AffineLayer(Layer, ABC):
     @abstractmethod
     def gradient_square_sums(self, g: Tensor) -> Tensor:
         """Squares of ``g`` summed over examples and positions, ``[groups, d_out]``."""
+
+    def rows(self, x: Tensor, g: Tensor) -> Tensor:
+        """See Layer."""
+        return (self.gradients(g).mT @ self.inputs(x)).transpose(0, 1).flatten(1)
+
+    def gram(self, x: Tensor, g: Tensor) -> Tensor:
+        """See Layer. Without shared positions ``(A Aᵀ) * (G Gᵀ)``; else by whichever takes fewer operations."""
+        examples, shared = len(g), self.gradients(g[:1]).shape[2]
+        if shared == 1:
+            a, b = self.inputs(x).squeeze(2).double(), self.gradients(g).squeeze(2).double()
+            return ((a @ a.mT) * (b @ b.mT)).sum(0)
+        entries = self.columns * self.d_out
+        formed = (shared + examples) * entries < examples * shared**2 * (self.columns + self.d_out)
+        return self._gram_of_rows(x, g) if formed else self._gram_of_pairs(x, g)
+
+    def _gram_of_rows(self, x: Tensor, g: Tensor) -> Tensor:
+        """By forming V, some rows of the parameter matrix at a time, from some examples' inputs at a time."""
+        examples, shared = len(g), self.gradients(g[:1]).shape[2]
+        width = max(1, ROOM // (examples * self.groups * self.columns))
+        some = max(1, ROOM // (shared * self.groups * (self.columns + self.d_out)))
+        total = torch.zeros(examples, examples, dtype=torch.float64, device=g.device)
+        for start in range(0, self.d_out, width):
+            parts = [
+                (self.gradients(some_g)[..., start : start + width].mT @ self.inputs(some_x)).transpose(0, 1).flatten(1)
+                for some_x, some_g in zip(x.split(some), g.split(some), strict=True)
+            ]
+            v = torch.cat(parts).double()
+            total.addmm_(v, v.mT)
+        return total
+
+    def _gram_of_pairs(self, x: Tensor, g: Tensor) -> Tensor:
+        """``sum over t, t' of (a_it . a_jt') (g_it . g_jt')``, some examples i at a time."""
+        return _paired(self.inputs(x).double(), self.gradients(g).double(), lambda a, b: a @ b.mT)
 
     def grid(self, g: Tensor) -> tuple[int, int]:
         """Height and width of the grid that the shared positions of an output gradient lie on, row by row."""
@@ -125,6 +211,21 @@ class LinearLayer(AffineLayer):
         """See AffineLayer."""
         return self._batched(g)
 
+    def flow(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, ...]:
+        """See Layer. Rows may be finer than examples (windows in the batch dimension), an example's together."""
+        self._check_examples(g, g.dim() > 1 and len(g) % examples == 0, examples)
+        return x.reshape(examples, -1, self.d_in), g.reshape(examples, -1, self.d_out)
+
+    def respond(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """See Layer."""
+        return F.linear(x, *tensors)
+
+    def combine(self, x: Tensor, g: Tensor, weights: Tensor) -> list[Tensor]:
+        """See Layer."""
+        weighted = (g * weights.view(-1, 1, 1)).flatten(0, 1)
+        weight = weighted.mT @ x.flatten(0, 1)
+        return [weight, weighted.sum(0)] if self.has_bias else [weight]
+
     def input_square_sums(self, x: Tensor) -> tuple[Tensor, int]:
         """See AffineLayer."""
         rows = x.reshape(-1, self.d_in)
@@ -161,6 +262,12 @@ class ConvLayer(AffineLayer):
         x = x if x.dim() == wanted else x.unsqueeze(0)
         x = F.pad(x, self._padding, mode=self._mode) if any(self._padding) else x
         return x.unsqueeze(2) if self._flat else x
+
+    def respond(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """See Layer."""
+        weight = tensors[0].unsqueeze(2) if self._flat else tensors[0]
+        bias = tensors[1] if self.has_bias else None
+        return F.conv2d(self._padded(x), weight, bias, self._stride, dilation=self._dilation, groups=self.groups)
 
     def grid(self, g: Tensor) -> tuple[int, int]:
         """See AffineLayer."""
@@ -210,6 +317,7 @@ class ConvTransposeLayer(AffineLayer):
         self.d_in = self._per_group * self._taps
         self.d_out = module.out_channels // module.groups
         self._stride, self._dilation = tuple(module.stride), tuple(module.dilation)
+        self._extra = tuple(module.output_padding)
         self._lead: list[int] = []  # padding before, by axis; negative: cropped
         self._trail: list[int] = []
         for axis in range(2):
@@ -228,6 +336,12 @@ class ConvTransposeLayer(AffineLayer):
         padded = F.pad(stretched, (self._lead[1], self._trail[1], self._lead[0], self._trail[0]))
         unfolded = F.unfold(padded, self._kernel, dilation=self._dilation)
         return unfolded.view(batch, channels, self._taps, -1).flip(2)
+
+    def respond(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """See Layer."""
+        bias = tensors[1] if self.has_bias else None
+        padding = tuple(d * (k - 1) - lead for d, k, lead in zip(self._dilation, self._kernel, self._lead, strict=True))
+        return F.conv_transpose2d(x, tensors[0], bias, self._stride, padding, self._extra, self.groups, self._dilation)
 
     def grid(self, g: Tensor) -> tuple[int, int]:
         """See AffineLayer."""
@@ -287,7 +401,20 @@ class NormLayer(ElementwiseLayer):
         self.separable = not isinstance(module, nn.modules.batchnorm._BatchNorm)
 
     def square_sums(self, x: Tensor, g: Tensor) -> list[Tensor]:
-        """See ElementwiseLayer. Dimensions that are neither the first nor the parameter's are shared."""
+        """See ElementwiseLayer."""
+        return [term.square().sum(0) for term in self._terms(x, g)]
+
+    def flow(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, ...]:
+        """See Layer. The rows themselves, which are short; leading rows may be finer than examples."""
+        self._check_examples(g, len(g) % examples == 0, examples)
+        return (self.rows(x, g).unflatten(0, (examples, -1)).sum(1),)
+
+    def rows(self, x: Tensor, g: Tensor) -> Tensor:
+        """See Layer."""
+        return torch.cat([term.flatten(1) for term in self._terms(x, g)], dim=1)
+
+    def _terms(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """Each parameter's gradient by example. Dimensions not the first nor the parameter's are shared."""
         own = self.parameters[0].dim()
         shared = range(2, g.dim()) if self._by_channel else range(1, g.dim() - own)
 
@@ -295,9 +422,7 @@ class NormLayer(ElementwiseLayer):
             return values.sum(list(shared)) if len(shared) else values
 
         terms = [per_example(self._normalize(self.module, x) * g)]
-        if self.has_bias:
-            terms.append(per_example(g))
-        return [term.square().sum(0) for term in terms]
+        return [*terms, per_example(g)] if self.has_bias else terms
 
 
 class EmbeddingLayer(ElementwiseLayer):
@@ -318,6 +443,39 @@ class EmbeddingLayer(ElementwiseLayer):
             squares[module.padding_idx] = 0
         return [squares]
 
+    def flow(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, ...]:
+        """See Layer. As an affine layer whose inputs have a single 1, at the token's place."""
+        module = self.module
+        assert isinstance(module, nn.Embedding)
+        self._check_examples(g, len(x) == examples, examples)
+        x, g = x.reshape(examples, -1).int(), g.reshape(examples, -1, module.embedding_dim)
+        return x, (g if module.padding_idx is None else g * (x != module.padding_idx).unsqueeze(-1))
+
+    def respond(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """See Layer."""
+        return F.embedding(x, tensors[0])
+
+    def rows(self, x: Tensor, g: Tensor) -> Tensor:
+        """See Layer."""
+        result = g.new_zeros(len(x), *self.parameters[0].shape)
+        return result.scatter_add_(1, x.long().unsqueeze(-1).expand_as(g), g).flatten(1)
+
+    def gram(self, x: Tensor, g: Tensor) -> Tensor:
+        """See Layer. Positions of different tokens have nothing in common."""
+        return _paired(x.view(1, *x.shape, 1), g.unsqueeze(0).double(), lambda a, b: (a == b.mT).double())
+
+
+def _paired(a: Tensor, g: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``sum over t, t' of product(a_it, a_jt') (g_it . g_jt')`` for all pairs of examples, of ``[groups, m, t, .]``."""
+    groups, examples, shared, _ = g.shape
+    some = max(1, ROOM // (groups * examples * shared**2))
+    all_a, all_g = a.flatten(1, 2), g.flatten(1, 2)
+    parts = []
+    for some_a, some_g in zip(a.split(some, 1), g.split(some, 1), strict=True):
+        pairs = product(some_a.flatten(1, 2), all_a) * (some_g.flatten(1, 2) @ all_g.mT)
+        parts.append(pairs.view(groups, -1, shared, examples, shared).sum((0, 2, 4)))
+    return torch.cat(parts)
+
 
 def _batch_norm(module: Any, x: Tensor) -> Tensor:
     if module.training or module.running_mean is None:
@@ -327,6 +485,9 @@ def _batch_norm(module: Any, x: Tensor) -> Tensor:
 
 def adapt(name: str, module: nn.Module) -> Layer | None:
     """The adapter of a module, or None where it has no parameters of its own or its type is not supported."""
+    kinds: list[Any] = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
+    if kinds and type(module).forward is not kinds[0].forward:
+        return None  # a subclass that computes something else
     if isinstance(module, nn.Linear):
         return LinearLayer(name, module)
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and not isinstance(module, nn.modules.conv._ConvTransposeNd):

@@ -159,6 +159,8 @@ class _BatchNormBackward(torch.autograd.Function):
 class SecondOrder(TorchFunctionMode):
     """While active, ``F.conv2d`` and ``F.batch_norm`` (in training mode) have cheap second derivatives.
 
+    ``F.hardsigmoid``, which has none in torch, has one at all.
+
     Calls that the functions here do not cover (autocast, string paddings, batch norm without weights or on running
     statistics, devices other than the CPU, where they were measured) go their usual way.
     """
@@ -170,6 +172,10 @@ class SecondOrder(TorchFunctionMode):
             return self._conv2d(*args, **kwargs)
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
+        if func in (F.hardsigmoid, F.hardswish):  # torch has no second derivative of the one, so neither is fused
+            x = args[0] if args else kwargs["input"]
+            gate = (x + 3).clamp(0, 6) / 6
+            return gate if func is F.hardsigmoid else x * gate
         return func(*args, **kwargs)
 
     @staticmethod

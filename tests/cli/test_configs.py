@@ -27,8 +27,9 @@ FEW = {"faces": "dataset.train_images=1500"}  # of the rotated and enlarged imag
 
 
 def photos(choices: list[str]) -> list[str]:
-    """The folder that the data sets of one's own images need, if one of them is chosen."""
-    return ["dataset.root=photos"] if any(choice.startswith("dataset=image_folder") for choice in choices) else []
+    """The folder or file that the data sets of one's own need, if one of them is chosen."""
+    own = {"dataset=image_folder": "dataset.root=photos", "dataset=text_file": "dataset.path=novel.txt"}
+    return [place for start, place in own.items() if any(choice.startswith(start) for choice in choices)]
 
 
 def names(group: str) -> list[str]:
@@ -71,7 +72,9 @@ def test_every_choice_composes(group: str) -> None:
 def test_every_optimizer_runs_two_steps(name: str, quick: Callable[..., Outcome], work: Path) -> None:
     """With the values of its file, but for intervals: curvature is renewed in the second step too."""
     keys = compose([f"optimizer={name}"]).values["optimizer"]
-    often = [f"optimizer.{key}=1" for key in ("update_every", "refresh_every", "hessian_every") if key in keys]
+    often = [
+        f"optimizer.{key}=1" for key in ("update_every", "refresh_every", "hessian_every", "aux_every") if key in keys
+    ]
     outcome = quick(f"optimizer={name}", "trainer.max_epochs=null", "trainer.max_steps=2", *often)
     assert outcome.code == 0, outcome.err
     (folder,) = runs(work)
@@ -116,7 +119,8 @@ def test_help_lists_groups_and_choices(command: Callable[..., Outcome]) -> None:
     outcome = command("--help")
     assert outcome.code == 0
     listed = re.search(r"optimizer: ([\w, \n]*?)\n *\w+: ", outcome.out)
-    ours = ["adafisher", "adafisherw", "adahessian", "deflation", "ekfac", "kfac", "kfac_corrected", "kpsvd", "lanczos"]
+    ours = ["adafisher", "adafisherw", "adahessian", "deflation", "ekfac", "exact_ng", "fishleg", "kfac"]
+    ours += ["kfac_corrected", "kpsvd", "lanczos", "twolevel_kfac"]
     assert listed and set(re.findall(r"\w+", listed[1])) >= {*ours, "adam", "adamw", "sgd"}, outcome.out
     assert re.search(r"debug: overfit, profile, smoke", outcome.out)
     assert "experiment/adafisher: cifar10_resnet18" in outcome.out

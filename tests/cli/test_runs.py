@@ -193,6 +193,24 @@ def test_init_from(quick: Callable[..., Outcome], work: Path) -> None:
     assert re.search(r"none of its 4 tensors fits this model", outcome.sentence())
 
 
+def test_finetune(quick: Callable[..., Outcome], work: Path) -> None:
+    assert quick("optimizer=adam").code == 0
+    (run,) = runs(work)
+    outcome = quick(f"init_from={run}", "optimizer=kfac", "finetune.freeze='^1'", "finetune.lr_mult={3.weight: 10}")
+    assert outcome.code == 0, outcome.err
+    before = torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model"]
+    started = next(path for path in runs(work) if path != run)
+    state = torch.load(next((started / "checkpoints").glob("step_*.pt")), weights_only=True)
+    kept = [name for name, value in state["model"].items() if torch.equal(value, before[name])]
+    assert kept == ["1.weight", "1.bias"]
+    rates = [group["initial_lr"] for group in state["optimizer"]["param_groups"]]
+    assert len(rates) == 2 and rates[1] == pytest.approx(10 * rates[0])
+    assert quick(f"resume={started}").code == 0
+    assert "finetune.freeze 'x' is found in no name" in quick("finetune.freeze=x").sentence()
+    assert "finetune.lr_mult 'x' is found in no name" in quick("finetune.lr_mult={x: 3}").sentence()
+    assert "finetune.lr_mult.x must be a number, got 'fast'" in quick("finetune.lr_mult={x: fast}").sentence()
+
+
 def test_a_head_of_another_class_count_is_replaced(tmp_path: Path) -> None:
     def net(classes: int) -> torch.nn.Sequential:
         return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, classes))

@@ -134,17 +134,24 @@ def test_a_fact_that_the_data_set_lacks_ends_in_a_sentence() -> None:
         models.build_model(language_model, DIGITS)
 
 
+TEXT: dict[str, Any] = {"vocabulary": 20, "sequence": 6, "words": [str(word) for word in range(20)]}
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")))
 def test_every_yaml_builds_its_model_and_leaves_no_option_out(name: str) -> None:
     path = ROOT / "configs" / "model" / f"{name}.yaml"
     node = schema.check(cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(path))), "model", "model")
     factory = schema.locate(node["_target_"], "model")
-    assert set(node) - {"_target_"} == set(inspect.signature(factory).parameters) - set(DIGITS)
+    facts = TEXT if name.startswith("gpt") else DIGITS
+    assert set(node) - {"_target_"} == set(inspect.signature(factory).parameters) - set(facts)
     if name.startswith("resnet"):
         assert f"resnet{node['depth']}" == name
     rebuilds = "autoencoder" in name
-    given = {fact: value for fact, value in DIGITS.items() if not (rebuilds and fact == "num_classes")}
+    given = {fact: value for fact, value in facts.items() if not (rebuilds and fact == "num_classes")}
     net = schema.build(node, "model", through=models.build_model, facts=given)
+    if facts is TEXT:
+        assert net(torch.zeros(2, 6, dtype=torch.int64)).shape == (2, 6, 20)
+        return
     assert forward(net, DIGITS).shape == (2, 8 * 8 if rebuilds else 10)
 
 

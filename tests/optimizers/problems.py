@@ -64,6 +64,25 @@ def small_resnet() -> nn.Module:
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
 
 
+def small_densenet() -> nn.Module:
+    """Torchvision's DenseNet: an in-place ReLU after every norm, on concatenated features."""
+    from torchvision.models import DenseNet
+
+    return DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8, bn_size=2, num_classes=4)
+
+
+def small_mobilenet() -> nn.Module:
+    """Torchvision's MobileNetV3: depthwise convolutions, squeeze and excitation, in-place hard swish; dropout off."""
+    from torchvision.models import MobileNetV3
+    from torchvision.models.mobilenetv3 import InvertedResidualConfig
+
+    settings = [
+        InvertedResidualConfig(8, 3, 16, 8, True, "RE", 2, 1, 0.5),
+        InvertedResidualConfig(8, 5, 16, 8, True, "HS", 1, 1, 0.5),
+    ]
+    return MobileNetV3(settings, last_channel=16, num_classes=4, dropout=0.0)
+
+
 def conv_net() -> nn.Module:
     """In-place activations, grouped, dilated and strided convolutions, GroupNorm."""
     return nn.Sequential(
@@ -135,6 +154,8 @@ PROBLEMS: dict[str, Problem] = {
     "groupnorm": (groupnorm_net, images),
     "conv1d": (conv1d_net, images),
     "resnet": (small_resnet, resnet_images),
+    "densenet": (small_densenet, resnet_images),
+    "mobilenet": (small_mobilenet, resnet_images),
     "vit": (ViTBlock, images),
     "vit_fused": (lambda: ViTBlock(fused=True), images),
     "embedding": (EmbeddingModel, tokens),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
+import pytorch_optimizer
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,11 +25,14 @@ from optimizers import (
     Categorical,
     CurvatureOptimizer,
     Deflation,
+    ExactNaturalGradient,
+    FishLeg,
     KFACCorrected,
     Lanczos,
+    TwoLevelKFAC,
     build_optimizer,
 )
-from optimizers.natural_gradient import NaturalGradient
+from optimizers.packaged import EXCEPTIONS, muon
 from tests import dense
 from tests.optimizers.problems import PROBLEMS, conv_net, images, mlp
 
@@ -37,6 +42,10 @@ Build = Callable[[nn.Module], torch.optim.Optimizer]
 KRONECKER: dict[str, Any] = {
     "lr": 0.05, "update_every": 3, "refresh_every": 4, "batch_fraction": 1.0, "likelihood": Categorical(),
 }  # fmt: skip
+
+# Exact Fisher matrices of 16 examples want more damping.
+EXACT: dict[str, Any] = {"lr": 0.05, "likelihood": Categorical(), "damping": 0.1}
+TWO_LEVEL = KRONECKER | {"damping": 1.0}
 
 OPTIMIZERS: dict[str, partial[torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4),
@@ -60,8 +69,53 @@ OPTIMIZERS: dict[str, partial[torch.optim.Optimizer]] = {
     "deflation_empirical": partial(Deflation, **KRONECKER, fisher="empirical", solver="power"),
     "kfac_corrected": partial(KFACCorrected, **KRONECKER),
     "lanczos": partial(Lanczos, **KRONECKER | {"refresh_every": 6}),
+    "exact_ng": partial(ExactNaturalGradient, **EXACT, weight_decay=5e-4),
+    "exact_ng_layer": partial(ExactNaturalGradient, **EXACT, blocks="layer", damping_mode="heuristic", update_every=3),
+    "exact_ng_empirical": partial(
+        ExactNaturalGradient, **EXACT, fisher="empirical", batch_fraction=0.5, update_every=2
+    ),
+    "exact_ng_exact": partial(ExactNaturalGradient, **EXACT, fisher="exact", kl_clip=None),
+    "twolevel_kfac": partial(TwoLevelKFAC, **TWO_LEVEL, weight_decay=5e-4),
+    "twolevel_kfac_krylov": partial(
+        TwoLevelKFAC, **TWO_LEVEL | {"batch_fraction": 0.5, "refresh_every": 6}, krylov=True
+    ),
+    "twolevel_kfac_residual": partial(TwoLevelKFAC, **TWO_LEVEL, coarse="residual", fisher="empirical"),
+    "twolevel_kfac_tselepidis": partial(TwoLevelKFAC, **TWO_LEVEL, coarse="tselepidis"),
+    "twolevel_kfac_spectral": partial(TwoLevelKFAC, **TWO_LEVEL, coarse="spectral", damping_mode="tikhonov"),
+    "fishleg": partial(FishLeg, lr=0.02, damping=0.1, aux_every=3, weight_decay=5e-4, likelihood=Categorical()),
+    "fishleg_each": partial(FishLeg, lr=0.02, damping=0.1, aux_every=1, aux_lr=1e-3, likelihood=Categorical()),
+    "fishleg_rank_one": partial(
+        FishLeg,
+        lr=0.02,
+        damping=0.1,
+        aux_every=1,
+        aux_steps=2,
+        product="rank_one",
+        u="gaussian",
+        precondition_aux=False,
+        warmup_steps=2,
+        likelihood=Categorical(),
+    ),
+    "shampoo": partial(pytorch_optimizer.Shampoo, lr=0.05, preconditioning_compute_steps=1, matrix_eps=1e-4),
+    "soap": partial(pytorch_optimizer.SOAP, lr=3e-3, precondition_frequency=3),
+    "lamb": partial(pytorch_optimizer.Lamb, lr=1e-3, weight_decay=5e-4),
+    "lion": partial(pytorch_optimizer.Lion, lr=1e-3),
+    "muon": partial(muon, lr=5e-3),  # type: ignore[dict-item]
 }
-OURS = [name for name, factory in OPTIMIZERS.items() if issubclass(factory.func, CurvatureOptimizer)]  # type: ignore[arg-type]
+OURS = [
+    name
+    for name, factory in OPTIMIZERS.items()
+    if isinstance(factory.func, type) and issubclass(factory.func, CurvatureOptimizer)
+]
+
+
+def every(point: str) -> list[Any]:
+    """All optimizers; one that is known not to meet a point of the contract must fail its test, or is known wrongly."""
+    reasons = {name: reason for (name, excepted), reason in EXCEPTIONS.items() if excepted == point}
+    marks = {
+        name: [pytest.mark.xfail(reason=reasons[name], strict=True)] if name in reasons else [] for name in OPTIMIZERS
+    }
+    return [pytest.param(name, marks=marks[name]) for name in OPTIMIZERS]
 
 
 def build(name: str, model: nn.Module, params: Any = None, **extra: Any) -> torch.optim.Optimizer:
@@ -69,7 +123,7 @@ def build(name: str, model: nn.Module, params: Any = None, **extra: Any) -> torc
     options = OPTIMIZERS[name].keywords | extra
     if params is None:
         return build_optimizer(target, model, **options)
-    if issubclass(target, CurvatureOptimizer) and target is not AdaHessian:
+    if name in OURS and target is not AdaHessian:
         return target(model, params, **options)
     return target(params, **options)
 
@@ -110,10 +164,12 @@ def same_state(a: Any, b: Any) -> bool:
 def test_every_trainable_tensor_moves_and_no_other(name: str, problem: str) -> None:
     factory, data = PROBLEMS[problem]
     model, batch = factory(), data()
-    wide = problem == "resnet" and issubclass(OPTIMIZERS[name].func, NaturalGradient)  # 4608: seconds an inversion
+    wide = (
+        problem == "resnet" and name in OURS and "max_factor_dim" in inspect.signature(OPTIMIZERS[name].func).parameters
+    )
     optimizer = build(name, model, **{"max_factor_dim": 128} if wide else {})
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for _ in range(2):
+    for _ in range(3):  # an even number of equal steps may lead back
         train_step(optimizer, model, batch)
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n]) != p.requires_grad, n
@@ -228,7 +284,7 @@ def test_closures(name: str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", every("micro-batches"))
 @pytest.mark.parametrize("problem", ["mlp", "groupnorm", "embedding"])
 def test_micro_batches_equal_one_batch(name: str, problem: str) -> None:
     factory, data = PROBLEMS[problem]
@@ -245,7 +301,7 @@ def test_micro_batches_equal_one_batch(name: str, problem: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", every("groups"))
 def test_groups_have_their_own_learning_rate(name: str) -> None:
     model, batch = mlp(), images()
     groups = [
@@ -254,7 +310,8 @@ def test_groups_have_their_own_learning_rate(name: str) -> None:
     ]
     optimizer = build(name, model, groups)
     before = [p.detach().clone() for p in model.parameters()]
-    train_step(optimizer, model, batch)
+    for _ in range(3):
+        train_step(optimizer, model, batch)
     moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
     assert moved == [True, True, False, False]
 

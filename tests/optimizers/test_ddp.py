@@ -18,7 +18,7 @@ from tests.optimizers.problems import PROBLEMS
 from tests.optimizers.test_contract import build, train_step, weights
 
 STEPS = 20
-KRONECKER = ["kfac", "ekfac", "kpsvd", "deflation", "kfac_corrected", "lanczos"]
+KRONECKER = ["kfac", "ekfac", "kpsvd", "deflation", "kfac_corrected", "lanczos", "exact_ng", "twolevel_kfac"]
 # By name: an entry of the contract's OPTIMIZERS, and what differs from it.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     name: (name, {})
@@ -26,6 +26,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 } | {
     f"{name}_{fisher}_{fraction}": (name, {"fisher": fisher, "batch_fraction": fraction})
     for name, fisher, fraction in itertools.product(KRONECKER, ("sampled", "empirical"), (1.0, 0.5))
+}
+CASES |= {
+    f"twolevel_{coarse}": ("twolevel_kfac", {"coarse": coarse}) for coarse in ("residual", "tselepidis", "spectral")
+}
+CASES |= {
+    "twolevel_krylov": ("twolevel_kfac", {"krylov": True}),
+    "exact_ng_exact": ("exact_ng", {"fisher": "exact", "blocks": "layer"}),
+    **{name: (name, {}) for name in ("fishleg", "fishleg_each", "fishleg_rank_one", "lamb", "lion", "muon", "shampoo")},
 }
 MODELS = ["mlp", "groupnorm", "embedding"]
 # EKFAC's moments depend on the basis, and a null space has none of its own. Half of so many examples give every factor

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 
-from optimizers import Bernoulli, Categorical, Gaussian, Likelihood
+from optimizers import KFAC, AdaFisher, AdaHessian, Bernoulli, Categorical, CurvatureOptimizer, Gaussian, Likelihood
+from optimizers.likelihoods import LearnedGaussian
 
-CASES = [Categorical(), Bernoulli(), Gaussian(), Gaussian(sigma=0.3)]
+CASES = [Categorical(), Bernoulli(), Gaussian(), Gaussian(sigma=0.3), LearnedGaussian(sigma=0.6).double()]
 
 
 @pytest.mark.usefixtures("float64")
@@ -64,8 +69,52 @@ def test_categorical_takes_sequences_and_ignores_padding() -> None:
     assert Categorical().sample(outputs).shape == (2, 3)
 
 
+@pytest.mark.usefixtures("float64")
+def test_the_learned_gaussian_is_the_normal_density() -> None:
+    """Up to its constant, and with the gradient of sigma's logarithm: features (1 - mean squared error / sigma²)."""
+    likelihood = LearnedGaussian(sigma=0.7)
+    outputs, targets = torch.randn(6, 2, 3, requires_grad=True), torch.randn(6, 2, 3)
+    density = torch.distributions.Normal(outputs, likelihood.log_sigma.exp()).log_prob(targets).sum(-1)
+    nll = likelihood.nll(outputs, targets)
+    torch.testing.assert_close(nll, -density.mean() - 3 * math.log(math.sqrt(2 * math.pi)))
+    (g,) = torch.autograd.grad(nll, likelihood.log_sigma)
+    torch.testing.assert_close(g, 3 * (1 - (outputs - targets).detach().square().mean() / 0.7**2))
+    assert [name for name, _ in likelihood.named_parameters()] == ["log_sigma"]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda model, groups, likelihood: torch.optim.SGD(groups, lr=0.02),
+        lambda model, groups, likelihood: torch.optim.Adam(groups, lr=0.02),
+        lambda model, groups, likelihood: AdaFisher(model, groups, lr=5e-5),
+        lambda model, groups, likelihood: AdaHessian(groups, lr=0.02),
+        lambda model, groups, likelihood: KFAC(model, groups, lr=0.02, fallback_lr=0.02, likelihood=likelihood),
+    ],
+    ids=["sgd", "adam", "adafisher", "adahessian", "kfac"],
+)
+def test_any_optimizer_learns_sigma(build: Callable[..., torch.optim.Optimizer]) -> None:
+    model, likelihood = nn.Sequential(nn.Linear(3, 2)), LearnedGaussian(sigma=1.5)
+    groups = [{"params": list(model.parameters())}, {"params": list(likelihood.parameters()), "lr": 0.02}]
+    optimizer = build(model, groups, likelihood)
+    x = torch.randn(128, 3)
+    targets = x[:, :2] + 0.3 * torch.randn(128, 2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        outputs = model(x)
+        loss = likelihood.nll(outputs, targets)
+        if isinstance(optimizer, CurvatureOptimizer):
+            optimizer.backward(loss, outputs)
+        else:
+            loss.backward()
+        optimizer.step()
+    assert float(likelihood.sigma) == pytest.approx(0.3, rel=0.15)
+
+
 def test_bad_arguments_are_sentences() -> None:
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got 1.0"):
         Categorical(label_smoothing=1.0)
     with pytest.raises(ValueError, match="sigma must be a positive number, got 0"):
         Gaussian(sigma=0)
+    with pytest.raises(ValueError, match="sigma must be a positive number, got nan"):
+        LearnedGaussian(sigma=float("nan"))

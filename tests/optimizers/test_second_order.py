@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,22 @@ def test_first_and_second_derivatives_are_torchs(name: str, layout: torch.memory
     x = (torch.randn(5, 4, 7, 6, dtype=torch.float64) * 2 + 1).to(memory_format=layout)
     for mine, theirs in zip(derivatives(layer, x, True), derivatives(layer, x, False), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("function", "gate"), [(F.hardsigmoid, 0), (F.hardswish, 1)])
+def test_hard_gates_have_second_derivatives(function: Callable[..., Tensor], gate: int) -> None:
+    """x^gate relu6(x + 3) / 6: the gates of MobileNet, of which torch cannot differentiate the first twice."""
+    x = torch.tensor([-4.0, -1.0, 0.5, 5.0], dtype=torch.float64, requires_grad=True)
+    with SecondOrder():
+        y = function(x, inplace=True) if gate else function(x)
+    torch.testing.assert_close(y, function(x.detach()))
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    inside = torch.tensor([0.0, 1, 1, 0], dtype=torch.float64)
+    slopes = inside * ((2 * x.detach() + 3) / 6 if gate else 1 / 6) + gate * (x.detach() >= 3)
+    bends = inside * gate / 3
+    torch.testing.assert_close(first.detach(), 2 * y.detach() * slopes)
+    torch.testing.assert_close(second, 2 * (slopes.square() + y.detach() * bends))
 
 
 @pytest.mark.parametrize("name", ["conv", "batch norm"])

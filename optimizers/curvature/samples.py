@@ -1,0 +1,228 @@
+"""What a batch leaves of a layer for the exact Fisher matrix: the gradients of single examples, as they flowed.
+
+With ``V_i`` the gradient of observation i by *all* parameters, the Fisher matrix is ``F = S Sᵀ``, S having the columns
+``V_i / sqrt(m)``. A layer's share of S is never formed: its inputs and output gradients are kept, and products with S
+are passes through the layer (see ``layers``). Blocks of F between layers exist because all layers keep the same
+observations in the same order, so that ``Sᵀ d`` is the sum over layers of ``dots(d)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from optimizers.curvature import communication
+from optimizers.curvature.approximations import Approximation, statistics_dtype
+from optimizers.curvature.layers import AffineLayer, Layer
+from optimizers.curvature.recorder import Recorder
+
+#: A backward pass of a step: examples observed up to the end of its batch, and which pass over that batch it is.
+Pass = tuple[int, int]
+
+
+@dataclass
+class Observations:
+    """Which rows a step's samples have, whatever the layer: a layer that a pass did not reach has zeros there.
+
+    Attributes:
+        rows: of each pass so far.
+        now: the pass under way.
+        examples: of its batch.
+        chosen: those of them that are observed; None: all.
+        weight: what the recorder multiplied gradients with whose rows are no examples, to make up for all being shown.
+    """
+
+    rows: dict[Pass, int] = field(default_factory=dict)
+    now: Pass = (0, 0)
+    examples: int = 0
+    chosen: Tensor | None = None
+    weight: float = 1.0
+    _before: int = 0
+
+    def enter(self, recorder: Recorder, index: int, device: torch.device, weighed: bool) -> None:
+        """Take note of the pass that a layer is shown, the ``index``-th over its batch."""
+        if recorder.observed != self.now[0]:
+            self.examples, self._before = recorder.examples - self._before, recorder.examples
+            self.chosen = recorder.choose(self.examples, device)
+        self.now = (recorder.observed, index)
+        self.rows[self.now] = self.examples if self.chosen is None else len(self.chosen)
+        self.weight = (self.rows[self.now] / self.examples) ** 0.5 if weighed else 1.0
+
+    def flow(self, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """What a layer keeps of the pass, with the observed examples' rows alone."""
+        if self.chosen is None or len(g) == len(self.chosen):
+            return layer.flow(x, g, self.examples if self.chosen is None else len(self.chosen))
+        g = g if len(g) == self.examples else g / self.weight
+        return tuple(t[self.chosen] for t in layer.flow(x, g, self.examples))
+
+    def reset(self) -> None:
+        """A new step begins."""
+        self.rows.clear()
+        self.now, self._before = (0, 0), 0
+
+
+class Samples(Approximation):
+    """A layer's share of S: ``factors`` are x and g as they flowed, or the rows ``V`` themselves.
+
+    They outlive the step: the product with F is needed until the next update. Rows are kept of norms, where they are
+    short, and of a layer that a model calls more than once, whose gradient is the sum over the calls.
+
+    Args:
+        layer: the layer's adapter.
+        observations: shared by all layers of a model.
+    """
+
+    gathers = True
+
+    def __init__(self, layer: Layer, observations: Observations) -> None:
+        super().__init__(layer)
+        self._observations = observations
+        self._kept: dict[Pass, list[tuple[Tensor, ...]]] = {}
+        self._sizes = [p.numel() for p in layer.parameters]
+
+    @property
+    def observed(self) -> bool:
+        """See Approximation."""
+        return bool(self._kept)
+
+    def reset(self) -> None:
+        """See Approximation."""
+        self._kept.clear()
+
+    def accumulate(self, x: Tensor, g: Tensor) -> None:
+        """See Approximation."""
+        x = x.to(self._dtype) if x.is_floating_point() else x
+        flow = self._observations.flow(self.layer, x, g.to(self._dtype))
+        self._kept.setdefault(self._observations.now, []).append(flow)
+
+    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
+        raise NotImplementedError("no sum stands for samples")
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return statistics_dtype(self.layer.parameters[0])
+
+    def estimate(self, gradient_scale: float, examples: int) -> dict[str, Tensor]:
+        """See Approximation."""
+        return self.estimate_all([self], gradient_scale, examples)[self.layer.name]
+
+    @classmethod
+    def estimate_all(
+        cls, blocks: Sequence[Approximation], gradient_scale: float, examples: int
+    ) -> dict[str, dict[str, Tensor]]:
+        """See Approximation. The samples of all ranks, of the layers that any of them saw."""
+        members = [block for block in blocks if isinstance(block, Samples)]
+        plans = [[*block._plan(), examples] for block in members]
+        if communication.world_size() > 1 and members:
+            device = members[0].layer.parameters[0].device
+            (ranks,) = communication.gather([torch.tensor(plans, device=device).unsqueeze(1)])
+            examples = int(ranks[0, :, -1].sum())
+            plans = ranks.amax(1).tolist()
+        scale = gradient_scale / examples**0.5
+        return {
+            block.layer.name: block._joined(plan[0] == 1, plan[1:4], plan[4:7], scale)
+            for block, plan in zip(members, plans, strict=True)
+            if any(plan[:-1])
+        }
+
+    def _plan(self) -> list[int]:
+        """Whether rows are kept, and an example's shapes of x and g, padded with zeros: what ranks have to agree on."""
+        if not self._kept:
+            return [0] * 7
+        flow = next(iter(self._kept.values()))[0]
+        if len(flow) == 1 or any(len(calls) > 1 for calls in self._kept.values()):
+            return [1] + [0] * 6
+        return [0] + [size for t in flow for size in (*t.shape[1:], 0, 0, 0)[:3]]
+
+    def _joined(self, as_rows: bool, x_shape: list[int], g_shape: list[int], scale: float) -> dict[str, Tensor]:
+        """The step's passes one behind the other, and the ranks'."""
+        device = self.layer.parameters[0].device
+        shapes = [[sum(self._sizes)]] if as_rows else [[n for n in shape if n] for shape in (x_shape, g_shape)]
+        tokens = not isinstance(self.layer, AffineLayer)
+        dtypes = [self._dtype] if as_rows else [torch.int32 if tokens else self._dtype, self._dtype]
+        parts = []
+        for when, rows in ({(0, 0): 0} | self._observations.rows).items():
+            if when not in self._kept:
+                kept = tuple(
+                    torch.zeros(rows, *shape, dtype=dtype, device=device)
+                    for shape, dtype in zip(shapes, dtypes, strict=True)
+                )
+            elif as_rows:
+                calls = [flow[0] if len(flow) == 1 else self.layer.rows(*flow) for flow in self._kept[when]]
+                kept = (torch.stack(calls).sum(0),)
+            else:
+                (kept,) = self._kept[when]
+            parts.append(kept)
+        joined = [torch.cat(column) for column in zip(*parts, strict=True)]  # a copy: nothing of the batch is held
+        self._kept.clear()
+        joined[-1].mul_(scale)
+        joined = [t.squeeze(0) for t in communication.gather([t.unsqueeze(0) for t in joined])]
+        return {"V": joined[0]} if as_rows else {"x": joined[0], "g": joined[1]}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Approximation. Those of the last update: before the first one, only a batch could tell."""
+        return {key: tuple(t.shape) for key, t in self.factors.items()}
+
+    def diagonal(self, factors: dict[str, Tensor]) -> list[Tensor]:
+        """See Approximation."""
+        return self.from_matrix(self._rows(factors).square().sum(0, keepdim=True))
+
+    def to_dense(self) -> Tensor:
+        """See Approximation."""
+        rows = self._rows(self.factors)
+        return rows.mT @ rows
+
+    def _rows(self, factors: dict[str, Tensor]) -> Tensor:
+        return factors["V"] if "V" in factors else self.layer.rows(factors["x"], factors["g"])
+
+    # -- products with S -----------------------------------------------------------------------------------------------
+
+    def dots(self, tensors: Sequence[Tensor]) -> Tensor:
+        """``Sᵀ d``, one number an observation, for d in tensors shaped like the layer's parameters."""
+        tensors = [t.to(self._dtype) for t in tensors]
+        if "V" in self.factors:
+            return self.factors["V"] @ self._flatten(tensors)
+        return self.layer.dots(self.factors["x"], self.factors["g"], tensors)
+
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        """``S w``, in tensors shaped like the layer's parameters."""
+        weights = weights.to(self._dtype)
+        if "V" in self.factors:
+            return self.from_matrix((weights @ self.factors["V"]).unsqueeze(0))
+        return self.layer.combine(self.factors["x"], self.factors["g"], weights)
+
+    def gram(self) -> Tensor:
+        """This layer's share of ``Sᵀ S``, in float64 whatever the samples are: its square root matters, too."""
+        if "V" in self.factors:
+            rows = self.factors["V"].double()
+            return rows @ rows.mT
+        return self.layer.gram(self.factors["x"], self.factors["g"])
+
+    def norms(self) -> tuple[Tensor, Tensor] | None:
+        """Largest eigenvalues of K-FAC's factors A and G, by group; None where a layer has none."""
+        if "V" in self.factors or not isinstance(self.layer, AffineLayer):
+            return None
+        a, g = self.layer.inputs(self.factors["x"]).flatten(1, 2), self.layer.gradients(self.factors["g"]).flatten(1, 2)
+        return _largest(a) / a.shape[1], _largest(g)
+
+    def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors shaped like the layer's parameters as one row."""
+        return self._flatten(list(tensors)).unsqueeze(0)
+
+    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
+        """Inverse of ``to_matrix``."""
+        layer = self.layer
+        if isinstance(layer, AffineLayer):
+            return layer.from_matrix(matrix.view(layer.groups, layer.d_out, layer.columns))
+        pieces = matrix[0].split(self._sizes)
+        return [piece.view_as(p) for piece, p in zip(pieces, layer.parameters, strict=True)]
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Largest eigenvalue of ``sum_i rows_i rows_iᵀ``, ``[groups, n, d]`` to ``[groups]``."""
+    rows = rows.double()
+    product = rows.mT @ rows if rows.shape[1] > rows.shape[2] else rows @ rows.mT
+    return torch.linalg.eigvalsh(product)[:, -1]

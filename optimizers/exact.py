@@ -1,0 +1,236 @@
+"""The exact natural gradient, by the Woodbury identity on the gradients of single examples.
+
+Sources: Ren & Goldfarb, "Efficient Subsampled Gauss-Newton and Natural Gradient Methods for Training Neural Networks",
+2019 (arXiv 1906.02353); Koroko, Anciaux-Sedrakian, Ben Gharbia, Garès, Haddou and Tran, "Efficient approximations of
+the Fisher matrix in neural networks using Kronecker product singular value decomposition", 2022 (arXiv 2201.10285).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+
+from optimizers.base import CURVATURE, Params, check_choice
+from optimizers.curvature import linalg
+from optimizers.curvature.approximations import Approximation
+from optimizers.curvature.kronecker import Options
+from optimizers.curvature.layers import Layer
+from optimizers.curvature.samples import Observations, Samples
+from optimizers.likelihoods import Likelihood
+from optimizers.natural_gradient import Fisher, NaturalGradient, Stack
+
+
+class SampledFisher(NaturalGradient):
+    """The engine of the methods that multiply with the exact Fisher matrix, all layers together.
+
+    Attributes:
+        samples: by layer name; all of the same observations. The next update replaces them: they are not averaged.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.samples: dict[str, Samples] = {}
+        self._observations = Observations()
+        self._pass = 0
+        super().__init__(*args, **kwargs)
+
+    def _block(self, layer: Layer) -> Approximation:
+        self.samples[layer.name] = Samples(layer, self._observations)
+        return super()._block(layer)
+
+    def _output_gradients(self, outputs: Tensor, chosen: Tensor | None, scale: float) -> Iterator[Tensor]:
+        for self._pass, gradient in enumerate(super()._output_gradients(outputs, chosen, scale)):
+            yield gradient
+
+    def _observe(self, layer: Layer, x: Tensor, g: Tensor) -> None:
+        assert self._recorder is not None
+        self._observations.enter(self._recorder, self._pass, g.device, self.fisher == "empirical")
+        super()._observe(layer, x, g)
+
+    def _renew_samples(self, found: dict[str, dict[str, Tensor]]) -> None:
+        """Take over a step's samples, all or none of them; a layer that was not seen has none."""
+        for name, samples in self.samples.items():
+            samples.factors = found.get(name, {})
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._observations.reset()
+        self._pass = 0
+        for samples in self.samples.values():
+            samples.reset()
+
+    def _damping(self, layer: Layer) -> float:
+        """Lambda of the layer's weight's group."""
+        weight = layer.parameters[0]
+        return next(float(g["damping"]) for g in self.param_groups if any(p is weight for p in g["params"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See NaturalGradient; also the samples in use, whose shapes are those of the last update's batch."""
+        state = super().state_dict()
+        curvature = state["curvature"]
+        curvature["samples"] = {name: dict(samples.factors) for name, samples in self.samples.items()}
+        curvature["layers"] = {n: f for n, f in curvature["layers"].items() if not isinstance(self.blocks[n], Samples)}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See NaturalGradient."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["curvature"]["samples"]
+        for name, samples in self.samples.items():
+            device = samples.layer.parameters[0].device
+            samples.factors = {key: t.to(device, copy=True) for key, t in saved.get(name, {}).items()}
+
+
+class ExactNaturalGradient(SampledFisher):
+    """``(F + lambda I)^-1 g`` with the Fisher matrix of a mini-batch itself, between layers too.
+
+    With the m observations' gradients in the columns of ``S / sqrt(m)``, here written S, ``F = S Sᵀ`` and
+
+        (F + L)^-1 g = L^-1 (g - S (I + Sᵀ L^-1 S)^-1 Sᵀ L^-1 g),    L the diagonal of the layers' damping,
+
+    so that only a matrix of size m is decomposed (Cholesky, in float64). S is never formed: the samples are the layers'
+    inputs and output gradients (``curvature.samples``), which outlive the step, as does the decomposition; both are
+    part of the state. F is the Fisher of one batch rather than an average over steps, and small batches make it noisy:
+    what the batch does not see is divided by lambda alone. A layer's parameters count as a whole: where one of them is
+    frozen, the others take the steps they would if its gradient were zero.
+
+    With ``fisher="sampled"`` and ``"empirical"`` m is the number of observed examples; with ``"exact"``, times the
+    number of columns of the likelihood's root.
+
+    Args:
+        model: the whole module.
+        params: parameters or groups; default all.
+        lr: learning rate.
+        momentum: decay of the sum of past directions.
+        damping: lambda.
+        damping_mode: ``standard``: lambda; ``heuristic``: ``lambda (s_max(A) + s_max(G)) + lambda²``, layer by layer,
+            with K-FAC's factors A and G of the same samples. That is how much the ``(A + lambda I) (x) (G + lambda I)``
+            of a factored damping adds at most. Layers without such factors (norms, Embedding) have lambda.
+        blocks: ``full``: F as it is; ``layer``: its diagonal blocks, a layer each (each layer has a damping of its own
+            in either case).
+        kl_clip: kappa; None: off.
+        fisher: sampled, empirical or exact.
+        batch_fraction: share of the batch that F is taken on.
+        update_every: steps between updates of the samples and of the decomposition.
+        weight_decay: L2 coefficient, added to the preconditioned gradient.
+        fallback_lr: first-order step of the parameters without curvature.
+        skip: regular expression of layers to leave to the fallback.
+        likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
+        seed: of the sampled targets.
+        loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+
+    Raises:
+        ValueError: for a hyper-parameter out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        damping: float = 1e-2,
+        damping_mode: Literal["standard", "heuristic"] = "standard",
+        blocks: Literal["full", "layer"] = "full",
+        kl_clip: float | None = 1e-2,
+        fisher: Fisher = "sampled",
+        batch_fraction: float = 1.0,
+        update_every: int = 1,
+        weight_decay: float = 0.0,
+        fallback_lr: float = 1e-3,
+        skip: str | None = None,
+        likelihood: Likelihood | None = None,
+        seed: int = 0,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        check_choice("damping_mode", damping_mode, ("standard", "heuristic"))
+        check_choice("blocks", blocks, ("full", "layer"))
+        self.damping_mode, self.coupled = damping_mode, blocks == "full"
+        self._root = torch.empty(0)  # [1 or layers, m, m]: the Cholesky factors of I + Sᵀ L^-1 S
+        self._dampings = torch.empty(0)  # L, one a layer
+        super().__init__(
+            model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
+            batch_fraction=batch_fraction, decay=0.0, update_every=update_every, refresh_every=1,
+            weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=Options(), likelihood=likelihood,
+            seed=seed, loss_reduction=loss_reduction,
+        )  # fmt: skip
+
+    def _block(self, layer: Layer) -> Approximation:
+        self.samples[layer.name] = Samples(layer, self._observations)
+        return self.samples[layer.name]
+
+    def _update_curvature(self) -> None:
+        self._check_passes()
+        rejected = self.rejected
+        if (found := self._estimates()) and self.rejected == rejected:
+            self._renew_samples(found)
+            self.updates += 1
+
+    def _precondition(self) -> None:
+        with record_function(CURVATURE):
+            if self._updated_at == self.steps:
+                self._decompose()
+            self._solve()
+
+    def _decompose(self) -> None:
+        """Take the samples' Gram matrix apart."""
+        self._stack()
+        used = [stack.blocks[0] for stack in self._stacks]
+        if not used:
+            return
+        members: list[Samples] = used  # type: ignore[assignment]
+        self._dampings = torch.stack([self._damping_of(samples) for samples in members])
+        grams = torch.stack([s.gram() / damping for s, damping in zip(members, self._dampings, strict=True)])
+        if self.coupled:
+            grams = grams.sum(0, keepdim=True)
+        self._root, repaired = linalg.cholesky(linalg.symmetrize(grams), grams.new_ones(len(grams)))
+        self._counts.repaired += repaired
+        self.refreshes += 1
+
+    def _stack(self) -> None:
+        """One stack a layer: their samples differ in shape, and what couples them is no matter of stacks."""
+        self._stacks = [Stack([block], {}) for block in self.blocks.values() if block.factors]
+
+    def _damping_of(self, samples: Samples) -> Tensor:
+        damping = torch.tensor(self._damping(samples.layer), dtype=torch.float64)
+        norms = samples.norms() if self.damping_mode == "heuristic" else None
+        if norms is None:
+            return damping.to(samples.layer.parameters[0].device)
+        a, g = norms
+        return (damping * (a + g) + damping**2).amax()
+
+    def _solve_blocks(self, gradients: list[Tensor]) -> list[Tensor]:
+        members: list[Samples] = [stack.blocks[0] for stack in self._stacks]  # type: ignore[misc]
+        if not members:
+            return []
+        products = [s.dots(s.from_matrix(g)) for s, g in zip(members, gradients, strict=True)]
+        scaled = torch.stack(products).double() / self._dampings.unsqueeze(1)
+        if self.coupled:
+            scaled = scaled.sum(0, keepdim=True)
+        weights = torch.cholesky_solve(scaled.unsqueeze(-1), self._root).squeeze(-1).expand(len(members), -1)
+        directions = []
+        for s, g, w, damping in zip(members, gradients, weights, self._dampings, strict=True):
+            seen = s.to_matrix(s.combine(w))
+            directions.append(((g - seen) / damping.to(seen.dtype)).to(g.dtype))
+        return directions
+
+    def _cache_bytes(self, block: Approximation) -> int:
+        return self._root.numel() * self._root.element_size() // max(len(self._stacks), 1) if block.factors else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """See SampledFisher; also the decomposition."""
+        state = super().state_dict()
+        state["curvature"] |= {"inverses": {}, "gram": {"root": self._root, "dampings": self._dampings}}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See SampledFisher."""
+        super().load_state_dict(state_dict)
+        self._stack()
+        gram = state_dict["curvature"]["gram"]
+        devices = [block.layer.parameters[0].device for block in self.blocks.values()] or [torch.device("cpu")]
+        self._root, self._dampings = (gram[key].to(devices[0], copy=True) for key in ("root", "dampings"))

@@ -1,0 +1,387 @@
+"""Two-level K-FAC: K-FAC's blocks, and a coarse correction for what they do not know of each other.
+
+Sources: Tselepidis, Kohler and Orvieto, "Two-Level K-FAC Preconditioning for Deep Learning", 2020 (arXiv 2011.00573);
+Koroko, Anciaux-Sedrakian, Ben Gharbia, Garès, Haddou and Tran, "Analysis and Comparison of Two-Level KFAC Methods for
+Training Deep Neural Networks", 2023 (arXiv 2303.18083); Nicolaides, "Deflation of conjugate gradients with applications
+to boundary value problems", 1987.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+
+from optimizers.base import CURVATURE, Params, check_choice
+from optimizers.curvature import communication, linalg
+from optimizers.curvature.approximations import Approximation, statistics_dtype
+from optimizers.curvature.layers import Layer
+from optimizers.curvature.samples import Samples
+from optimizers.exact import SampledFisher
+from optimizers.kfac import KFAC
+from optimizers.likelihoods import Likelihood
+from optimizers.natural_gradient import Fisher, Stack, stacked
+
+Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
+
+#: Ridges on the coarse matrix, its diagonal scaled to ones, in rounding errors of its entries: the first that will do.
+RIDGES = (1.0, 1e2, 1e4)
+
+
+@dataclass
+class CoarseSpace:
+    """Vectors with one layer's entries each, and the Galerkin matrix ``R0 (F + L) R0ᵀ`` of them, decomposed.
+
+    Attributes:
+        vectors: ``[k][stack]``: the k-th vector of each layer, in the shape of a stacked gradient.
+        images: ``Sᵀ R0ᵀ [m, n]``, with F = S Sᵀ.
+        root: Cholesky factor of the matrix, its diagonal scaled to ones.
+        scale: by which its rows and columns were.
+    """
+
+    vectors: list[list[Tensor]]
+    images: Tensor
+    root: Tensor
+    scale: Tensor
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Coefficients of the vectors, ``[k, layers]``, for the right-hand side ``[n]``."""
+        solved = torch.cholesky_solve((right * self.scale).unsqueeze(-1), self.root).squeeze(-1)
+        return (solved * self.scale).view(len(self.vectors), -1)
+
+
+class TwoLevelKFAC(SampledFisher, KFAC):
+    """K-FAC's direction ``d0 = P^-1 g``, corrected on a coarse space, R0, of one or two vectors a layer.
+
+    The vectors are the rows of R0, and the direction is::
+
+        d = d0 + R0ᵀ (R0 (F + L) R0ᵀ)^-1 R0 (g - (F + L) d0),        L the diagonal of the layers' damping,
+
+    with F the exact Fisher matrix, its blocks between layers included, of the examples that K-FAC's last update saw.
+    This is the projection of the error of d0 on the coarse space in the norm of ``F + L``: there, d is never farther
+    from ``(F + L)^-1 g`` than K-FAC's direction. ``tselepidis`` is the published additive form instead, which has
+    ``R0 g`` on the right: it corrects as if d0 were zero, and makes no such promise.
+
+    The projection is not symmetric, as the additive form is. So the KL clip holds ``lr² vᵀ (F + L) v`` itself, which is
+    not ``lr² vᵀ g`` here. And where d0 is farther off than the projection of its error can make up for, d may lead
+    uphill: then the step is K-FAC's (``curvature/uphill`` counts them).
+
+    No product with F is formed: its samples (``curvature.samples``) outlive the step and are part of the state, and
+    ``R0 F R0ᵀ = (Sᵀ R0ᵀ)ᵀ (Sᵀ R0ᵀ)`` and ``R0 F d0 = (Sᵀ R0ᵀ)ᵀ (Sᵀ d0)`` take a pass through the layers each. For all
+    spaces but ``residual`` the first is due on updates and refreshes only.
+
+    Args:
+        model: the whole module.
+        params: parameters or groups; default all.
+        lr: learning rate.
+        momentum: decay of the sum of past directions.
+        damping: lambda.
+        coarse: the vectors of a layer: ``nicolaides``: ones; ``residual``: its share of ``P^-1 (g - (F + L) d0)``,
+            renewed in every step; ``tselepidis``: ones, their matrix averaged over updates, the right-hand side R0 g;
+            ``spectral``: the eigenvector of the smallest eigenvalue of ``A (x) G``.
+        krylov: ``nicolaides`` and ``residual``: also P^-1 of each vector.
+        damping_mode: see KFAC; of P.
+        pi: see KFAC.
+        kl_clip: kappa; None: off.
+        fisher: sampled, empirical or exact.
+        batch_fraction: share of the batch that statistics are taken on.
+        decay: weight of the past in the averages of P's factors (rho).
+        update_every: steps between updates of the factors and samples (T_cov).
+        refresh_every: steps between inversions (T_inv).
+        sharing: see KFAC; of P.
+        max_factor_dim: see KFAC.
+        solve_dtype: see KFAC.
+        weight_decay: L2 coefficient, added to the preconditioned gradient.
+        fallback_lr: first-order step of the parameters without curvature.
+        skip: regular expression of layers to leave to the fallback.
+        likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
+        seed: of the sampled targets.
+        loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+
+    Raises:
+        ValueError: for a hyper-parameter out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        damping: float = 1e-2,
+        coarse: Coarse = "nicolaides",
+        krylov: bool = False,
+        damping_mode: Literal["factored", "tikhonov"] = "factored",
+        pi: bool = True,
+        kl_clip: float | None = 1e-2,
+        fisher: Fisher = "sampled",
+        batch_fraction: float = 0.25,
+        decay: float = 0.95,
+        update_every: int = 10,
+        refresh_every: int = 10,
+        sharing: Literal["expand", "reduce"] = "expand",
+        max_factor_dim: int | None = None,
+        solve_dtype: Literal["float32", "bfloat16"] = "float32",
+        weight_decay: float = 0.0,
+        fallback_lr: float = 1e-3,
+        skip: str | None = None,
+        likelihood: Likelihood | None = None,
+        seed: int = 0,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        check_choice("coarse", coarse, ("nicolaides", "residual", "tselepidis", "spectral"))
+        if krylov and coarse not in ("nicolaides", "residual"):
+            raise ValueError(f"krylov must be false for coarse={coarse!r}: it enriches nicolaides and residual")
+        self.coarse, self.krylov = coarse, krylov
+        self._space: CoarseSpace | None = None  # of residual, which is renewed in every step: none is kept
+        self._names: list[str] = []  # the layers that the stacks hold, in their order
+        self._dampings = torch.empty(0)  # L, one a layer of the stacks
+        self._averaged: Tensor | None = None  # R0 F R0ᵀ of tselepidis
+        self._seen: Tensor | None = None  # Sᵀ d by layer; None: not to be known
+        self._uphill: Tensor | int = 0  # corrections left out, as the gradient would have grown along them
+        super().__init__(
+            model, params, lr=lr, momentum=momentum, damping=damping, damping_mode=damping_mode, pi=pi, kl_clip=kl_clip,
+            fisher=fisher, batch_fraction=batch_fraction, decay=decay, update_every=update_every,
+            refresh_every=refresh_every, sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=solve_dtype,
+            weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, likelihood=likelihood, seed=seed,
+            loss_reduction=loss_reduction,
+        )  # fmt: skip
+
+    # -- statistics ----------------------------------------------------------------------------------------------------
+
+    def _observe(self, layer: Layer, x: Tensor, g: Tensor) -> None:
+        super()._observe(layer, x, g)
+        with record_function(CURVATURE):
+            self.samples[layer.name].accumulate(x, g if self._scale == 1.0 else g / self._scale)
+
+    def _update_curvature(self) -> None:
+        super()._update_curvature()
+        alone = communication.world_size() == 1
+        seen = [samples for samples in self.samples.values() if samples.observed or not alone]
+        found = Samples.estimate_all(seen, *self._scaling())
+        if not found:
+            return
+        if bool(torch.stack([t.sum() for factors in found.values() for t in factors.values()]).isfinite().all()):
+            self._renew_samples(found)
+        else:
+            self.rejected += 1
+
+    # -- the correction ------------------------------------------------------------------------------------------------
+
+    def _solve_blocks(self, gradients: list[Tensor]) -> list[Tensor]:
+        """See NaturalGradient."""
+        wide = [g.to(statistics_dtype(g)) for g in gradients]
+        fine = super()._solve_blocks(wide)
+        self._seen = None
+        if any(samples.factors for samples, _ in self._shares(fine)):
+            self._renew_space(wide)
+            fine = self._corrected(wide, fine)
+        return [d.to(g.dtype) for d, g in zip(fine, gradients, strict=True)]
+
+    def _corrected(self, gradients: list[Tensor], fine: list[Tensor]) -> list[Tensor]:
+        """``d0 + R0ᵀ (R0 (F + L) R0ᵀ)^-1 R0 r`` with r the residual of d0, or the gradient."""
+        sizes = [len(stack.blocks) for stack in self._stacks]
+        if self.coarse == "tselepidis":
+            assert self._space is not None
+            space, shares = self._space, self._space.solve(self._restricted(self._space, gradients))
+        else:
+            dampings = self._dampings.split(sizes)
+            undamped = [g - _layerwise(d, x) for g, d, x in zip(gradients, fine, dampings, strict=True)]
+            seen = self._images(fine)
+            space = self._space or self._spanned(self._residual(undamped, seen.sum(0)))
+            shares = space.solve(self._restricted(space, undamped) - space.images.mT @ seen.sum(0).double())
+            slope = self._inner(fine, gradients).sum() + shares.flatten() @ self._restricted(space, gradients)
+            self._uphill = self._uphill + (slope <= 0)
+            shares = torch.where(slope > 0, shares, 0.0)
+            self._seen = seen + (space.images.view(-1, *shares.shape) * shares).sum(1).mT.to(seen)
+        for vectors, share in zip(space.vectors, shares, strict=True):
+            parts = zip(fine, vectors, share.split(sizes), strict=True)
+            fine = [d + _layerwise(v, part) for d, v, part in parts]
+        return fine
+
+    def _images(self, tensors: list[Tensor]) -> Tensor:
+        """``Sᵀ d`` by layer, ``[layers, m]``; of a layer without samples zeros."""
+        rows = next(len(t) for samples in self.samples.values() for t in samples.factors.values())
+        return torch.stack([s.dots(d) if s.factors else d[0].new_zeros(rows) for s, d in self._shares(tensors)])
+
+    def _clip(self, gradients: list[Tensor], directions: list[Tensor], kl_clip: float) -> None:
+        """See NaturalGradient. Of a projection ``vᵀ (F + L) v`` is not ``vᵀ g``, but known."""
+        if self._seen is None:
+            super()._clip(gradients, directions, kl_clip)
+            return
+        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        lrs = [rates[block.layer.parameters[0]] for stack in self._stacks for block in stack.blocks]
+        lr = torch.tensor(lrs, dtype=torch.float64).to(self._seen.device)
+        squares = self._inner(directions, directions)
+        total = (lr @ self._seen.double()).square().sum() + (lr.square() * self._dampings * squares).sum()
+        self._kl_scale = (kl_clip / total).sqrt().clamp(max=1.0).to(self._seen.dtype)
+
+    def _shares(self, tensors: list[Tensor]) -> Iterator[tuple[Samples, list[Tensor]]]:
+        """Each layer's samples, and its share of the stacks' tensors in the shape of its parameters."""
+        for stack, tensor in zip(self._stacks, tensors, strict=True):
+            for block, part in zip(stack.blocks, tensor.chunk(len(stack.blocks)), strict=True):
+                yield self.samples[block.layer.name], block.from_matrix(part)
+
+    def _restricted(self, space: CoarseSpace, tensors: list[Tensor]) -> Tensor:
+        """R0 times the stacks' tensors."""
+        return torch.cat([self._inner(vectors, tensors) for vectors in space.vectors])
+
+    def _inner(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
+        """Inner products, layer by layer."""
+        triples = zip(self._stacks, left, right, strict=True)
+        return torch.cat([(a * b).reshape(len(stack.blocks), -1).sum(1) for stack, a, b in triples]).double()
+
+    # -- the coarse space ----------------------------------------------------------------------------------------------
+
+    def _renew_space(self, like: list[Tensor]) -> None:
+        """On refreshes and updates: the damping, the vectors, the matrix of the vectors."""
+        layers = [block.layer for stack in self._stacks for block in stack.blocks]
+        names = [layer.name for layer in layers]
+        moved = self._refreshed_at == self.steps or names != self._names
+        if not moved and self._updated_at != self.steps:
+            return
+        if names != self._names:
+            self._averaged = None
+        self._names = names
+        dampings = [self._damping(layer) for layer in layers]
+        self._dampings = torch.tensor(dampings, dtype=torch.float64).to(like[0].device)
+        if self.coarse != "residual":
+            kept = None if moved or self._space is None else self._space.vectors
+            self._space = self._spanned(kept or self._vectors(like))
+
+    def _vectors(self, like: list[Tensor]) -> list[list[Tensor]]:
+        """What spans the space: ``[k][stack]``, the k-th vector of each layer in the shape of a stacked gradient."""
+        if self.coarse == "spectral":
+            return [[_smoothest(stack).view_as(t) for stack, t in zip(self._stacks, like, strict=True)]]
+        return self._enriched([torch.ones_like(t) for t in like])
+
+    def _residual(self, undamped: list[Tensor], seen: Tensor) -> list[list[Tensor]]:
+        """``P^-1 r`` with ``r = (g - L d0) - S (Sᵀ d0)``."""
+        residuals = []
+        for stack, tensor in zip(self._stacks, undamped, strict=True):
+            parts = []
+            for block, part in zip(stack.blocks, tensor.chunk(len(stack.blocks)), strict=True):
+                samples = self.samples[block.layer.name]
+                parts.append(part - block.to_matrix(samples.combine(seen)) if samples.factors else part)
+            residuals.append(stacked(parts))
+        return self._enriched(super()._solve_blocks(residuals))
+
+    def _enriched(self, vectors: list[Tensor]) -> list[list[Tensor]]:
+        return [vectors, super()._solve_blocks(vectors)] if self.krylov else [vectors]
+
+    def _spanned(self, vectors: list[list[Tensor]]) -> CoarseSpace:
+        """The space of some vectors, which are brought to a largest entry of 1 first.
+
+        A layer without samples takes no part: its vectors become zero. Neither zeros nor dependent vectors do any harm:
+        whatever the ridge, the correction brings d0 no farther from the solution.
+        """
+        scaled = [
+            [self._scaled(stack, v) for stack, v in zip(self._stacks, candidates, strict=True)]
+            for candidates in vectors
+        ]
+        seen = torch.cat([self._images(v) for v in scaled]).double().mT
+        matrix = seen.mT @ seen
+        if self.coarse == "tselepidis" and (self._updated_at == self.steps or self._averaged is None):
+            keep = 0.0 if self._averaged is None else min(1 - 1 / self.updates, self.decay)
+            self._averaged = matrix if self._averaged is None else torch.lerp(matrix, self._averaged, keep)
+        if self._averaged is not None:
+            matrix = self._averaged
+        products = torch.stack([torch.stack([self._inner(a, b) for a in scaled]) for b in scaled])
+        matrix = matrix + torch.diag_embed(products * self._dampings).transpose(1, 2).reshape(matrix.shape)
+        scale = matrix.diagonal().clamp(min=torch.finfo(matrix.dtype).tiny).rsqrt()
+        scale = torch.where(matrix.diagonal() > 0, scale, torch.ones_like(scale))
+        matrix = matrix * scale * scale.unsqueeze(1)
+        rounding = len(matrix) * torch.finfo(scaled[0][0].dtype).eps
+        ridges = torch.tensor([rounding * factor for factor in RIDGES]).to(matrix)
+        roots, failed = torch.linalg.cholesky_ex(linalg.damped(matrix.expand(len(RIDGES), -1, -1), ridges))
+        first = (failed == 0).int().argmax().view(1)  # an index that stays on the device
+        return CoarseSpace(scaled, seen, roots.index_select(0, first)[0], scale)
+
+    def _scaled(self, stack: Stack, vectors: Tensor) -> Tensor:
+        flat = vectors.reshape(len(stack.blocks), -1)
+        flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)
+        if not all(has := [bool(self.samples[block.layer.name].factors) for block in stack.blocks]):
+            flat = flat * torch.tensor(has, device=flat.device).unsqueeze(1)
+        return flat.view(vectors.shape)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def diagnostics(self) -> dict[str, float]:
+        """Adds in how many steps the correction was left out, as it would have led uphill."""
+        return super().diagnostics() | {"curvature/uphill": float(self._uphill)}
+
+    def _cache_bytes(self, block: Approximation) -> int:
+        kept = list(self.samples[block.layer.name].factors.values())
+        size = super()._cache_bytes(block) + sum(t.numel() * t.element_size() for t in kept)
+        if self._space is None:
+            return size
+        own = sum(p.numel() for p in block.layer.parameters) * len(self._space.vectors)
+        shared = self._space.images.numel() // max(len(self._names), 1)
+        return size + own * self._space.vectors[0][0].element_size() + shared * self._space.images.element_size()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See SampledFisher; also the coarse space in use."""
+        state = super().state_dict()
+        space = self._space
+        state["curvature"]["coarse"] = {
+            "layers": list(self._names),
+            "dampings": self._dampings,
+            "averaged": self._averaged,
+            "uphill": int(self._uphill),
+            "vectors": [] if space is None else [self._apart(vectors) for vectors in space.vectors],
+            "matrix": {} if space is None else {"images": space.images, "root": space.root, "scale": space.scale},
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See SampledFisher."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["curvature"]["coarse"]
+        devices = [block.layer.parameters[0].device for block in self.blocks.values()] or [torch.device("cpu")]
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.to(devices[0], copy=True)
+
+        self._names, self._dampings, self._uphill = list(saved["layers"]), own(saved["dampings"]), int(saved["uphill"])
+        self._averaged = None if saved["averaged"] is None else own(saved["averaged"])
+        self._space = None
+        if saved["vectors"] and self._names == [block.layer.name for stack in self._stacks for block in stack.blocks]:
+            parts = [iter(vectors) for vectors in saved["vectors"]]
+            vectors = [[stacked([own(next(t)) for _ in stack.blocks]) for stack in self._stacks] for t in parts]
+            self._space = CoarseSpace(vectors, **{key: own(t) for key, t in saved["matrix"].items()})
+
+    def _apart(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [part for stack, t in zip(self._stacks, tensors, strict=True) for part in t.chunk(len(stack.blocks))]
+
+
+def _layerwise(stack: Tensor, factors: Tensor) -> Tensor:
+    """Each layer's part of a stacked tensor times a number of its own."""
+    return (stack.reshape(len(factors), -1) * factors.to(stack.dtype).unsqueeze(1)).view(stack.shape)
+
+
+def _smoothest(stack: Stack) -> Tensor:
+    """Each block's eigenvector of its smallest eigenvalue: in one of its groups, the product of the factors' own."""
+    count = len(stack.blocks)
+    values: list[Tensor] = []
+    vectors: list[Tensor] = []
+    keys = ["G", "A"] if "A" in stack.blocks[0].factors else ["D"]
+    for key in keys:
+        factor = stacked([block.factors[key] for block in stack.blocks])
+        if factor.dim() == 3:
+            eigenvalues, basis = linalg.eigh(factor)
+            values.append(eigenvalues[:, 0].clamp(min=0))
+            vectors.append(basis[..., 0])
+        else:
+            smallest, where = factor.min(1)
+            values.append(smallest)
+            vectors.append(torch.zeros_like(factor).scatter_(1, where.unsqueeze(1), 1.0))
+    if len(keys) == 1:
+        return vectors[0]
+    value = (values[0] * values[1]).view(count, -1)
+    first = torch.zeros_like(value).scatter_(1, value.argmin(1, keepdim=True), 1.0)
+    return first.view(-1, 1, 1) * vectors[0].unsqueeze(-1) * vectors[1].unsqueeze(-2)

@@ -1,0 +1,248 @@
+"""Pretrained weights: files of every kind round-trip, heads and stems are fitted, the account says what happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import models
+from models.pretrained import Loaded, load, read_weights
+
+DIGITS = {"in_channels": 1, "image_size": 8, "num_classes": 10}
+CIFAR = {"in_channels": 3, "image_size": 32, "num_classes": 10}
+
+
+def build(name: str, facts: dict[str, int], /, **options: Any) -> nn.Module:
+    return models.build_model(getattr(models, name), facts, **options)
+
+
+def loaded(net: nn.Module) -> Loaded:
+    account = net.loaded
+    assert isinstance(account, Loaded)
+    return account
+
+
+def write(folder: Path, kind: str, weights: dict[str, Tensor]) -> Path:
+    """A file of one of the kinds that are read, or a run folder."""
+    path = folder / f"weights.{'safetensors' if kind == 'safetensors' else 'pt'}"
+    if kind == "safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+    elif kind == "state dict":
+        torch.save(weights, path)
+    elif kind == "other program":
+        torch.save({"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}}, path)
+    else:  # as training/checkpoints.py writes it
+        path = folder / "checkpoints" / "best.pt"
+        path.parent.mkdir()
+        torch.save({"format": 1, "model": weights, "optimizer": {"state": {}}, "config_id": "abc"}, path)
+    return folder if kind == "run folder" else path
+
+
+KINDS = ["state dict", "safetensors", "other program", "checkpoint", "run folder"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_round_trips(kind: str, tmp_path: Path) -> None:
+    source = build("timm_model", CIFAR, name="test_efficientnet").eval()
+    path = write(tmp_path, kind, source.state_dict())
+    net = build("timm_model", CIFAR, name="test_efficientnet", pretrained=str(path)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(net(images), source(images))
+    count = len(source.state_dict())
+    file = path / "checkpoints" / "best.pt" if path.is_dir() else path
+    assert str(loaded(net)) == f"{count} of {count} tensors loaded from {file}"
+
+
+@pytest.mark.parametrize(
+    "name, options, theirs",
+    [
+        ("timm_model", {"name": "test_convnext"}, lambda: timm.create_model("test_convnext", num_classes=10)),
+        ("torchvision_model", {"name": "squeezenet1_1"}, lambda: torchvision.models.squeezenet1_1(num_classes=10)),
+        ("swin", {"size": "tiny"}, lambda: timm.create_model(
+            "swin_tiny_patch4_window7_224", num_classes=10, img_size=32, patch_size=2, window_size=4)),
+    ],
+)  # fmt: skip
+def test_a_file_of_the_package_s_own_model_loads(
+    name: str, options: dict[str, Any], theirs: Any, tmp_path: Path
+) -> None:
+    """Under the names that the weights have there, whatever was replaced by plain layers here."""
+    source = theirs().eval()
+    path = write(tmp_path, "safetensors", source.state_dict())
+    net = build(name, CIFAR, **options, pretrained=str(path)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), source(images))
+    account = loaded(net)
+    assert len(account.loaded) == account.total and not account.unused
+
+
+def test_another_head_stays_fresh_and_a_gray_stem_is_summed_up(tmp_path: Path) -> None:
+    source = timm.create_model("test_resnet")
+    path = write(tmp_path, "state dict", source.state_dict())
+    net = build("timm_model", DIGITS | {"image_size": 32}, name="test_resnet", pretrained=str(path))
+    account = loaded(net)
+    width = source.get_classifier().in_features
+    assert account.replaced == [f"fc.weight [1000, {width}] -> [10, {width}]", "fc.bias [1000] -> [10]"]
+    (stem,) = account.adapted
+    gray = torch.randn(2, 1, 32, 32)
+    name = stem.split(".weight")[0]
+    ours, theirs = net.get_submodule(name), source.get_submodule(name)
+    torch.testing.assert_close(ours(gray), theirs(gray.expand(-1, 3, -1, -1)))
+    line = str(account)
+    assert f"{account.total - 2} of {account.total} tensors loaded from {path}; adapted: {stem}" in line
+    assert "replaced by fresh ones (other shape): " in line and "[1000] -> [10]" in line
+
+
+@pytest.mark.usefixtures("float64")
+def test_more_input_channels_keep_the_expected_response() -> None:
+    source, target = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Conv2d(6, 4, 3))
+    account = load(target, source.state_dict(), "here")
+    assert account.adapted == ["0.weight [4, 3, 3, 3] -> [4, 6, 3, 3]"] and account.loaded == ["0.bias"]
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(target(torch.cat([x, x], 1)), source(x))  # twice the image at half the weight
+    uneven = nn.Sequential(nn.Conv2d(4, 4, 3))
+    load(uneven, source.state_dict(), "here")
+    by_hand = torch.stack([source[0].weight[:, c] for c in (0, 1, 2, 0)], 1) * 3 / 4
+    torch.testing.assert_close(uneven[0].weight, by_hand)
+
+
+def test_only_the_first_convolution_is_adapted() -> None:
+    def net(middle: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, middle, 1), nn.Conv2d(middle, 4, 1), nn.Linear(4, 2))
+
+    account = load(net(6), net(5).state_dict(), "here")
+    assert not account.adapted
+    changes = ["0.weight [5, 3, 1, 1] -> [6, 3, 1, 1]", "0.bias [5] -> [6]", "1.weight [4, 5, 1, 1] -> [4, 6, 1, 1]"]
+    assert account.replaced == changes
+    assert account.loaded == ["1.bias", "2.weight", "2.bias"]
+
+
+class Positions(nn.Module):
+    """Positions of a grid behind class tokens, and a window's table."""
+
+    def __init__(self, side: int, tokens: int, window: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.randn(1, tokens + side**2, 3))
+        self.relative_position_bias_table = nn.Parameter(torch.randn((2 * window - 1) ** 2, 2))
+        self.register_buffer("relative_position_index", torch.zeros(window**2, window**2, dtype=torch.long))
+        self.head = nn.Linear(3, 2)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("side, window", [(4, 3), (9, 7)])
+def test_positions_are_resampled(tokens: int, side: int, window: int) -> None:
+    """A plane stays the plane away from the edge; class tokens stay what they are."""
+    source, target = Positions(7, tokens, 5), Positions(side, tokens, window)
+
+    def plane(n: int) -> Tensor:
+        places = (torch.arange(n) + 0.5) / n  # pixel centres of the unit square
+        return torch.stack(torch.meshgrid(places, places, indexing="ij"), -1)
+
+    with torch.no_grad():
+        source.pos_embed[0, tokens:, :2] = plane(7).reshape(-1, 2)
+        source.relative_position_bias_table.copy_(plane(9).reshape(-1, 2))
+    account = load(target, source.state_dict(), "here")
+    assert [change.split()[0] for change in account.adapted] == ["pos_embed", "relative_position_bias_table"]
+    assert [change.split()[0] for change in account.replaced] == ["relative_position_index"]
+    assert torch.equal(target.pos_embed[0, :tokens], source.pos_embed[0, :tokens])
+    grid = target.pos_embed[0, tokens:, :2].reshape(side, side, 2).detach()
+    inner = slice(side // 3, side - side // 3)
+    torch.testing.assert_close(grid[inner, inner], plane(side)[inner, inner], atol=0.03, rtol=0)
+    table = target.relative_position_bias_table.reshape(2 * window - 1, 2 * window - 1, 2).detach()
+    middle = window - 1
+    torch.testing.assert_close(table[middle, middle], plane(9)[4, 4], atol=0.01, rtol=0)
+
+
+def test_positions_of_no_square_stay_fresh() -> None:
+    source, target = nn.Module(), nn.Module()
+    for net, count in ((source, 12), (target, 50)):
+        net.pos_embed = nn.Parameter(torch.randn(1, count, 3))
+        net.head = nn.Linear(3, 2)
+    assert load(target, source.state_dict(), "here").replaced == ["pos_embed [1, 12, 3] -> [1, 50, 3]"]
+
+
+def test_a_vision_transformer_of_another_image_size(tmp_path: Path) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    path = write(tmp_path, "safetensors", source.state_dict())
+    net = build("vit", CIFAR | {"image_size": 96}, size="tiny", pretrained=str(path))
+    account = loaded(net)
+    assert account.adapted == ["pos_embed [1, 197, 192] -> [1, 37, 192]"] and not account.replaced
+    own = net.get_parameter("pos_embed")[0, 1:].T.reshape(192, 6, 6)
+    theirs = source.pos_embed[0, 1:].T.reshape(1, 192, 14, 14)
+    shrunk = F.interpolate(theirs, (6, 6), mode="bicubic", antialias=True)[0]
+    torch.testing.assert_close(own, shrunk)
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (None, r"pretrained=.*weights.pt: there is no such file; give a checkpoint, a state dict or a run folder"),
+        (b"no file of tensors", r"pretrained=.*weights.pt cannot be read: it is damaged, or no file of tensors .*"),
+        ({"epoch": 3}, r"pretrained=.*weights.pt holds no state dict \(a mapping from names to tensors\)"),
+        ({"other.weight": torch.zeros(3)},
+         r"pretrained=.*weights.pt: none of its 1 tensors fits this model by name and shape: choose the model .*"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_use_ends_in_a_sentence(content: Any, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        build("timm_model", CIFAR, name="test_efficientnet", pretrained=str(path))
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    path = write(tmp_path, "state dict", {"weight": torch.ones(5000)})
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4] = b"oops"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights.pt is damaged \(checksum of"):
+        read_weights(path)
+    other = tmp_path / "weights.safetensors"
+    other.write_bytes(b"oops")
+    with pytest.raises(ValueError, match=r"weights.safetensors cannot be read: it is damaged, or no safetensors file$"):
+        read_weights(other)
+    with pytest.raises(ValueError, match=r": no checkpoints/best.pt in this folder; give"):
+        read_weights(tmp_path)
+
+
+def test_without_a_connection_published_weights_end_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the package's own switch
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
+    for name, model in (("timm_model", "test_efficientnet"), ("torchvision_model", "squeezenet1_1")):
+        with pytest.raises(ValueError, match=r"^pretrained weights cannot be downloaded \(.*\): give pretrained=PATH"):
+            build(name, CIFAR, name=model, pretrained=True)
+
+
+def test_published_weights_are_loaded_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From torch's cache of downloads, where torchvision finds a file that is there already."""
+    source = torchvision.models.squeezenet1_1()
+    url = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(source.state_dict(), tmp_path / "checkpoints" / url.rsplit("/", 1)[1])
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    net = build("torchvision_model", DIGITS | {"image_size": 32}, name="squeezenet1_1", pretrained=True)
+    account = loaded(net)
+    assert account.source == "the published weights"
+    assert account.adapted == ["features.0.weight [64, 3, 3, 3] -> [64, 1, 3, 3]"]
+    assert [change.split()[0] for change in account.replaced] == ["classifier.1.weight", "classifier.1.bias"]
+    assert torch.equal(net.get_parameter("features.3.squeeze.weight"), source.features[3].squeeze.weight)
