@@ -40,6 +40,8 @@ CONTAINERS = ("logger", "callbacks")
 OPEN = "schedules"
 # Another one, checked against the names of the model's parameters.
 RATES = "finetune.lr_mult"
+# Regular expressions, which are full of what Hydra's grammar takes for its own.
+EXPRESSIONS = ("finetune.freeze", "optimizer.skip")
 # A group that follows from the others: hyper-parameters that an experiment has for an optimizer, if it has some.
 PRESET = "preset"
 # What these two are anyway; Hydra refuses null as a choice on the command line.
@@ -69,7 +71,7 @@ def prepare(argv: Sequence[str]) -> list[str]:
         return list(argv)
     if args.config_name or args.config_path:
         raise UserError("--config-name and --config-path are not supported: write an experiment file, experiment=NAME")
-    given = [_quote_path(text) for text in args.overrides]
+    given = [_quoted(text) for text in args.overrides]
     flags = _flags(argv, args.overrides)
     search = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
     overrides = [_parse(text) for text in given]
@@ -92,7 +94,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: for an unknown key, group or choice, a malformed override, a broken file, or a bad value.
     """
-    overrides = [_opened(text) for text in overrides]
+    overrides = [_opened(_quoted(text)) for text in overrides]
     parsed = [_parse(text) for text in overrides]
     options = _options(parsed)
     for override in parsed:
@@ -218,11 +220,15 @@ def _flags(argv: Sequence[str], overrides: Sequence[str]) -> list[str]:
     return flags
 
 
-def _quote_path(text: str) -> str:
-    """Quote the path of an existing file whose name means something to Hydra's grammar (commas, =)."""
-    key, _, path = text.partition("=")
-    special = re.search(r"[=,{}\[\]()]", path) and not path.startswith(("'", '"', "["))
-    return f"{key}='{path}'" if special and Path(path).exists() else text
+def _quoted(text: str) -> str:
+    """Quote a regular expression, and the path of an existing file, that means something to Hydra's grammar."""
+    key, _, value = text.partition("=")
+    if value.startswith(("'", '"')) or not re.search(r"[^\w./:~-]", value):
+        return text
+    if key in EXPRESSIONS:
+        return f"{key}='{value}'" if value.strip() and "'" not in value else text
+    special = re.search(r"[=,{}\[\]()]", value) and not value.startswith("[")
+    return f"{key}='{value}'" if special and Path(value).exists() else text
 
 
 def _opened(text: str) -> str:

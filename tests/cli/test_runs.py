@@ -196,7 +196,7 @@ def test_init_from(quick: Callable[..., Outcome], work: Path) -> None:
 def test_finetune(quick: Callable[..., Outcome], work: Path) -> None:
     assert quick("optimizer=adam").code == 0
     (run,) = runs(work)
-    outcome = quick(f"init_from={run}", "optimizer=kfac", "finetune.freeze='^1'", "finetune.lr_mult={3.weight: 10}")
+    outcome = quick(f"init_from={run}", "optimizer=kfac", "finetune.freeze=^(1)[.]", "finetune.lr_mult={3.weight: 10}")
     assert outcome.code == 0, outcome.err
     before = torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model"]
     started = next(path for path in runs(work) if path != run)
