@@ -20,6 +20,8 @@ VOLATILE = (
     "paths", "logger", "resume", "name", "trainer.device", "trainer.profile", "trainer.log_every_steps",
     "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
 )  # fmt: skip
+# How the names of callbacks end that only show what was learned.
+ONLOOKERS = ("Plots", "SampleText")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def identity(values: Mapping[str, Any], budget: bool = False) -> str:
         group, _, name = key.rpartition(".")
         (kept.get(group, {}) if group else kept).pop(name, None)
     callbacks = kept.get("callbacks") or {}
-    kept["callbacks"] = {name: node for name, node in callbacks.items() if not node["_target_"].endswith("Plots")}
+    kept["callbacks"] = {name: node for name, node in callbacks.items() if not node["_target_"].endswith(ONLOOKERS)}
     kept = replace_folder(kept, str(values["paths"]["data"]), "<paths.data>")
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
