@@ -50,6 +50,7 @@ DRAWING = ("DASH", "Gravity", "Kron", "Magma")
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("muon", "groups"): "sorts the parameters into groups itself, so it takes none",
     ("soap", "micro-batches"): "rounding turns the null space of its matrices, and what later comes there differs",
+    ("soap", "ranks"): "for the same reason",
 }
 
 

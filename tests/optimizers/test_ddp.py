@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.optimizers.problems import PROBLEMS
-from tests.optimizers.test_contract import build, train_step, weights
+from tests.optimizers.test_contract import build, every, train_step, weights
 
 STEPS = 20
 KRONECKER = ["kfac", "ekfac", "kpsvd", "deflation", "kfac_corrected", "lanczos", "exact_ng", "twolevel_kfac"]
@@ -33,7 +33,10 @@ CASES |= {
 CASES |= {
     "twolevel_krylov": ("twolevel_kfac", {"krylov": True}),
     "exact_ng_exact": ("exact_ng", {"fisher": "exact", "blocks": "layer"}),
-    **{name: (name, {}) for name in ("fishleg", "fishleg_each", "fishleg_rank_one", "lamb", "lion", "muon", "shampoo")},
+    **{
+        name: (name, {})
+        for name in ("fishleg", "fishleg_each", "fishleg_rank_one", "lamb", "lion", "muon", "shampoo", "soap")
+    },
 }
 MODELS = ["mlp", "groupnorm", "embedding"]
 # EKFAC's moments depend on the basis, and a null space has none of its own. Half of so many examples give every factor
@@ -83,7 +86,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str]
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("problem", MODELS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", every("ranks", list(CASES)))
 def test_two_processes_equal_one(name: str, problem: str, ranks: list[dict[tuple[str, str], Tensor]]) -> None:
     first, second = (results[name, problem] for results in ranks)
     assert torch.equal(first, second), "replicas drifted apart"
