@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
@@ -30,7 +31,7 @@ def rademacher(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator(device=device).manual_seed(seed)
     words = torch.randint(-(2**63), 2**63 - 1, ((total + 63) // 64,), generator=generator, device=device)
     bits = (torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)) & 1
-    signs = (2 * bits - 1).to(tensors[0].dtype)[words.view(torch.uint8).int()].flatten()
+    signs = F.embedding(words.view(torch.uint8).int(), (2 * bits - 1).to(tensors[0].dtype)).flatten()
     pieces = signs[:total].split([t.numel() for t in tensors])
     return [piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors, strict=True)]
 
