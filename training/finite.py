@@ -47,6 +47,16 @@ def require_finite(run: Run) -> None:
         raise Diverged(f"A weight or the optimizer's state is no longer finite at step {run.step}{_advice(run)}")
 
 
+def matrix_failure(run: Run, error: Exception) -> Diverged:
+    """What to raise when an optimizer could not decompose a matrix.
+
+    Args:
+        run: for the sentence.
+        error: the library's.
+    """
+    return Diverged(f"The optimizer could not decompose a matrix in step {run.step + 1} ({error}){_advice(run)}")
+
+
 def _advice(run: Run) -> str:
     saved = sorted(run.folder.checkpoints.glob("step_*.pt"))
     kept = f"; the last good checkpoint is {saved[-1].name}" if saved else ""

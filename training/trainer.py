@@ -21,7 +21,7 @@ from training.budgets import Budget, Every
 from training.callbacks import Callback, Profiler
 from training.distributed import World, barrier, broadcast_buffers
 from training.errors import UserError
-from training.finite import Diverged, require_finite, require_finite_loss
+from training.finite import Diverged, matrix_failure, require_finite, require_finite_loss
 from training.loggers import Logger, log_file
 from training.metrics import evaluate
 from training.precision import Precision
@@ -372,7 +372,10 @@ class Trainer:
             params = [p for group in run.optimizer.param_groups for p in group["params"]]
             run.grad_norm = nn.utils.clip_grad_norm_(params, self.clip_norm)
         run.lr = float(run.optimizer.param_groups[0]["lr"])
-        run.scaler.step(run.optimizer)
+        try:
+            run.scaler.step(run.optimizer)
+        except torch.linalg.LinAlgError as error:  # what some packages make of gradients that are not finite
+            raise matrix_failure(run, error) from error
         run.scaler.update()
         run.phases.mark("update")
 
