@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 # One colour a split, distinct in grey and for colour-blind readers.
 COLOURS = {"train": "#4477aa", "val": "#cc6677", "test": "#228833"}
@@ -63,8 +63,8 @@ def plot_run(metrics_jsonl: str | Path, name: str | None = None) -> dict[str, Fi
         name: title; None: the names of the run's folder and of the one above it.
 
     Returns:
-        {"loss", "accuracy", "lr"}: the figures of what the run logged; {} if it logged nothing. No figure is
-        registered with pyplot, so nothing has to be closed.
+        {"loss", "accuracy", "perplexity", "lr"}: the figures of what the run logged; {} if it logged nothing. No figure
+        is registered with pyplot, so nothing has to be closed.
     """
     path = Path(metrics_jsonl)
     events = read_metrics(path)
@@ -74,6 +74,8 @@ def plot_run(metrics_jsonl: str | Path, name: str | None = None) -> dict[str, Fi
         figures["loss"] = _loss(events, title)
     if _has(events, "accuracy"):
         figures["accuracy"] = _accuracy(events, title)
+    if _has(events, "perplexity"):
+        figures["perplexity"] = _perplexity(events, title)
     if _has_metric(events, "lr"):
         figures["lr"] = _learning_rate(events, title)
     return figures
@@ -105,6 +107,20 @@ def _accuracy(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(values) - min(values) > 0.05 else 1))
     _dress(axes, "epoch", "accuracy")
     _legend(axes, "lower right")
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _perplexity(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    _draw_splits(axes, events, "perplexity", "epoch", best=min)
+    axes.set_yscale("log")  # the loss is its logarithm
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _dress(axes, "epoch", "perplexity")
+    _legend(axes, "upper right")
     figure.suptitle(title, fontsize="medium")
     return figure
 
@@ -143,7 +159,9 @@ def _draw_splits(axes: Axes, events: Sequence[Mapping[str, Any]], metric: str, x
 
 
 def _figure(metric: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.3g}"
+    if metric == "accuracy":
+        return f"{100 * value:.2f} %"
+    return f"{value:.4g}" if metric == "perplexity" else f"{value:.3g}"
 
 
 def _draw_training(axes: Axes, positions: list[float], values: list[float], colour: str) -> None:

@@ -80,6 +80,18 @@ def test_a_run_that_logged_little(tmp_path: Path) -> None:
     assert plot_run(path) == {}
 
 
+def test_the_perplexity_of_a_language_model(tmp_path: Path) -> None:
+    """On a logarithmic axis, with the lowest validation marked."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [event("train", 10 * k, train_perplexity=5000 / k) for k in (1, 2, 3)]
+    lines += [event("eval", 20, val_perplexity=1800.0), event("eval", 30, val_perplexity=2100.0)]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    figure = plot_run(path)["perplexity"]
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log" and axes.get_ylabel() == "perplexity"
+    assert any("1800" in text.get_text() for text in axes.get_legend().get_texts())
+
+
 def test_many_values_are_smoothed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     values = [1.0 if step % 2 else 3.0 for step in range(200)]
