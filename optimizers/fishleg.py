@@ -28,15 +28,13 @@ from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_choice,
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import AffineLayer, Layer
-from optimizers.curvature.recorder import _Hook
+from optimizers.curvature.recorder import Call, RootInputs
 from optimizers.likelihoods import Likelihood
 
 #: Tensors by parameter: a vector of the size of the model, or of a part of it.
 Vector = dict[Tensor, Tensor]
 #: Factors, or their gradients, by name.
 Factors = dict[str, Tensor]
-#: Positional and keyword arguments of one forward pass of the model.
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: Processors multiply matrices faster whose rows are a multiple of so many numbers long; narrow ones gain nothing.
 ALIGNED, NARROW = 8, 64
@@ -248,37 +246,6 @@ class LearnedDiagonal(LearnedInverse):
     def to_dense(self) -> Tensor:
         """See LearnedInverse."""
         return torch.diag(self.factors["D"].square())
-
-
-class RootInputs:
-    """Keeps what the whole model was called with, in training mode, with gradients, in the steps that are due.
-
-    Args:
-        root: the whole model.
-        due: asked at each forward pass.
-
-    Attributes:
-        calls: the arguments of the passes since the last ``reset``, detached.
-        paused: while true nothing is kept.
-    """
-
-    def __init__(self, root: nn.Module, due: Callable[[], bool]) -> None:
-        self._due = due
-        self.calls: list[Call] = []
-        self.paused = False
-        self._handle = root.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True)
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and module.training and not self.paused and self._due():
-            self.calls.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs)))
-
-    def reset(self) -> None:
-        """Forget what was kept: a new step begins."""
-        self.calls.clear()
-
-    def close(self) -> None:
-        """Remove the hook. Idempotent."""
-        self._handle.remove()
 
 
 class FishLeg(CurvatureOptimizer):

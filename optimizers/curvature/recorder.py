@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from optimizers.curvature.layers import Layer
 from optimizers.curvature.second_order import SecondOrder
 
 Observer = Callable[[Layer, Tensor, Tensor], None]
+#: Positional and keyword arguments of one forward pass of the model.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -231,3 +234,34 @@ class TwiceDifferentiable:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+class RootInputs:
+    """Keeps what the whole model was called with, in training mode, with gradients, in the steps that are due.
+
+    Args:
+        root: the whole model.
+        due: asked at each forward pass.
+
+    Attributes:
+        calls: the arguments of the passes since the last ``reset``, detached.
+        paused: while true nothing is kept.
+    """
+
+    def __init__(self, root: nn.Module, due: Callable[[], bool]) -> None:
+        self._due = due
+        self.calls: list[Call] = []
+        self.paused = False
+        self._handle = root.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and module.training and not self.paused and self._due():
+            self.calls.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs)))
+
+    def reset(self) -> None:
+        """Forget what was kept: a new step begins."""
+        self.calls.clear()
+
+    def close(self) -> None:
+        """Remove the hook. Idempotent."""
+        self._handle.remove()
