@@ -553,13 +553,8 @@ def _module(name: str, images: _Images, loading: _Loading) -> DataModule:
         return ReconstructionLoader(
             store,
             rows,
-            batch_size=loading.batch_size if training else loading.eval_batch_size,
-            training=training,
             augmentation=augmentation,
-            seed=loading.seed,
-            device=loading.device,
-            rank=loading.rank,
-            world_size=loading.world_size,
+            **loading.serving(training),
             **served,
         )
 

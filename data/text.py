@@ -358,12 +358,7 @@ def _module(name: str, texts: dict[str, list[str]], level: Level, loading: _Load
         return TextLoader(
             window_store(found, loading.device),
             limited(rows, limit, getattr(loading, limit)) if limit else rows,
-            batch_size=loading.batch_size if training else loading.eval_batch_size,
-            training=training,
-            seed=loading.seed,
-            device=loading.device,
-            rank=loading.rank,
-            world_size=loading.world_size,
+            **loading.serving(training),
         )
 
     return DataModule(

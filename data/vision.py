@@ -73,6 +73,17 @@ class Loading:
                 f"batch_size must be divisible by the number of processes, got {self.batch_size} for {self.world_size}"
             )
 
+    def serving(self, training: bool) -> dict[str, Any]:
+        """What every loader takes of these, for training or for evaluation."""
+        return {
+            "batch_size": self.batch_size if training else self.eval_batch_size,
+            "training": training,
+            "seed": self.seed,
+            "device": self.device,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+
 
 @dataclass(frozen=True)
 class _Images:
@@ -330,14 +341,9 @@ def imagenet(
             rows,
             workers=workers,
             prefetch=prefetch,
-            batch_size=loading.batch_size if training else loading.eval_batch_size,
             mean=mean,
             std=std,
-            training=training,
-            seed=loading.seed,
-            device=loading.device,
-            rank=loading.rank,
-            world_size=loading.world_size,
+            **loading.serving(training),
         )
 
     order = _stratified_order(torch.tensor([target for _, target in splits.files["train"]]), loading.split_seed)
@@ -530,15 +536,10 @@ def _module(name: str, images: _Images, loading: Loading) -> DataModule:
         return InMemoryLoader(
             store,
             rows,
-            batch_size=loading.batch_size if training else loading.eval_batch_size,
             mean=mean,
             std=std,
-            training=training,
             augmentation=augmentation,
-            seed=loading.seed,
-            device=loading.device,
-            rank=loading.rank,
-            world_size=loading.world_size,
+            **loading.serving(training),
         )
 
     return DataModule(

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from models.checks import check_rates
 from models.plain import plain_layers
 from models.wrapped import need_timm
 
@@ -89,9 +90,7 @@ def cct(
         raise ValueError(f"mlp_ratio must be above 0, got {mlp_ratio}")
     if kernel_size not in (1, 3, 5, 7):
         raise ValueError(f"kernel_size must be 1, 3, 5 or 7, got {kernel_size}")
-    for name, rate in (("attention_dropout", attention_dropout), ("drop_path", drop_path)):
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
+    check_rates(attention_dropout=attention_dropout, drop_path=drop_path)
     block = need_timm().models.vision_transformer.Block
     tokenizer: list[nn.Module] = []
     before, stride, side = in_channels, 2 if kernel_size == 7 else 1, image_size

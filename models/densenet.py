@@ -7,8 +7,10 @@ from typing import Literal
 from torch import nn
 from torchvision import models
 
+from models.checks import check_rates
 from models.pretrained import published_by_torchvision
-from models.wrapped import finish, set_first, small_stem, widen
+from models.stems import set_first, small_stem
+from models.wrapped import finish, widen
 
 
 def densenet(
@@ -42,8 +44,7 @@ def densenet(
     """
     if depth not in (121, 161, 169, 201):
         raise ValueError(f"depth must be one of 121, 161, 169 and 201, got {depth}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    check_rates(dropout=dropout)
     name = f"densenet{depth}"
     net = models.get_model(name, weights=None, num_classes=num_classes, drop_rate=dropout)
     if small_stem(stem, image_size):

@@ -6,7 +6,9 @@ from typing import Literal
 
 from torch import nn
 
-from models.wrapped import create_timm, finish, patch_side, published_by_timm, set_first
+from models.checks import check_rates
+from models.stems import set_first
+from models.wrapped import create_timm, finish, patch_side, published_by_timm
 
 
 def focalnet(
@@ -43,8 +45,7 @@ def focalnet(
         raise ValueError(f"size must be tiny, small or base, got {size!r}")
     if field not in ("srf", "lrf"):
         raise ValueError(f"field must be srf or lrf, got {field!r}")
-    if not 0 <= drop_path < 1:
-        raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
+    check_rates(drop_path=drop_path)
     name = f"focalnet_{size}_{field}"
     net = create_timm(name, in_channels, num_classes, drop_path_rate=drop_path)
     if (side := patch_side(patch_size, image_size, 4, 16)) != 4:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.checks import check_rates
+
 log = logging.getLogger(__name__)
 
 STD = 0.02  # of every weight at the start
@@ -153,8 +155,7 @@ def gpt(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if width % heads:
         raise ValueError(f"heads must divide the width of {width}, got {heads}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    check_rates(dropout=dropout)
     model = GPT(vocabulary, sequence, layers, width, heads, dropout, tie)
     if embeddings is not None:
         _load_embeddings(model.tokens.weight, words, Path(embeddings).expanduser())

@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import nn
 
+from models.checks import check_rates
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "gelu": nn.GELU}
 
 
@@ -40,8 +42,7 @@ def mlp(
         raise ValueError(f"hidden must hold widths of at least 1, got {list(hidden)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    check_rates(dropout=dropout)
     layers: list[nn.Module] = [nn.Flatten()]
     fan_in = in_channels * image_size**2
     for width in hidden:

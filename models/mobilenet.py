@@ -8,7 +8,8 @@ from torch import nn
 from torchvision import models
 
 from models.pretrained import published_by_torchvision
-from models.wrapped import finish, small_stem, widen
+from models.stems import small_stem
+from models.wrapped import finish, widen
 
 
 def mobilenetv3(

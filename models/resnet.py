@@ -11,8 +11,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
 from models.pretrained import load_pretrained, published_by_torchvision
-
-LARGEST_SMALL_IMAGE = 64  # pixels up to which stem=auto takes the CIFAR stem
+from models.stems import set_first, small_stem
 
 
 def resnet(
@@ -46,26 +45,17 @@ def resnet(
     """
     if depth not in (18, 34, 50, 101, 152):
         raise ValueError(f"depth must be one of 18, 34, 50, 101 and 152, got {depth}")
-    if stem not in ("auto", "cifar", "imagenet"):
-        raise ValueError(f"stem must be auto, cifar or imagenet, got {stem!r}")
-    small = stem == "cifar" or (stem == "auto" and image_size <= LARGEST_SMALL_IMAGE)
+    small = small_stem(stem, image_size)
     net = models.get_model(
         f"resnet{depth}", weights=None, num_classes=num_classes, zero_init_residual=zero_init_residual
     )
     if small:
-        net.conv1 = _first(in_channels, kernel_size=3, stride=1)
+        set_first(net, "conv1", in_channels, kernel_size=3, stride=1, padding=1)
         net.maxpool = nn.Identity()
     elif in_channels != 3:
-        net.conv1 = _first(in_channels, kernel_size=7, stride=2)
+        set_first(net, "conv1", in_channels)
     load_pretrained(net, pretrained, published_by_torchvision(f"resnet{depth}"))
     return net
-
-
-def _first(in_channels: int, kernel_size: int, stride: int) -> nn.Conv2d:
-    """A first convolution, initialised as torchvision initialises its own."""
-    conv = nn.Conv2d(in_channels, 64, kernel_size, stride, padding=kernel_size // 2, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return conv
 
 
 class PaddedShortcut(nn.Module):

@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import nn
 
-from models.resnet import LARGEST_SMALL_IMAGE
+from models.checks import check_rates
+from models.stems import LARGEST_SMALL_IMAGE
 from models.wrapped import create_timm, finish, patch_side, published_by_timm
 
 SWIN = {
@@ -49,7 +50,7 @@ def vit(
     """
     if size not in ("tiny", "small", "base"):
         raise ValueError(f"size must be tiny, small or base, got {size!r}")
-    _check_rates(dropout, drop_path)
+    check_rates(dropout=dropout, drop_path=drop_path)
     name = f"vit_{size}_patch16_224"
     net = create_timm(
         name, in_channels, num_classes, img_size=image_size, patch_size=patch_side(patch_size, image_size, 16, 8),
@@ -94,7 +95,7 @@ def swin(
         raise ValueError(f"size must be one of {', '.join(SWIN)}, got {size!r}")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}")
-    _check_rates(dropout, drop_path)
+    check_rates(dropout=dropout, drop_path=drop_path)
     window = window_size or (4 if image_size <= LARGEST_SMALL_IMAGE else 7)
     net = create_timm(
         SWIN[size], in_channels, num_classes, img_size=image_size, window_size=window,
@@ -103,9 +104,3 @@ def swin(
     )  # fmt: skip
     published = published_by_timm(SWIN[size])
     return finish(net, SWIN[size], in_channels, image_size, num_classes, pretrained, published)
-
-
-def _check_rates(dropout: float, drop_path: float) -> None:
-    for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")

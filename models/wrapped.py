@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.plain import plain_layers
 from models.pretrained import load_pretrained, published_by_torchvision
-from models.resnet import LARGEST_SMALL_IMAGE
+from models.stems import LARGEST_SMALL_IMAGE, set_first
 
 log = logging.getLogger(__name__)
 
@@ -178,41 +178,6 @@ def widen(net: nn.Module, in_channels: int) -> None:
     name, conv = next((name, part) for name, part in net.named_modules() if isinstance(part, nn.Conv2d))
     if conv.in_channels != in_channels:
         set_first(net, name, in_channels)
-
-
-def set_first(net: nn.Module, name: str, in_channels: int, **changes: Any) -> None:
-    """Replace a convolution by a fresh one, at He's values (fan out, as torchvision).
-
-    Args:
-        net: changed in place.
-        name: of the convolution in it.
-        in_channels: the new one's.
-        changes: other arguments of ``nn.Conv2d`` that differ from the old one's.
-    """
-    old = net.get_submodule(name)
-    assert isinstance(old, nn.Conv2d)
-    same = {key: getattr(old, key) for key in ("out_channels", "kernel_size", "stride", "padding", "dilation")}
-    conv = nn.Conv2d(in_channels, **(same | {"bias": old.bias is not None} | changes))
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    parent, _, child = name.rpartition(".")
-    setattr(net.get_submodule(parent), child, conv)
-
-
-def small_stem(stem: str, image_size: int) -> bool:
-    """Whether a stem is the one for small images.
-
-    Args:
-        stem: auto, cifar or imagenet.
-        image_size: decides where the stem is auto.
-
-    Raises:
-        ValueError: for a stem that does not exist.
-    """
-    if stem not in ("auto", "cifar", "imagenet"):
-        raise ValueError(f"stem must be auto, cifar or imagenet, got {stem!r}")
-    return stem == "cifar" or (stem == "auto" and image_size <= LARGEST_SMALL_IMAGE)
 
 
 def patch_side(patch_size: int | None, image_size: int, published: int, patches: int) -> int:
