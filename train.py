@@ -16,13 +16,11 @@ import hydra
 from omegaconf import DictConfig
 
 from models import build_model
-from optimizers import build_optimizer
 from training import cli, distributed, resume, tasks
 from training.config import CONFIG_FOLDER, CONFIG_NAME
-from training.finetune import parameter_groups
 from training.rng import seed_everything
 from training.run_config import RunConfig
-from training.schema import build, build_scalars, build_schedule, refusals
+from training.schema import build, build_optimizers, build_scalars, build_schedule, refusals
 from training.warm_start import warm_start
 
 
@@ -48,16 +46,14 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
         place: dict[str, Any] = {"device": world.device, "rank": world.rank, "world_size": world.world_size}
         data = build(config["dataset"], "dataset", seed=config["seed"], **place)
         with refusals("trainer", config["trainer"]):
-            task = tasks.build(data.task, data.facts, trainer.label_smoothing)
+            task = tasks.build(data.task, data.facts, trainer.label_smoothing, config["seed"])
         model = build(config["model"], "model", through=build_model, facts=data.facts).to(world.device)
         cli.say(str(getattr(model, "loaded", "")))  # what became of pretrained weights
+        if statistics := getattr(model, "statistics", None):  # they were trained on pixels of this mean and std
+            data.normalise(*statistics)
         if config["init_from"] and start.checkpoint is None:
             cli.say(warm_start(model, config["init_from"]))
-        extras: dict[str, Any] = {"model": model, "likelihood": task.likelihood, "seed": config["seed"]}
-        if any(config["finetune"].values()):
-            with refusals("finetune", config["finetune"]):
-                extras["params"] = parameter_groups(model, **config["finetune"], lr=config["optimizer"].get("lr"))
-        optimizer = build(config["optimizer"], "optimizer", through=build_optimizer, **extras)
+        optimizer = build_optimizers(config, model, likelihood=task.likelihood, seed=config["seed"])
         schedule = build_schedule(config["scheduler"])
         scalars = build_scalars(config["schedules"])
         callbacks = [build(node, f"callbacks.{name}") for name, node in config["callbacks"].items()]

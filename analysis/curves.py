@@ -15,6 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 COLOURS = {"train": "#4477aa", "val": "#cc6677", "test": "#228833"}
 LABELS = {"train": "training", "val": "validation", "test": "test"}
 GREY = "#555555"
+PLAYERS = {"loss": ("critic", "#4477aa"), "generator_loss": ("generator", "#aa3377")}
+FRECHET = ("frechet_mnist", "frechet_cifar10", "fid")
 
 Series = tuple[list[float], list[float]]
 
@@ -63,19 +65,24 @@ def plot_run(metrics_jsonl: str | Path, name: str | None = None) -> dict[str, Fi
         name: title; None: the names of the run's folder and of the one above it.
 
     Returns:
-        {"loss", "accuracy", "perplexity", "lr"}: the figures of what the run logged; {} if it logged nothing. No figure
-        is registered with pyplot, so nothing has to be closed.
+        {"loss", "accuracy", "perplexity", "frechet_mnist", ..., "lr"}: the figures of what the run logged; {} if it
+        logged nothing. No figure is registered with pyplot, so nothing has to be closed.
     """
     path = Path(metrics_jsonl)
     events = read_metrics(path)
     title = name or _name(path if path.is_dir() else path.parent)
     figures: dict[str, Figure] = {}
-    if _has(events, "loss"):
+    if _has(events, "wasserstein"):
+        figures["loss"] = _game(events, title)
+    elif _has(events, "loss"):
         figures["loss"] = _loss(events, title)
     if _has(events, "accuracy"):
         figures["accuracy"] = _accuracy(events, title)
     if _has(events, "perplexity"):
-        figures["perplexity"] = _perplexity(events, title)
+        figures["perplexity"] = _logarithmic(events, title, "perplexity", "perplexity")
+    for metric in FRECHET:
+        if _has(events, metric):
+            figures[metric] = _logarithmic(events, title, metric, f"Fréchet distance ({metric.split('_')[-1]})")
     if _has_metric(events, "lr"):
         figures["lr"] = _learning_rate(events, title)
     return figures
@@ -111,15 +118,32 @@ def _accuracy(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def _perplexity(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
+def _game(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """What two players lose, and the distance that the critic sees."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    losses, distance = figure.subplots(1, 2)
+    for metric, (player, colour) in PLAYERS.items():
+        _draw_training(losses, *series(events, f"train/{metric}"), colour, label=player)
+    _dress(losses, "epoch", "training loss")
+    for split in ("train", "val"):
+        values = series(events, f"{split}/wasserstein")
+        _draw_training(distance, *values, COLOURS[split], label=LABELS[split])
+    _dress(distance, "epoch", "Wasserstein distance by the critic")
+    for axes in (losses, distance):
+        _legend(axes, "upper right")
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _logarithmic(events: Sequence[Mapping[str, Any]], title: str, metric: str, label: str) -> Figure:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    _draw_splits(axes, events, "perplexity", "epoch", best=min)
-    axes.set_yscale("log")  # the loss is its logarithm
+    _draw_splits(axes, events, metric, "epoch", best=min)
+    axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    _dress(axes, "epoch", "perplexity")
+    _dress(axes, "epoch", label)
     _legend(axes, "upper right")
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -164,13 +188,15 @@ def _figure(metric: str, value: float) -> str:
     return f"{value:.4g}" if metric == "perplexity" else f"{value:.3g}"
 
 
-def _draw_training(axes: Axes, positions: list[float], values: list[float], colour: str) -> None:
+def _draw_training(
+    axes: Axes, positions: list[float], values: list[float], colour: str, label: str = LABELS["train"]
+) -> None:
     """Training values are means of a few batches: a smooth line over the faint raw one where they are many."""
     smooth = _running_mean(values, max(1, len(values) // 40))
     many = len(values) >= 60
     if many:
         axes.plot(positions, values, color=colour, linewidth=0.8, alpha=0.3)
-    axes.plot(positions, smooth if many else values, color=colour, linewidth=1.8, label=LABELS["train"])
+    axes.plot(positions, smooth if many else values, color=colour, linewidth=1.8, label=label)
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:

@@ -8,8 +8,15 @@ from data.autoencoding import (
     faces,
     image_folder_autoencoder,
     mnist_autoencoder,
+    svhn_autoencoder,
 )
 from data.base import BatchLoader, DataError, DataModule
+from data.generation import (
+    cifar10_generation,
+    digits_generation,
+    image_folder_generation,
+    mnist_generation,
+)
 from data.memory import Augmentation, ImageStore, InMemoryLoader
 from data.text import TextLoader, Vocabulary, text_file, wikitext2, wikitext103
 from data.vision import (
@@ -36,18 +43,23 @@ __all__ = [
     "Vocabulary",
     "cifar10",
     "cifar10_autoencoder",
+    "cifar10_generation",
     "cifar100",
     "curves",
     "digits",
     "digits_autoencoder",
+    "digits_generation",
     "faces",
     "fashion_mnist",
     "image_folder",
     "image_folder_autoencoder",
+    "image_folder_generation",
     "imagenet",
     "mnist",
     "mnist_autoencoder",
+    "mnist_generation",
     "svhn",
+    "svhn_autoencoder",
     "text_file",
     "tiny_imagenet",
     "wikitext2",

@@ -28,7 +28,7 @@ from data.base import DataError, DataModule
 from data.folders import find_splits, read_images
 from data.memory import Augmentation, ImageStore, InMemoryLoader
 from data.synthetic import CHUNK, CURVE_SIZE, FACE_SIZE, draw_curves, kept, turn_faces
-from data.vision import DOWNLOAD_SILENCE, Loading, cut, labelled_images, limited, torchvision_sets
+from data.vision import _SVHN, DOWNLOAD_SILENCE, Loading, cut, labelled_images, limited, torchvision_sets
 
 Augment = Literal["none", "standard"]
 LikelihoodName = Literal["bernoulli", "gaussian"]
@@ -410,6 +410,10 @@ mnist_autoencoder = _published(
 cifar10_autoencoder = _published(
     "cifar10_autoencoder", datasets.CIFAR10, True,
     "CIFAR-10, to be reproduced: 50,000 + 10,000 colour 32 × 32 photographs.",
+)  # fmt: skip
+svhn_autoencoder = _published(
+    "svhn_autoencoder", _SVHN, False,
+    "SVHN, to be reproduced: 73,257 + 26,032 colour 32 × 32 photographs of house numbers.",
 )  # fmt: skip
 
 

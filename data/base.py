@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -41,6 +41,15 @@ class BatchLoader(Protocol):
         ...
 
 
+@runtime_checkable
+class Normalising(Protocol):
+    """A loader of images that can be told how to normalise them."""
+
+    def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """See DataModule."""
+        ...
+
+
 @dataclass
 class DataModule:
     """A data set, split in three that share no example: train to learn, val to choose, test to report once.
@@ -65,3 +74,20 @@ class DataModule:
     test: BatchLoader
     class_names: list[str]
     plateau: float | None = None
+
+    def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Serve images normalised otherwise than by their own statistics, as pretrained weights expect it.
+
+        Args:
+            mean: a value a channel, in units of 0..1, subtracted from the pixels; of grey images the average of them.
+            std: a value a channel, by which they are then divided; likewise.
+
+        Raises:
+            DataError: this is no set of images.
+        """
+        if self.facts.get("in_channels") == 1:
+            mean, std = ([sum(values) / len(values)] for values in (mean, std))
+        for loader in (self.train, self.val, self.test):
+            if not isinstance(loader, Normalising):
+                raise DataError(f"{self.name} holds no images for pretrained weights: choose another data set")
+            loader.normalise(mean, std)

@@ -134,6 +134,10 @@ class InMemoryLoader:
         self.rank = rank
         self.world_size = world_size
         self.num_examples = len(rows) // batch_size * batch_size if training else len(rows)
+        self.normalise(mean, std)
+
+    def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """See DataModule."""
         mean_, std_ = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
         self._scale = (1 / (255 * std_)).to(self.device, torch.float32)
         self._shift = (-mean_ / std_).to(self.device, torch.float32)

@@ -13,6 +13,7 @@ from models.cct import cct
 from models.convnets import cuda_convnet, vgg11
 from models.densenet import densenet
 from models.focalnet import focalnet
+from models.gan import GAN, dcgan, resnet_gan
 from models.gpt import gpt
 from models.mlp import mlp
 from models.mobilenet import mobilenetv3
@@ -24,6 +25,7 @@ from models.transformers import swin, vit
 from models.wrapped import timm_model, torchvision_model
 
 __all__ = [
+    "GAN",
     "Loaded",
     "autoencoder",
     "build_model",
@@ -31,6 +33,7 @@ __all__ = [
     "cifar_resnet",
     "conv_autoencoder",
     "cuda_convnet",
+    "dcgan",
     "deep_linear",
     "densenet",
     "focalnet",
@@ -41,6 +44,7 @@ __all__ = [
     "plain_layers",
     "read_weights",
     "resnet",
+    "resnet_gan",
     "swin",
     "timm_model",
     "torchvision_model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ WRAPPERS = ("model", "state_dict", "model_state_dict")
 # What DistributedDataParallel and torch.compile put before a name.
 PREFIXES = ("module.", "_orig_mod.")
 EXTRA_TOKENS = 8  # at most so many class and register tokens stand before the positions of a grid
+
+# Mean and std a channel, in units of 0..1, of the pixels that weights were trained on.
+Statistics = tuple[Sequence[float], Sequence[float]]
+# Downloads what a package publishes.
+Published = Callable[[], tuple[Mapping[str, Tensor], Statistics]]
 
 
 @dataclass
@@ -133,13 +138,16 @@ def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> Loaded
     return account
 
 
-def load_pretrained(model: nn.Module, pretrained: bool | str, published: Callable[[], Mapping[str, Tensor]]) -> None:
+def load_pretrained(model: nn.Module, pretrained: bool | str, published: Published) -> None:
     """Do what the option ``pretrained`` of a model says; the account is kept as ``model.loaded``.
+
+    Published weights expect pixels normalised as in their training: with which mean and std, ``model.statistics`` says.
+    Of a file that is not known, and images stay normalised by their own.
 
     Args:
         model: changed in place.
         pretrained: false: nothing; true: the published weights; else a path, see ``read_weights``.
-        published: downloads the published weights.
+        published: downloads the published weights, and knows the statistics of the images they expect.
 
     Raises:
         ValueError: they cannot be had, or do not fit.
@@ -148,13 +156,14 @@ def load_pretrained(model: nn.Module, pretrained: bool | str, published: Callabl
         return
     if pretrained is True:
         try:
-            weights, source = published(), "the published weights"
+            weights, statistics = published()
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"pretrained weights cannot be downloaded ({_first_line(error)}): give pretrained=PATH of a file that "
                 "holds them, or try again with a connection"
             ) from error
-        model.loaded = load(model, weights, source)  # type: ignore[assignment]
+        model.loaded = load(model, weights, "the published weights")  # type: ignore[assignment]
+        model.statistics = statistics  # type: ignore[assignment]
         return
     try:
         weights, file = read_weights(pretrained)
@@ -163,9 +172,15 @@ def load_pretrained(model: nn.Module, pretrained: bool | str, published: Callabl
         raise ValueError(f"pretrained={error}") from error
 
 
-def published_by_torchvision(name: str) -> Callable[[], Mapping[str, Tensor]]:
+def published_by_torchvision(name: str) -> Published:
     """What downloads a torchvision model's newest weights."""
-    return lambda: torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+
+    def published() -> tuple[Mapping[str, Tensor], Statistics]:
+        newest = torchvision.models.get_model_weights(name).DEFAULT
+        expected = newest.transforms()
+        return newest.get_state_dict(progress=False, check_hash=True), (expected.mean, expected.std)
+
+    return published
 
 
 def _channels(given: Tensor, shape: torch.Size) -> Tensor | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from models.plain import plain_layers
-from models.pretrained import load_pretrained, published_by_torchvision
+from models.pretrained import Published, Statistics, load_pretrained, published_by_torchvision
 from models.stems import LARGEST_SMALL_IMAGE, set_first
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def finish(
     image_size: int,
     num_classes: int,
     pretrained: bool | str,
-    published: Callable[[], Mapping[str, Tensor]],
+    published: Published,
 ) -> nn.Module:
     """Make the layers plain, try the model out on an empty image, and give it its pretrained weights.
 
@@ -168,9 +168,14 @@ def create_timm(name: str, in_channels: int, num_classes: int, **options: Any) -
     return need_timm().create_model(name, in_chans=in_channels, num_classes=num_classes, **options)
 
 
-def published_by_timm(name: str) -> Callable[[], Mapping[str, Tensor]]:
+def published_by_timm(name: str) -> Published:
     """What downloads a timm model's weights."""
-    return lambda: need_timm().create_model(name, pretrained=True).state_dict()
+
+    def published() -> tuple[Mapping[str, Tensor], Statistics]:
+        net = need_timm().create_model(name, pretrained=True)
+        return net.state_dict(), (net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
+
+    return published
 
 
 def widen(net: nn.Module, in_channels: int) -> None:

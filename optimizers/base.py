@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -135,6 +136,7 @@ class CurvatureOptimizer(Optimizer):
         self.loss_reduction = loss_reduction
         self.steps = 0
         self._updated_at = LONG_AGO
+        self._unobserved = False
         self.rejected = 0  # layer statistics that were not finite and not used
         self.blocks: dict[str, Approximation] = {}
         self._recorder: Recorder | None = None
@@ -197,8 +199,17 @@ class CurvatureOptimizer(Optimizer):
         self._recorder = Recorder(self.model, layers, self._due, self._observe, deferred, fraction)
 
     def _due(self) -> bool:
-        """Whether the step under way gathers curvature."""
-        return self.steps - self._updated_at >= self.update_every
+        """Whether the pass under way gathers curvature."""
+        return not self._unobserved and self.steps - self._updated_at >= self.update_every
+
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Within it, passes through the model leave no trace in the curvature: a penalty's, or another player's."""
+        before, self._unobserved = self._unobserved, True
+        try:
+            yield
+        finally:
+            self._unobserved = before
 
     def renew(self) -> None:
         """Make the next step gather and refresh curvature, however long its interval has still to run."""
@@ -217,21 +228,23 @@ class CurvatureOptimizer(Optimizer):
         assert self._recorder is not None
         if not any(p.requires_grad for block in self.blocks.values() for p in block.layer.parameters):
             return {}
-        alone = communication.world_size() == 1
-        if alone and not self._recorder.examples:
+        if communication.world_size() == 1 and not self._recorder.examples:
             warnings.warn(
                 "no backward pass came through the model in training mode since the last step, so its curvature was "
                 "not updated: call model.train(), and the whole model rather than its parts, before the forward pass.",
                 stacklevel=4,
             )
             return {}
+        blocks = list(self.blocks.values())
+        device = blocks[0].layer.parameters[0].device
+        seen = communication.anywhere([block.observed for block in blocks], device)
         kinds: dict[type[Approximation], list[Approximation]] = {}
-        for block in self.blocks.values():
-            if block.observed or not alone:  # every rank must bring the same blocks to the exchange
+        for block, was_seen in zip(blocks, seen, strict=True):
+            if was_seen:  # every rank must bring the same blocks to the exchange
                 kinds.setdefault(type(block), []).append(block)
         found: dict[str, dict[str, Tensor]] = {}
-        for kind, blocks in kinds.items():
-            found |= kind.estimate_all(blocks, *self._scaling())
+        for kind, members in kinds.items():
+            found |= kind.estimate_all(members, *self._scaling())
         return self._exchanged({name: found[name] for name in self.blocks if name in found})
 
     def _scaling(self) -> tuple[float, int]:
@@ -260,13 +273,19 @@ class CurvatureOptimizer(Optimizer):
         return {name: block.to_dense() for name, block in self.blocks.items() if block.factors}
 
     def coverage(self) -> Coverage:
-        """The table module → method → factor sizes → bytes, and what falls back to a first-order rule, and why."""
+        """The table module → method → factor sizes → bytes, and what falls back to a first-order rule, and why.
+
+        Which layers the model calls is known after the first step only.
+        """
         table = Coverage()
         for name, block in self.blocks.items():
             shapes = block.shapes()
             item = statistics_dtype(block.layer.parameters[0]).itemsize
             described = " ".join(f"{key}{list(shape)}" for key, shape in shapes.items())
             count = sum(p.numel() for p in block.layer.parameters if p.requires_grad)
+            if self.steps and count and not block.factors:  # a model may use a layer's weights and not call it
+                table.rows.append((name or "(root)", "fallback: the layer gave no statistics", "", count, 0))
+                continue
             size = sum(item * torch.Size(shape).numel() for shape in shapes.values()) + self._cache_bytes(block)
             table.rows.append((name or "(root)", type(block).__name__, described, count, size))
         named = dict(self.model.named_parameters()) if self.model is not None else {}

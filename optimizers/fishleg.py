@@ -319,7 +319,7 @@ class FishLeg(CurvatureOptimizer):
         precondition_aux: bool = True,
         init_scale: float | None = None,
         warmup_steps: int = 0,
-        max_factor_dim: int | None = None,
+        max_factor_dim: int | None = 8192,
         fallback_lr: float = 1e-3,
         skip: str | None = None,
         likelihood: Likelihood | None = None,

@@ -59,7 +59,7 @@ class KPSVD(NaturalGradient):
         radius: leave out pairs of positions farther apart than this along either axis of the image; None: none.
         rank: of the second term's eigenvalues, the inverse keeps so many of the largest on either side, in layers more
             than twice as wide; None: all. A whole eigenbasis costs several K-FAC inverses.
-        max_factor_dim: a layer with a wider factor falls back to K-FAC with that factor's diagonal.
+        max_factor_dim: a layer with a wider factor falls back to K-FAC with that factor's diagonal; None: none does.
         solve_dtype: see KFAC.
         weight_decay: L2 coefficient, added to the preconditioned gradient.
         fallback_lr: first-order step of the parameters without curvature.
@@ -95,7 +95,7 @@ class KPSVD(NaturalGradient):
         sharing: Literal["expand", "reduce"] = "expand",
         radius: int | None = None,
         rank: int | None = 128,
-        max_factor_dim: int | None = None,
+        max_factor_dim: int | None = 8192,
         solve_dtype: Literal["float32", "bfloat16"] = "float32",
         weight_decay: float = 0.0,
         fallback_lr: float = 1e-3,

@@ -125,7 +125,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         update_every: int = 10,
         refresh_every: int = 10,
         sharing: Literal["expand", "reduce"] = "expand",
-        max_factor_dim: int | None = None,
+        max_factor_dim: int | None = 8192,
         solve_dtype: Literal["float32", "bfloat16"] = "float32",
         weight_decay: float = 0.0,
         fallback_lr: float = 1e-3,

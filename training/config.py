@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from optimizers.packaged import Package
 from training import schema
 from training.errors import UserError
+from training.players import PLAYERS
 from training.run_config import RunConfig, find, load, replace_folder
 from training.schedules import ScalarSchedule
 from training.schema import TARGET, did_you_mean
@@ -41,15 +42,15 @@ OPEN = "schedules"
 # Another one, checked against the names of the model's parameters.
 RATES = "finetune.lr_mult"
 # Regular expressions, which are full of what Hydra's grammar takes for its own.
-EXPRESSIONS = ("finetune.freeze", "optimizer.skip")
-# A group that follows from the others: hyper-parameters that an experiment has for an optimizer, if it has some.
+EXPRESSIONS = ("finetune.freeze", "optimizer.skip", "generator.skip", "critic.skip")
+# A group that follows from the others: hyper-parameters that a study has for an optimizer, if it has some.
 PRESET = "preset"
 # What these two are anyway; Hydra refuses null as a choice on the command line.
 NOTHING = ("experiment=null", "debug=null")
 # Groups that a resumed run may choose anew: they do not change what is learned.
 FREE = ("paths", "logger", "callbacks")
 # Keys that a resumed run cannot change: their state lies in a checkpoint, or they go with what does.
-RESTORED = ("seed", "model", "optimizer", "scheduler", "schedules", "init_from", "finetune")
+RESTORED = ("seed", "model", "optimizer", *PLAYERS, "scheduler", "schedules", "init_from", "finetune")
 
 
 def prepare(argv: Sequence[str]) -> list[str]:
@@ -98,7 +99,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     parsed = [_parse(text) for text in overrides]
     options = _options(parsed)
     for override in parsed:
-        if override.key_or_group in options and (fault := _fault_of_choice(override, options)):
+        if _name(override) in options and (fault := _fault_of_choice(override, options)):
             raise UserError(fault)
     try:
         cfg = _compose([text for text in overrides if text not in NOTHING])
@@ -157,6 +158,7 @@ def validate(values: Mapping[str, Any]) -> dict[str, Any]:
             for name, node in (checked.get(group) or {}).items()
             if node is not None  # callbacks.early_stopping=null switches it off
         }
+    checked |= {name: schema.check(checked[name], name, "optimizer") for name in PLAYERS if checked.get(name)}
     checked["finetune"] = schema.check_options(_finetune, checked.get("finetune") or {"lr_mult": {}}, "finetune")
     rates = checked["finetune"]["lr_mult"]
     rates |= {name: schema.check_value(rate, float, f"{RATES}.{name}") for name, rate in rates.items()}
@@ -172,7 +174,7 @@ def _top_level(
     paths: dict, dataset: dict, model: dict, optimizer: dict, scheduler: dict, trainer: dict,
     seed: int, name: str | None = None, resume: str | None = None, init_from: str | None = None,
     logger: dict | None = None, callbacks: dict | None = None, schedules: dict | None = None,
-    finetune: dict | None = None,
+    finetune: dict | None = None, generator: dict | None = None, critic: dict | None = None,
 ) -> None:  # fmt: skip
     """The signature that `configs/train.yaml` is checked against."""
 
@@ -197,6 +199,11 @@ def _parse(text: str) -> Override:
         why = str(error).splitlines()[0]
         hint = f" ({why}); quote values with special characters" if "=" in text else ": write key=value"
         raise UserError(f"malformed override {text!r}{hint}") from error
+
+
+def _name(override: Override) -> str:
+    """A key or group, the latter with the package that it is chosen for: `optimizer@critic`."""
+    return override.key_or_group + (f"@{override.package}" if override.package else "")
 
 
 def _refuse(message: str) -> NoReturn:
@@ -253,7 +260,7 @@ def _refuse_additions(overrides: Sequence[Override], search: Sequence[str]) -> N
 
 def _groups_of_resumed(overrides: Sequence[Override]) -> list[str]:
     """The group choices of the run that `resume=PATH` names, unless the command contradicts them."""
-    given = {override.key_or_group: override.value() for override in overrides if override.package is None}
+    given = {_name(override): override.value() for override in overrides}
     path = given.get("resume")
     if path in (None, "", "auto") or not isinstance(path, str):
         return []
@@ -276,7 +283,7 @@ def _take_up(composed: DictConfig, chosen: dict[str, str], command: Sequence[str
     paths = _resolve(composed.paths, "paths.")
     values = OmegaConf.create(replace_folder(saved, str(saved["paths"]["data"]), str(paths["data"])))
     values.paths, values.resume = paths, composed.resume
-    for key in (_parse(text).key_or_group for text in command):
+    for key in (_name(_parse(text)) for text in command):
         before, now = (OmegaConf.select(cfg, key) for cfg in (values, composed))
         if key.split(".")[0] in RESTORED and key not in choices and before != now:
             raise UserError(
@@ -292,7 +299,7 @@ def _take_up(composed: DictConfig, chosen: dict[str, str], command: Sequence[str
 
 def _prepare_sweep(overrides: list[Override]) -> list[str]:
     """Check every job of a sweep and name its folder and its runs after what they differ in."""
-    given = {override.key_or_group: override for override in overrides}
+    given = {_name(override): override for override in overrides}
     if given.get("resume") and given["resume"].value() not in (None, "auto"):
         raise UserError("resume=PATH names one run, and a sweep resumes its own unfinished runs: leave resume out")
     if all(override.is_discrete_sweep() for override in overrides if override.is_sweep_override()):
@@ -306,7 +313,9 @@ def _prepare_sweep(overrides: list[Override]) -> list[str]:
     named = ("optimizer", "model", "dataset")
     fixed = [runs[0].choices[group] for group in named if len({run.choices[group] for run in runs}) == 1]
     name = names.pop() if len(names) == 1 else None
-    constant = [key for key, override in given.items() if not override.is_sweep_override()]
+    # Hydra leaves keys out of a run's name without a look at packages: optimizer would be optimizer@critic, too.
+    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    constant = sorted({override.key_or_group for override in overrides} - swept)
     folder = Path(runs[0].values["paths"]["sweeps"]) / (name or "_".join(fixed) or "sweep")
     extra = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(constant)}]"]
     return extra if "hydra.sweep.dir" in given else [*extra, f"hydra.sweep.dir='{folder}'"]
@@ -329,7 +338,7 @@ def _resolve(cfg: DictConfig, prefix: str = "") -> dict[str, Any]:
 def _diagnose(overrides: Sequence[Override], options: Mapping[str, list[str]], error: Exception) -> str:
     """Why a configuration does not compose, in a sentence about the override that is at fault."""
     for override in overrides:
-        if override.is_delete() and override.key_or_group in ("experiment", "optimizer"):  # both name `PRESET`
+        if override.is_delete() and override.key_or_group in ("study", "optimizer"):  # both name `PRESET`
             return f"{override.key_or_group} is missing from the configuration: ~ cannot remove it"
     tree = _tree(_choices(overrides))
     for override in overrides:
@@ -348,11 +357,11 @@ def _options(overrides: Sequence[Override]) -> dict[str, list[str]]:
     for group in (path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir()):
         names = [path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml")]
         options.setdefault(group.name, []).extend(sorted(names))
-    return options
+    return options | {f"optimizer@{player}": options["optimizer"] for player in PLAYERS}
 
 
 def _fault_of_choice(override: Override, options: Mapping[str, list[str]]) -> str | None:
-    group, value = override.key_or_group, override.value()
+    group, value = _name(override), override.value()
     known = options[group]
     if override.is_delete() or f"{group}={override.get_value_element_as_str()}" in NOTHING:
         return None
@@ -371,11 +380,15 @@ def _fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
         return None
     known = _keys(tree)
     groups = sorted(_options([]))
+    if override.package and _name(override) not in groups:
+        return f"unknown key {_name(override)!r}{did_you_mean(_name(override), groups)}"
     if key in known or key in groups:
         return None
     parents = [parent for parent in itertools.accumulate(key.split("."), "{}.{}".format) if parent in known]
     if _is_option_of_a_class(override, tree):
         return f"{key} is not in the file of this optimizer: add it with +{(override.input_line or '').lstrip('+')}"
+    if (player := key.split(".")[0]) in PLAYERS and player not in known:
+        return f"there is no key {key!r} as long as the {player} has no optimizer of its own: optimizer@{player}=NAME"
     if parents:
         parent, leaf = parents[-1], key.removeprefix(parents[-1])[1:].split(".")[0]
         children = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
@@ -390,15 +403,16 @@ def _fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
 def _is_option_of_a_class(override: Override, tree: DictConfig | None) -> bool:
     """Whether a key that is not in the tree may be an option of a class that is asked for by its name."""
     group, _, name = override.key_or_group.partition(".")
-    if tree is None or group != "optimizer" or not name or override.key_or_group in _keys(tree):
+    known = [] if tree is None else _keys(tree)
+    if tree is None or group not in ("optimizer", *PLAYERS) or group not in known or not name:
         return False
-    return isinstance(schema.locate(tree.optimizer[TARGET], group), Package)
+    return override.key_or_group not in known and isinstance(schema.locate(tree[group][TARGET], group), Package)
 
 
 def _choices(overrides: Sequence[Override]) -> list[str]:
     """The overrides that choose a group's file (or are Hydra's own), as far as they choose one."""
     groups = _options(overrides)
-    chosen = [o for o in overrides if o.key_or_group in groups or o.key_or_group.startswith("hydra")]
+    chosen = [o for o in overrides if _name(o) in groups or o.key_or_group.startswith("hydra")]
     return [o.input_line or "" for o in chosen if not (o.is_sweep_override() or o.input_line in NOTHING)]
 
 

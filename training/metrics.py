@@ -124,15 +124,11 @@ def evaluate(model: nn.Module, loader: BatchLoader, task: Task, precision: Preci
     """
     if loader.num_examples == 0:
         return {}
-    meters = task.meters(precision.device)
+    meters = task.examiners(precision.device)
     model.eval()
     try:
         with torch.no_grad(), rng.untouched(precision.device):
-            for inputs, targets in loader.epoch(0):
-                if len(targets):
-                    with precision.autocast():
-                        outputs = model(precision.prepare(inputs))
-                    task.measure(meters, precision.full(outputs), targets)
+            task.examine(model, loader, meters, precision)
     finally:
         model.train()
     return meters.compute()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -32,7 +33,7 @@ class Run:
     Attributes:
         model: the bare module, on its device.
         forward: what training calls: the model, compiled and wrapped as asked for.
-        optimizer: trains it.
+        optimizer: trains it; `Players` where the model has two.
         scheduler: drives the optimizer's learning rates.
         scalars: drives its other scalars.
         precision: number formats.
@@ -104,6 +105,11 @@ class Run:
         self.phases = Phases(device)
         self.window = self.task.meters(device)
         self._pace = Pace(self.clock, device)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether backward passes average gradients over the ranks by themselves."""
+        return isinstance(self.forward, DistributedDataParallel)
 
     @property
     def position(self) -> tuple[int, int]:

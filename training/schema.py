@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 
+from models import GAN
 from optimizers import Gaussian, build_optimizer
 from optimizers.packaged import Package
 from training.errors import UserError
+from training.finetune import parameter_groups
+from training.players import PLAYERS, Players
 from training.schedules import Scalars, ScalarSchedule
 
 TARGET = "_target_"
@@ -180,6 +183,47 @@ def build(node: Mapping[str, Any], where: str, /, *, through: Callable[..., Any]
         return through(function, **options, **injected) if through else function(**options, **injected)
 
 
+def build_optimizers(config: Mapping[str, Any], model: torch.nn.Module, **injected: Any) -> torch.optim.Optimizer:
+    """The optimizer of a model, or both players' if it has two: each its own, or else the one of all.
+
+    The generator's optimizer sees the whole game, through which its gradients flow, and trains the generator's
+    parameters alone; one that sorts a model's parameters itself sees the generator alone.
+
+    Args:
+        config: a checked configuration.
+        model: to train.
+        injected: likelihood and seed.
+
+    Raises:
+        UserError: a value is refused, or an entry does not go with the model.
+    """
+    own = [name for name in PLAYERS if config.get(name)]
+    tuned = any(config["finetune"].values())
+    if not isinstance(model, GAN):
+        if own:
+            raise UserError(
+                f"optimizer@{own[0]} is for a model of two players and this one has no {own[0]}: leave it out, or "
+                "choose one of them, such as model=dcgan"
+            )
+        if tuned:
+            with refusals("finetune", config["finetune"]):
+                injected["params"] = parameter_groups(model, **config["finetune"], lr=config["optimizer"].get("lr"))
+        return build(config["optimizer"], "optimizer", through=build_optimizer, model=model, **injected)
+    if tuned:
+        raise UserError("finetune is for models with one optimizer and this one has two players: leave it out")
+
+    def through(target: Callable[..., torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
+        if "params" in inspect.signature(target).parameters:
+            return build_optimizer(target, model, params=list(model.generator.parameters()), **options)
+        return build_optimizer(target, model.generator, **options)
+
+    seed = injected.pop("seed")
+    names = [name if name in own else "optimizer" for name in PLAYERS]
+    generator = build(config[names[0]], names[0], through=through, seed=seed, **injected)
+    critic = build(config[names[1]], names[1], through=build_optimizer, model=model.critic, seed=seed + 1, **injected)
+    return Players(generator, critic)
+
+
 def build_schedule(node: Mapping[str, Any]) -> Callable[..., Any]:
     """The schedule `(optimizer, ticks) -> scheduler` of a checked node, tried out on a throw-away optimizer.
 
@@ -217,16 +261,20 @@ def rehearse(values: Mapping[str, Any]) -> None:
     for group in ("callbacks", "logger"):
         for name, node in values[group].items():
             build(node, f"{group}.{name}")
-    optimizer = build(values["optimizer"], "optimizer", through=_small)
+    small = {name: build(values[name], name, through=_small) for name in ("optimizer", *PLAYERS) if values.get(name)}
+    optimizer = small["optimizer"]
+    if len(small) > 1:
+        optimizer = Players(*(small.get(name, optimizer) for name in PLAYERS))
     schedules = build_scalars(values["schedules"])
     with refusals("schedules", schedules):
         scalars = Scalars(optimizer, schedules)
     scalars.set(1.0)
     for name, end in scalars.values.items():
-        if name in values["optimizer"]:  # ranges are intervals: what lies between two values in range is in range
+        for node in (values[where] for where in small if name in values[where]):
+            # Ranges are intervals: what lies between two values in range is in range.
             with refusals(f"schedules.{name}.end"):
-                options = {key: value for key, value in values["optimizer"].items() if key != TARGET}
-                _small(locate(values["optimizer"][TARGET], "optimizer"), **options | {name: end})
+                options = {key: value for key, value in node.items() if key != TARGET}
+                _small(locate(node[TARGET], "optimizer"), **options | {name: end})
 
 
 def _small(target: Callable[..., Any], **options: Any) -> torch.optim.Optimizer:

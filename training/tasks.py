@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from models import GAN
 from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from training.errors import UserError
 from training.metrics import Mean, Meters, Perplexity, accuracy
+
+if TYPE_CHECKING:
+    from data import BatchLoader
+    from training.precision import Precision
+    from training.run import Run
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One update of a training step: whose, from which pass through the model, and what is counted of it.
+
+    Attributes:
+        optimizer: makes the update.
+        play: ``play(inputs, targets)`` returns outputs and the scalar loss.
+        measure: ``measure(outputs, targets, loss)``, of tensors without a graph.
+    """
+
+    optimizer: Optimizer
+    play: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    measure: Callable[[Tensor, Tensor, Tensor], None]
 
 
 class Task(ABC):
@@ -22,12 +47,14 @@ class Task(ABC):
         metrics: names and which way is better.
         main: the metric that chooses the best weights unless the user says otherwise.
         likelihood: p(targets | outputs) that is trained on; curvature methods sample from it.
+        whole: whether training calls the model as a whole; otherwise no wrapper can share its gradients over ranks.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[dict[str, Literal["min", "max"]]]
     main: ClassVar[str]
     likelihood: Likelihood
+    whole: ClassVar[bool] = True
 
     @abstractmethod
     def meters(self, device: torch.device) -> Meters:
@@ -48,6 +75,49 @@ class Task(ABC):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The scalar to train on: the mean over the batch."""
         return self.likelihood.nll(outputs, targets)
+
+    def check(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+        """Raise UserError if a model is none for this task.
+
+        Args:
+            model: in evaluation mode.
+            inputs: one example or more.
+            targets: theirs.
+        """
+        if isinstance(model, GAN):
+            raise UserError(
+                f"a model of two players is for images to be imitated, and this data set is for {self.name}: choose a "
+                "data set such as dataset=mnist_generation, or another model"
+            )
+        self.loss(model(inputs), targets)
+
+    def turns(self, run: Run) -> Sequence[Turn]:
+        """The updates that make up the next step, in order. Each has the step's batches."""
+
+        def play(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = run.forward(run.precision.prepare(inputs))
+            return outputs, self.loss(outputs, targets)
+
+        return (Turn(run.optimizer, play, partial(self.measure, run.window)),)
+
+    def examiners(self, device: torch.device) -> Meters:
+        """Fresh meters of an evaluation."""
+        return self.meters(device)
+
+    def examine(self, model: nn.Module, loader: BatchLoader, meters: Meters, precision: Precision) -> None:
+        """Count a whole set, or this rank's share.
+
+        Args:
+            model: in evaluation mode.
+            loader: the set.
+            meters: what ``examiners`` made.
+            precision: of the forward pass.
+        """
+        for inputs, targets in loader.epoch(0):
+            if len(targets):
+                with precision.autocast():
+                    outputs = model(precision.prepare(inputs))
+                self.measure(meters, precision.full(outputs), targets)
 
 
 class Classification(Task):
@@ -190,13 +260,14 @@ class Reconstruction(Task):
         return outputs.sigmoid() if isinstance(self.likelihood, Bernoulli) else outputs
 
 
-def build(name: str, facts: dict[str, Any], label_smoothing: float = 0.0) -> Task:
+def build(name: str, facts: dict[str, Any], label_smoothing: float = 0.0, seed: int = 0) -> Task:
     """The task a data set asks for.
 
     Args:
         name: ``DataModule.task``.
         facts: ``DataModule.facts``.
         label_smoothing: of the training loss, where there are labels.
+        seed: of what a task draws.
 
     Raises:
         ValueError: for a task there is none of, or label smoothing out of its range.
@@ -205,11 +276,13 @@ def build(name: str, facts: dict[str, Any], label_smoothing: float = 0.0) -> Tas
         return Classification(facts["num_classes"], label_smoothing)
     if name == LanguageModelling.name:
         return LanguageModelling(facts["vocabulary"], label_smoothing)
+    from training.adversarial import Adversarial  # which extends what is defined here
+
+    if name in (Reconstruction.name, Adversarial.name) and label_smoothing:
+        raise ValueError(f"label_smoothing must be 0 for a {name}, which has no labels, got {label_smoothing}")
     if name == Reconstruction.name:
-        if label_smoothing:
-            raise ValueError(
-                f"label_smoothing must be 0 for a reconstruction, which has no labels, got {label_smoothing}"
-            )
         return Reconstruction(facts["likelihood"])
-    known = ", ".join(task.name for task in (Classification, LanguageModelling, Reconstruction))
+    if name == Adversarial.name:
+        return Adversarial(facts["frechet"], seed)
+    known = ", ".join(task.name for task in (Classification, LanguageModelling, Reconstruction, Adversarial))
     raise ValueError(f"task must be one of {known}, got {name!r}")

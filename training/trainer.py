@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from optimizers.curvature.communication import average_
 from training import checkpoints, provenance, rng, schedules
 from training.budgets import Budget, Every
 from training.callbacks import Callback, Profiler
@@ -24,13 +25,14 @@ from training.errors import UserError
 from training.finite import Diverged, matrix_failure, require_finite, require_finite_loss
 from training.loggers import Logger, log_file
 from training.metrics import evaluate
+from training.players import Players
 from training.precision import Precision
 from training.provenance import summarise
 from training.run import Run
 from training.run_folder import RunFolder
 from training.schedules import Scalars, ScalarSchedule
 from training.signals import Interrupted, StopSignals
-from training.tasks import Task
+from training.tasks import Task, Turn
 
 if TYPE_CHECKING:
     from data import DataModule
@@ -59,7 +61,8 @@ def backward(optimizer: Optimizer, loss: Tensor, outputs: Tensor | None = None, 
 class Trainer:
     """Trains a model within a budget, evaluates, keeps checkpoints, and can go on from any of them bit for bit.
 
-    A step is one ``optimizer.step()``. Exactly one of ``max_epochs``, ``max_steps`` and ``max_time`` is given.
+    A step is one ``optimizer.step()``, of two players the critic's. Exactly one of ``max_epochs``, ``max_steps`` and
+    ``max_time`` is given.
 
     Args:
         max_epochs: passes over the training set; fractions count.
@@ -190,17 +193,20 @@ class Trainer:
 
     @staticmethod
     def _check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
-        """One example through the model, as in evaluation: tasks refuse outputs that are none of theirs."""
+        """One example through the model, as in evaluation: tasks refuse models that are none of theirs."""
         inputs, targets = next(iter(data.train.epoch(0)))
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), rng.untouched(inputs.device):
-                task.loss(model(inputs[:1]), targets[:1])
+                task.check(model, inputs[:1], targets[:1])
         finally:
             model.train(training)
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, Players):
+            for player in optimizer.players.values():
+                self._check_optimizer(player)
         name = type(optimizer).__name__
         if self.compile and getattr(optimizer, "needs_graph", False):
             raise ValueError(f"compile must be false for {name}: compiled models have no second derivatives")
@@ -227,8 +233,9 @@ class Trainer:
         budget = self._budget(data)
         forward: nn.Module = torch.compile(model) if self.compile else model  # type: ignore[assignment]
         if world.world_size > 1:
-            devices = [world.device] if world.device.type == "cuda" else None
-            forward = DistributedDataParallel(forward, device_ids=devices)
+            if task.whole:
+                devices = [world.device] if world.device.type == "cuda" else None
+                forward = DistributedDataParallel(forward, device_ids=devices)
             rng.part_ways(world.rank)
         return Run(
             model=model,
@@ -361,44 +368,54 @@ class Trainer:
                     raise Interrupted(f"Interrupted after step {run.step}: resume={run.folder.path} goes on.", signal)
 
     def _step(self, run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """One optimizer step on ``accumulate`` batches. Nothing in it waits for the device."""
+        """The updates of one step, each on the same ``accumulate`` batches. Nothing in it waits for the device."""
         run.phases.mark(None)
         run.scalars.set(run.progress)
-        run.optimizer.zero_grad()
-        for part in range(self.accumulate):
-            self._micro_batch(run, *next(batches), last=part == self.accumulate - 1)
-        if self.clip_norm is not None:
-            run.scaler.unscale_(run.optimizer)
-            params = [p for group in run.optimizer.param_groups for p in group["params"]]
-            run.grad_norm = nn.utils.clip_grad_norm_(params, self.clip_norm)
+        turns = run.task.turns(run)
+        served: Iterable[tuple[Tensor, Tensor]] = (next(batches) for _ in range(self.accumulate))
+        served = served if len(turns) == 1 else list(served)
+        for turn in turns:
+            turn.optimizer.zero_grad()
+            for part, (inputs, targets) in enumerate(served, 1):
+                self._micro_batch(run, turn, inputs, targets, last=part == self.accumulate)
+            self._update(run, turn.optimizer)
         run.lr = float(run.optimizer.param_groups[0]["lr"])
-        try:
-            run.scaler.step(run.optimizer)
-        except torch.linalg.LinAlgError as error:  # what some packages make of gradients that are not finite
-            raise matrix_failure(run, error) from error
         run.scaler.update()
         run.phases.mark("update")
 
-    def _micro_batch(self, run: Run, inputs: Tensor, targets: Tensor, last: bool) -> None:
+    def _micro_batch(self, run: Run, turn: Turn, inputs: Tensor, targets: Tensor, last: bool) -> None:
         run.phases.mark("data")
-        # Gradients travel between ranks once a step, with the last batch.
-        with nullcontext() if last or run.world.world_size == 1 else run.forward.no_sync():  # type: ignore[attr-defined]
+        # Gradients travel between ranks once an update, with the last batch.
+        with nullcontext() if last or not run.replicated else run.forward.no_sync():  # type: ignore[attr-defined]
             with run.precision.autocast():
-                outputs = run.forward(run.precision.prepare(inputs))
-                loss = run.task.loss(outputs, targets)
+                outputs, loss = turn.play(inputs, targets)
             run.phases.mark("forward")
             share = loss if self.accumulate == 1 else loss / self.accumulate
             scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0
-            backward(run.optimizer, run.scaler.scale(share), outputs, scale)
+            backward(turn.optimizer, run.scaler.scale(share), outputs, scale)
             run.phases.mark("backward")
-        run.task.measure(run.window, run.precision.full(outputs.detach()), targets, loss.detach())
+        turn.measure(run.precision.full(outputs.detach()), targets, loss.detach())
         run.phases.mark("measure")
+
+    def _update(self, run: Run, optimizer: Optimizer) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if not run.replicated:
+            average_([p.grad for p in params if p.grad is not None])
+        if self.clip_norm is not None:
+            run.scaler.unscale_(optimizer)
+            run.grad_norm = nn.utils.clip_grad_norm_(params, self.clip_norm)
+        try:
+            run.scaler.step(optimizer)
+        except torch.linalg.LinAlgError as error:  # what some packages make of gradients that are not finite
+            raise matrix_failure(run, error) from error
 
     # -- what happens now and then -------------------------------------------------------------------------------------
 
     def _log(self, run: Run) -> None:
-        values = {f"train/{name}": value for name, value in run.window.compute().items()}
-        require_finite_loss(run, values["train/loss"])
+        window = run.window.compute()
+        require_finite_loss(run, window["loss"])
+        # A player that had no turn since the last log has nothing to report.
+        values = {f"train/{name}": value for name, value in window.items() if not math.isnan(value)}
         with run.clock.count("other"):
             values["lr"] = run.lr
             values |= {f"schedule/{name}": float(value) for name, value in run.scalars.values.items()}

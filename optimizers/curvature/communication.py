@@ -41,6 +41,20 @@ def average_(tensors: Sequence[Tensor], weight: Tensor | None = None) -> None:
             offset += tensor.numel()
 
 
+def anywhere(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Which of these flags are up on some rank.
+
+    Args:
+        flags: as many on every rank.
+        device: that ranks exchange tensors on.
+    """
+    if world_size() == 1:
+        return list(flags)
+    counts = torch.tensor(flags, dtype=torch.int64, device=device)
+    dist.all_reduce(counts)
+    return (counts > 0).tolist()
+
+
 def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor of all ranks, one behind the other along dimension 1; ranks may differ in its length there.
 

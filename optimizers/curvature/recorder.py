@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from torch.utils._pytree import tree_map
 
 from optimizers.curvature.layers import Layer
 from optimizers.curvature.second_order import SecondOrder
+
+log = logging.getLogger(__name__)
 
 Observer = Callable[[Layer, Tensor, Tensor], None]
 #: Positional and keyword arguments of one forward pass of the model.
@@ -213,21 +216,26 @@ class TwiceDifferentiable:
 
     def __init__(self, root: nn.Module, due: Callable[[], bool]) -> None:
         self._due = due
-        self._entered: list[ExitStack] = []
+        self._told = False
+        self._entered: list[tuple[ExitStack, SecondOrder | None]] = []
         self._handles = [
             root.register_forward_pre_hook(_Hook(self._enter)),
             root.register_forward_hook(_Hook(self._exit), always_call=True),
         ]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        stack = ExitStack()
+        stack, mode = ExitStack(), None
         if torch.is_grad_enabled() and self._due():
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(SecondOrder())
-        self._entered.append(stack)
+            mode = stack.enter_context(SecondOrder())
+        self._entered.append((stack, mode))
 
     def _exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._entered.pop().close()
+        stack, mode = self._entered.pop()
+        stack.close()
+        if mode is not None and mode.attention and not self._told:
+            self._told = True
+            log.info("attention runs on the plain (math) kernel where second derivatives are due: fused ones have none")
 
     def close(self) -> None:
         """Remove the hooks. Idempotent."""

@@ -163,11 +163,17 @@ class SecondOrder(TorchFunctionMode):
 
     Calls that the functions here do not cover (autocast, string paddings, batch norm without weights or on running
     statistics, devices other than the CPU, where they were measured) go their usual way.
+
+    Attributes:
+        attention: whether a call of an attention that may be fused has passed.
     """
+
+    attention = False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept one call of a torch function."""
         kwargs = kwargs or {}
+        self.attention |= func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
         if func is F.conv2d or func is torch.conv2d:
             return self._conv2d(*args, **kwargs)
         if func is F.batch_norm:

@@ -1,4 +1,4 @@
-"""The files in configs/: complete, explained, and every experiment and debug mode runs."""
+"""The files in configs/: complete, explained, and every optimizer and debug mode runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,6 @@ from training.schema import locate, parameters
 
 FILES = sorted(CONFIG_FOLDER.rglob("*.yaml"))
 OURS = ("data", "models", "optimizers", "training")
-# Where a data set that is neither embedded nor generated may lie on this machine.
-NEEDS = {
-    "cifar10": "cifar10", "cifar100": "cifar100", "mnist": "mnist", "fashion_mnist": "fashion_mnist",
-    "cifar10_autoencoder": "cifar10", "mnist_autoencoder": "mnist", "faces": "olivetti",
-}  # fmt: skip
-FEW = {"faces": "dataset.train_images=1500"}  # of the rotated and enlarged images; a share of the others
 
 
 def photos(choices: list[str]) -> list[str]:
@@ -81,20 +75,6 @@ def test_every_optimizer_runs_two_steps(name: str, quick: Callable[..., Outcome]
     assert summary(folder)["steps"] == 2 and summary(folder)["status"] == "finished"
 
 
-@pytest.mark.parametrize("name", names("experiment"))
-def test_every_experiment_runs_two_steps(name: str, command: Callable[..., Outcome], work: Path, shared_data) -> None:
-    run = compose([f"experiment={name}"])
-    assert run.values["name"], "an experiment names its folder"
-    root = []
-    if (dataset := run.choices["dataset"]) in NEEDS:
-        root = [f"dataset.root={shared_data(NEEDS[dataset])}", FEW.get(dataset, "dataset.limit_train=0.02")]
-    budget = ("trainer.max_epochs=null", "trainer.max_steps=2", "trainer.eval_every_epochs=null")
-    outcome = command(f"experiment={name}", *budget, *root)
-    assert outcome.code == 0, outcome.err
-    (folder,) = runs(work)
-    assert summary(folder)["steps"] == 2
-
-
 @pytest.mark.parametrize("name", names("debug"))
 def test_every_debug_mode_runs(name: str, command: Callable[..., Outcome], work: Path) -> None:
     outcome = command(f"debug={name}", "model=mlp", "optimizer=adam")
@@ -107,14 +87,6 @@ def test_every_debug_mode_runs(name: str, command: Callable[..., Outcome], work:
         assert (folder / "trace.json").exists()
 
 
-def test_the_published_row() -> None:
-    values = compose(["experiment=adafisher/cifar10_resnet18"]).values
-    assert values["dataset"] | {"batch_size": 256, "augment": "cutout"} == values["dataset"]
-    published = {"lr": 1e-3, "weight_decay": 5e-4, "damping": 1e-3, "decay": 0.8, "update_every": 100}
-    assert values["optimizer"] | published | {"ema": "reference"} == values["optimizer"]
-    assert values["trainer"]["max_epochs"] == 200 and values["scheduler"]["_target_"] == "training.schedules.cosine"
-
-
 def test_help_lists_groups_and_choices(command: Callable[..., Outcome]) -> None:
     outcome = command("--help")
     assert outcome.code == 0
@@ -123,7 +95,7 @@ def test_help_lists_groups_and_choices(command: Callable[..., Outcome]) -> None:
     ours += ["kfac_corrected", "kpsvd", "lanczos", "twolevel_kfac"]
     assert listed and set(re.findall(r"\w+", listed[1])) >= {*ours, "adam", "adamw", "sgd"}, outcome.out
     assert re.search(r"debug: overfit, profile, smoke", outcome.out)
-    assert "experiment/adafisher: cifar10_resnet18" in outcome.out
+    assert re.search(r"experiment/adafisher: [^:]*\bcifar10_resnet18\b", outcome.out)
     assert "python train.py -m optimizer=sgd,adam,adafisher seed=0,1" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 120
 

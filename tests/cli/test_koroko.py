@@ -9,11 +9,10 @@ import pytest
 import yaml
 
 from tests.cli.conftest import Outcome, metrics, runs, summary
-from training.config import CONFIG_FOLDER, compose
+from training.config import compose
 
 NAMES = ("curves", "mnist", "faces")
 PIXELS = {"curves": 784, "mnist": 784, "faces": 625}
-PRESETS = sorted((CONFIG_FOLDER / "preset").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,17 +24,6 @@ def test_the_published_protocol(name: str) -> None:
     assert values["dataset"] | published == values["dataset"]
     assert values["trainer"]["max_epochs"] == 200 and values["scheduler"]["_target_"] == "training.schedules.none"
     assert values["model"]["activation"] == "relu"
-
-
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.relative_to(CONFIG_FOLDER).with_suffix("").as_posix())
-def test_an_optimizer_comes_with_its_hyper_parameters(path: Path) -> None:
-    experiment, optimizer = path.parent.relative_to(CONFIG_FOLDER / "preset").as_posix(), path.stem
-    assert (CONFIG_FOLDER / "experiment" / f"{experiment}.yaml").exists()
-    assert (CONFIG_FOLDER / "optimizer" / f"{optimizer}.yaml").exists()
-    run = compose([f"experiment={experiment}", f"optimizer={optimizer}"])
-    preset = yaml.safe_load(path.read_text())
-    assert run.values["optimizer"] | preset == run.values["optimizer"]
-    assert "preset" not in run.choices, "it follows from the experiment and the optimizer"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import socket
@@ -19,11 +20,13 @@ from data import autoencoding, synthetic
 from data.autoencoding import pixel_moments
 from data.memory import InMemoryLoader
 from data.synthetic import draw_curves, kept, turn_faces
+from data.vision import _SVHN
 
 ROOT = Path(__file__).resolve().parents[2]
 INJECTED = {"seed", "device", "rank", "world_size"}
 BUILDERS = (
     "curves", "faces", "mnist_autoencoder", "cifar10_autoencoder", "digits_autoencoder", "image_folder_autoencoder",
+    "svhn_autoencoder",
 )  # fmt: skip
 
 
@@ -306,6 +309,27 @@ def test_real_mnist_is_served_in_full(shared_data: Callable[[str], Path]) -> Non
     mnist = data.mnist_autoencoder(str(shared_data("mnist")), download=False, val_from="test")
     assert [loader.num_examples for loader in (mnist.train, mnist.val, mnist.test)] == [59_904, 10_000, 10_000]
     assert mnist.plateau == pytest.approx(0.2628, abs=1e-4)
+
+
+def test_house_numbers_are_served_unmirrored_and_in_units_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, images = np.random.default_rng(0), {}
+    files: dict[str, list[str]] = {}
+    for split, count in {"train": 20, "test": 8}.items():
+        images[split] = draw.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        path = tmp_path / f"{split}_32x32.mat"
+        savemat(path, {"X": images[split], "y": (np.arange(count)[:, None] % 10) + 1})
+        files[split] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+    monkeypatch.setattr(_SVHN, "split_list", files)
+    svhn = autoencoding.svhn_autoencoder(str(tmp_path), download=False, batch_size=5, augment="standard")
+    assert svhn.facts == {"in_channels": 3, "image_size": 32, "likelihood": "bernoulli"}
+    assert [split.num_examples for split in (svhn.train, svhn.val, svhn.test)] == [15, 2, 8]
+    inputs, targets = next(svhn.test.epoch(0))
+    expected = torch.from_numpy(images["test"]).permute(3, 2, 0, 1) / 255
+    torch.testing.assert_close(inputs, expected, rtol=0, atol=1e-6)
+    assert torch.equal(targets, inputs.flatten(1))
+    assert isinstance(svhn.train, InMemoryLoader) and not svhn.train.augmentation.flip, "digits are not mirrored"
 
 
 def test_a_folder_of_images(shared_data: Callable[[str], Path]) -> None:

@@ -358,3 +358,14 @@ def test_the_yaml_of_the_digits_builds_them() -> None:
     options = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "dataset" / "digits.yaml"))
     assert isinstance(options, dict) and options.pop("_target_")
     assert data.digits(**options).train.num_examples == 20 * 64
+
+
+def test_images_are_normalised_as_pretrained_weights_expect_it() -> None:
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    found = data.digits(batch_size=8, augment="none")
+    own = next(iter(found.val.epoch(0)))[0]
+    pixels = (own - found.val._shift) / (255 * found.val._scale)
+    found.normalise(mean, std)
+    for loader in (found.train, found.test):
+        torch.testing.assert_close(loader._scale.flatten(), torch.tensor([1 / (255 * 0.3)]))  # grey: the average
+    torch.testing.assert_close(next(iter(found.val.epoch(0)))[0], (pixels - 0.4) / 0.3, rtol=1e-5, atol=1e-5)

@@ -69,6 +69,11 @@ def test_a_file_round_trips(kind: str, tmp_path: Path) -> None:
     [
         ("timm_model", {"name": "test_convnext"}, lambda: timm.create_model("test_convnext", num_classes=10)),
         ("torchvision_model", {"name": "squeezenet1_1"}, lambda: torchvision.models.squeezenet1_1(num_classes=10)),
+        ("resnet", {"depth": 18, "stem": "imagenet"}, lambda: torchvision.models.resnet18(num_classes=10)),
+        ("densenet", {"depth": 121, "stem": "imagenet"}, lambda: torchvision.models.densenet121(num_classes=10)),
+        ("mobilenetv3", {"size": "small", "stem": "imagenet"},
+         lambda: torchvision.models.mobilenet_v3_small(num_classes=10)),
+        ("focalnet", {"patch_size": 4}, lambda: timm.create_model("focalnet_tiny_srf", num_classes=10)),
         ("swin", {"size": "tiny"}, lambda: timm.create_model(
             "swin_tiny_patch4_window7_224", num_classes=10, img_size=32, patch_size=2, window_size=4)),
     ],
@@ -249,3 +254,4 @@ def test_published_weights_are_loaded_like_a_file(tmp_path: Path, monkeypatch: p
     assert account.adapted == ["features.0.weight [64, 3, 3, 3] -> [64, 1, 3, 3]"]
     assert [change.split()[0] for change in account.replaced] == ["classifier.1.weight", "classifier.1.bias"]
     assert torch.equal(net.get_parameter("features.3.squeeze.weight"), source.features[3].squeeze.weight)
+    assert net.statistics == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "what its pixels were normalised by"

@@ -40,6 +40,13 @@ def parameters(model: nn.Module) -> int:
         ("densenet", {"depth": 169}, 14_149_480), ("densenet", {"depth": 201}, 20_013_928),
         ("mobilenetv3", {"size": "large"}, 5_483_032), ("mobilenetv3", {"size": "small"}, 2_542_856),
         ("torchvision_model", {"name": "vit_b_16"}, 86_567_656),
+        ("torchvision_model", {"name": "resnet18"}, 11_689_512), ("torchvision_model", {"name": "vgg16"}, 138_357_544),
+        ("torchvision_model", {"name": "swin_t"}, 28_288_354),
+        ("torchvision_model", {"name": "convnext_tiny"}, 28_589_128),
+        ("torchvision_model", {"name": "wide_resnet50_2"}, 68_883_240),
+        ("torchvision_model", {"name": "efficientnet_b0"}, 5_288_548),
+        ("timm_model", {"name": "resnet18"}, 11_689_512), ("timm_model", {"name": "efficientnet_b0"}, 5_288_548),
+        ("timm_model", {"name": "convnext_tiny"}, 28_589_128),
         # Table 1 of DeiT: 5M, 22M, 86M; of Swin: 29M, 50M, 88M, 197M; of FocalNet: 28.4M and 28.6M, 49.9M, 88.1M;
         # timm counts the same
         ("vit", {"size": "tiny"}, 5_717_416), ("vit", {"size": "small"}, 22_050_664),
@@ -107,9 +114,17 @@ def test_cct_pools_its_tokens_with_learned_weights() -> None:
 @pytest.mark.parametrize(
     "name, options, size, theirs",
     [
+        ("resnet", {"depth": 18, "stem": "imagenet"}, 32, lambda: torchvision.models.resnet18(num_classes=7)),
+        ("resnet", {"depth": 50, "stem": "imagenet"}, 32, lambda: torchvision.models.resnet50(num_classes=7)),
         ("densenet", {"depth": 121, "stem": "imagenet"}, 32, lambda: torchvision.models.densenet121(num_classes=7)),
         ("mobilenetv3", {"size": "small", "stem": "imagenet"}, 32,
          lambda: torchvision.models.mobilenet_v3_small(num_classes=7)),
+        ("mobilenetv3", {"size": "large", "stem": "imagenet"}, 32,
+         lambda: torchvision.models.mobilenet_v3_large(num_classes=7)),
+        ("torchvision_model", {"name": "swin_t"}, 32, lambda: torchvision.models.swin_t(num_classes=7)),
+        ("torchvision_model", {"name": "convnext_tiny"}, 32, lambda: torchvision.models.convnext_tiny(num_classes=7)),
+        ("timm_model", {"name": "convnext_atto"}, 32, lambda: timm.create_model("convnext_atto", num_classes=7)),
+        ("timm_model", {"name": "resnet18"}, 32, lambda: timm.create_model("resnet18", num_classes=7)),
         ("vit", {"size": "tiny", "patch_size": 16}, 32,
          lambda: timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=32)),
         ("swin", {"size": "tiny", "patch_size": 4, "window_size": 7}, 32,
@@ -288,6 +303,52 @@ def test_a_model_that_goes_around_its_layers_is_named(caplog: pytest.LogCaptureF
         build("torchvision_model", CIFAR, name="swin_t")
         build("torchvision_model", CIFAR, name="vit_b_32")
     assert [r.getMessage().split(" (")[0] for r in caplog.records] == ["swin_t uses the weights of 24 layers"]
+
+
+def goes_around(name: str) -> nn.Module:
+    """A net that multiplies by the weights of its attention's layers instead of calling them."""
+    if name == "swin_t":
+        return build("torchvision_model", CIFAR, name="swin_t")
+    options = {"embed_dim": 24, "num_heads": 3, "img_size": 32}
+    if name == "swinv2_tiny_window8_256":
+        options |= {"depths": (1, 1), "num_heads": (2, 4), "window_size": 4, "patch_size": 2}
+    else:
+        options |= {"depth": 2, "patch_size": 8}
+    net = create_timm(name, 3, 10, **options)
+    return finish(net, name, 3, 32, 10, False, dict)
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swinv2_tiny_window8_256", "beit_base_patch16_224"])
+def test_layers_that_are_gone_around_count_as_fallback_and_move(name: str) -> None:
+    net = goes_around(name)
+    images, classes = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
+    called = {layer.weight for layer in net.modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    hooks = [
+        layer.register_forward_hook(lambda layer, *_: called.discard(layer.weight))
+        for layer in net.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
+    net(images)
+    for hook in hooks:
+        hook.remove()
+    silent = {layer for layer, module in net.named_modules() if getattr(module, "weight", None) in called}
+    assert silent
+    for make in (lambda: AdaFisher(net), lambda: KFAC(net, max_factor_dim=8, likelihood=Categorical())):
+        optimizer = make()
+        hopes = optimizer.coverage().fraction
+        before = {layer: net.get_parameter(f"{layer}.weight").detach().clone() for layer in silent}
+        for _ in range(2):  # Swin-v2's branches start at zero: nothing flows back through them in the first step
+            optimizer.zero_grad()
+            outputs = net(images)
+            optimizer.backward(F.cross_entropy(outputs, classes), outputs)
+            optimizer.step()
+        table = optimizer.coverage()
+        found = {row[0] for row in table.rows if row[1] == "fallback: the layer gave no statistics"}
+        assert found == silent
+        lost = sum(parameters(net.get_submodule(layer)) for layer in silent)
+        assert hopes - table.fraction == pytest.approx(lost / parameters(net))
+        assert not [layer for layer in silent if net.get_parameter(f"{layer}.weight").equal(before[layer])]
+        optimizer.close()
 
 
 # ------------------------------------------------------------------------------------------------------- sentences

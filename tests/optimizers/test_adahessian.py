@@ -170,12 +170,17 @@ def test_plain_backward_on_a_due_step_says_what_to_call() -> None:
         optimizer.step()
 
 
-def test_fused_attention_is_switched_off_for_a_module_and_explained_for_bare_parameters() -> None:
+def test_fused_attention_is_switched_off_for_a_module_and_explained_for_bare_parameters(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     inputs, targets = images()
     model = ViTBlock(fused=True)
     optimizer = AdaHessian(model)
-    optimizer.backward(F.cross_entropy(model(inputs), targets))
-    optimizer.step()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            optimizer.backward(F.cross_entropy(model(inputs), targets))
+            optimizer.step()
+    assert sum("math" in line for line in caplog.messages) == 1, "told once"
     enabled = torch.backends.cuda.flash_sdp_enabled()
     assert enabled, "the kernel choice must be restored after the forward pass"
     bare = AdaHessian(ViTBlock(fused=True).parameters())

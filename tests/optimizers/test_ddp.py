@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.optimizers.problems import PROBLEMS
+from tests.optimizers import problems
 from tests.optimizers.test_contract import build, every, train_step, weights
 
 STEPS = 20
@@ -38,7 +39,21 @@ CASES |= {
         for name in ("fishleg", "fishleg_each", "fishleg_rank_one", "lamb", "lion", "muon", "shampoo", "soap")
     },
 }
-MODELS = ["mlp", "groupnorm", "embedding"]
+
+
+class Around(nn.Module):
+    """Multiplies by the weight of a layer that it never calls, so that no rank sees anything flow through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(192, 6, bias=False), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(x.flatten(1), self.inner.weight).tanh())
+
+
+PROBLEMS = {name: problems.PROBLEMS[name] for name in ("mlp", "groupnorm", "embedding")}
+PROBLEMS["around"] = (Around, problems.images)
 # EKFAC's moments depend on the basis, and a null space has none of its own. Half of so many examples give every factor
 # full rank but the widest, that of the MLP's inputs.
 BATCH = 96
@@ -79,13 +94,13 @@ def worker(rank: int, folder: str, cases: list[tuple[str, str]]) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Tensor]]:
     """Final weights of every case on each of two real processes."""
     folder = tmp_path_factory.mktemp("ddp")
-    cases = [(name, problem) for name in CASES for problem in MODELS]
+    cases = [(name, problem) for name in CASES for problem in PROBLEMS]
     mp.spawn(worker, args=(str(folder), cases), nprocs=2, join=True)  # fails on any worker's exit code
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("problem", MODELS)
+@pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("name", every("ranks", list(CASES)))
 def test_two_processes_equal_one(name: str, problem: str, ranks: list[dict[tuple[str, str], Tensor]]) -> None:
     first, second = (results[name, problem] for results in ranks)

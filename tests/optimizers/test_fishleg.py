@@ -94,6 +94,13 @@ def test_a_step_multiplies_the_gradient_by_the_dense_inverse(name: str) -> None:
     assert optimizer.curvature_matrices() == {}, "an inverse is no curvature"
 
 
+def test_a_vocabulary_is_wider_than_the_widest_factor_unless_asked_for() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6144, 16), nn.Linear(16, 9000))
+        inner, head = FishLeg(model, likelihood=Gaussian()).blocks.values()
+    assert set(inner.factors) == {"L", "R", "A"} and set(head.factors) == {"L", "A"}
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["linear", "conv_grouped", "batchnorm"])
 @pytest.mark.parametrize("limit", [None, 3, 1])

@@ -687,6 +687,18 @@ def test_coverage_bytes_are_what_is_allocated(method: type[NaturalGradient], pro
     assert announced == pytest.approx(sum(storages.values()), rel=0.1)
 
 
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.__name__)
+def test_a_vocabulary_is_wider_than_the_widest_factor_unless_asked_for(method: type[NaturalGradient]) -> None:
+    """One square factor of 33,278 words would be 4.4 GB; those of published nets (Swin-L's 6145) stay whole."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6144, 256), nn.Linear(256, 33_278))
+    inner, head = method(model, likelihood=Categorical()).blocks.values()
+    assert inner.shapes()["A"] == (1, 6145, 6145) and inner.shapes()["G"] == (1, 256, 256)
+    assert head.shapes()["A"] == (1, 257, 257) and head.shapes()["G"] == (1, 33_278)
+    whole = method(model, likelihood=Categorical(), max_factor_dim=None).blocks["1"]
+    assert whole.shapes()["G"] == (1, 33_278, 33_278)
+
+
 def test_skipped_layers_train_by_the_fallback() -> None:
     model, batch = mlp(), images()
     optimizer = KFAC(model, likelihood=Categorical(), skip=r"^1$", lr=0.5, fallback_lr=1e-3, momentum=0.0)
