@@ -56,7 +56,8 @@ OPTIMIZERS = ("sgd", "adafisher", "kfac", "adahessian")  # of transformers adafi
 #: One learning rate an optimizer and kind of model, that a handful of steps on two batches shows progress with.
 RATES: dict[str, dict[str, float]] = {
     "convolutional": {"sgd": 0.01, "adafisher": 1e-4, "kfac": 0.001, "adahessian": 0.03},
-    "transformer": {"sgd": 0.01, "adafisher": 1e-4, "kfac": 0.001, "adahessian": 0.01},
+    "deep": {"sgd": 0.001, "adafisher": 1e-5, "kfac": 0.001, "adahessian": 0.03},  # and batch norm on two images
+    "transformer": {"sgd": 0.01, "adafisher": 1e-4, "kfac": 0.001, "adahessian": 0.003},
     "rebuilding": {"sgd": 1e-4, "adafisher": 1e-6, "kfac": 0.01, "adahessian": 1e-3},  # its loss sums over pixels
 }
 
@@ -73,7 +74,7 @@ DATA: dict[str, tuple[str, list[str]]] = {
     ),
     "ImageNet": (
         "imagenet-sample",
-        ["dataset=imagenet", "dataset.workers=0", "dataset.val_fraction=0", "dataset.batch_size=8"],
+        ["dataset=imagenet", "dataset.workers=0", "dataset.val_fraction=0.1", "dataset.batch_size=4"],
     ),
     "WikiText-2": (
         "wikitext-2",
@@ -140,16 +141,16 @@ def _rows() -> Iterator[Row]:
     yield Row("torchvision", kind="transformer", options=("model.name=swin_t",), **less)
     yield Row("densenet121", **less)
     few: dict[str, Any] = {"batch": 2, "rounds": 1}
-    yield Row("resnet34", "Tiny ImageNet", **few)
-    yield Row("densenet169", **few)
+    yield Row("resnet34", "Tiny ImageNet", "deep", **few)
+    yield Row("densenet169", kind="deep", **few)
     yield Row("swin_t", kind="transformer", **few)
     yield Row("focalnet", kind="transformer", **few)
-    yield Row("resnet50", "ImageNet", **few)
-    yield Row("densenet201", **few)
+    yield Row("resnet50", "ImageNet", "deep", **few)
+    yield Row("densenet201", kind="deep", **few)
     yield Row("swin_s", kind="transformer", **few)
-    yield Row("resnet101", **few)
-    yield Row("densenet161", **few)
-    yield Row("resnet152", **few)
+    yield Row("resnet101", kind="deep", **few)
+    yield Row("densenet161", kind="deep", **few)
+    yield Row("resnet152", kind="deep", **few)
     yield Row("vit_base", kind="transformer", **few)
     yield Row("gpt1", "WikiText-2", "transformer", **few)
     yield Row("swin_b", kind="transformer", **few)
