@@ -129,8 +129,8 @@ def _game(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
         values = series(events, f"{split}/wasserstein")
         _draw_training(distance, *values, COLOURS[split], label=LABELS[split])
     _dress(distance, "epoch", "Wasserstein distance by the critic")
-    for axes in (losses, distance):
-        _legend(axes, "upper right")
+    _legend(losses, "lower right")  # where losses that begin far below 0 have left
+    _legend(distance, "upper right")
     figure.suptitle(title, fontsize="medium")
     return figure
 

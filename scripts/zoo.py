@@ -56,7 +56,7 @@ OPTIMIZERS = ("sgd", "adafisher", "kfac", "adahessian")  # of transformers adafi
 #: One learning rate an optimizer and kind of model, that a handful of steps on two batches shows progress with.
 RATES: dict[str, dict[str, float]] = {
     "convolutional": {"sgd": 0.01, "adafisher": 1e-4, "kfac": 0.001, "adahessian": 0.03},
-    "deep": {"sgd": 0.001, "adafisher": 1e-5, "kfac": 0.001, "adahessian": 0.03},  # and batch norm on two images
+    "deep": {"sgd": 1e-4, "adafisher": 1e-5, "kfac": 0.001, "adahessian": 0.03},  # and batch norm on two images
     "transformer": {"sgd": 0.01, "adafisher": 1e-4, "kfac": 0.001, "adahessian": 0.003},
     "rebuilding": {"sgd": 1e-4, "adafisher": 1e-6, "kfac": 0.01, "adahessian": 1e-3},  # its loss sums over pixels
 }
