@@ -90,7 +90,7 @@ def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: Dict
         cfg: the composed configuration.
 
     Returns:
-        The monitored metric, for sweepers: the worst possible for a run that failed.
+        The monitored metric, for sweepers: the worst possible for a run that failed, NaN while none is known.
     """
     run = current(cfg)
     summary: dict[str, Any]
@@ -112,7 +112,9 @@ def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: Dict
         release()
     if run.sweep is not None:
         _rows.append((run.label or folder.name, summary))
-    monitor = summary.get("monitor") or monitored(run)
+    monitor = summary.get("monitor") or run.values["trainer"].get("monitor") or _monitor()
+    if monitor is None:
+        return float("nan")
     value = (summary.get("best") or {}).get(monitor)
     worst = float("-inf") if monitor.endswith("accuracy") else float("inf")
     return float(value) if isinstance(value, int | float) else worst
@@ -140,16 +142,15 @@ def record_failure(folder: Path, run: RunConfig, error: Exception) -> dict[str, 
     return summary
 
 
-def monitored(run: RunConfig) -> str:
-    """The metric that chooses a run's best weights."""
-    return run.values["trainer"].get("monitor") or "val/accuracy"
+def _monitor() -> str | None:
+    """The metric that chose the best weights of this sweep's jobs; a task names it, so a job must have started."""
+    return next((summary["monitor"] for _, summary in _rows if "monitor" in summary), None)
 
 
 def _close_sweep() -> None:
     """The table of a sweep's jobs, and why some of them failed."""
     if _rows and _is_main():
-        monitor = next((summary["monitor"] for _, summary in _rows if "monitor" in summary), "val/accuracy")
-        report.say("", report.sweep_table(_rows, monitor))
+        report.say("", report.sweep_table(_rows, _monitor() or "val/loss"))
         say("\n".join([*report.failure_lines(_rows)]))
 
 
