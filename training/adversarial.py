@@ -8,7 +8,6 @@ Fréchet distance of Heusel et al., "GANs Trained by a Two Time-Scale Update Rul
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision.utils import make_grid
@@ -26,9 +24,9 @@ from models.features import features
 from optimizers.curvature.communication import rank, world_size
 from optimizers.likelihoods import Gaussian
 from training import rng
-from training.callbacks import Callback
 from training.errors import UserError
 from training.metrics import Mean, Meters
+from training.pictures import CELL, Pictures
 from training.players import Players, frozen, unobserved
 from training.precision import Precision
 from training.tasks import Task, Turn
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 #: What is drawn: numbers for the critic's turn, for the generator's, and for all evaluations and pictures.
 CRITIC, GENERATOR, FIXED = range(3)
 SMALL = 100  # generated images at a time in evaluation
-CELL = 60  # smaller images are enlarged to about so many pixels a side in pictures
 
 
 class Adversarial(Task):
@@ -217,7 +214,7 @@ def _inception_distance() -> FrechetInceptionDistance:
         raise UserError(f"Inception's weights cannot be downloaded ({reason}): {way_out}") from error
 
 
-class SamplePlots(Callback):
+class SamplePlots(Pictures):
     """Draws images that the generator makes of the same latents every time; only where images are imitated.
 
     The picture goes to TensorBoard in the course of training and into the run folder, ``samples.png``, when it ends.
@@ -231,47 +228,17 @@ class SamplePlots(Callback):
         ValueError: for a value out of its range.
     """
 
+    name, task = "samples", Adversarial
+
     def __init__(self, columns: int = 10, rows: int = 6, every_epochs: float = 1.0) -> None:
-        for name, value in {"columns": columns, "rows": rows}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 < every_epochs < math.inf:
-            raise ValueError(f"every_epochs must be above 0, got {every_epochs}")
-        self.columns, self.rows, self.every_epochs = columns, rows, every_epochs
-        self._due = 0.0
-
-    def on_fit_start(self, run: Run) -> None:
-        """See Callback."""
-        self._due = self._next(run) if run.resumed else 0.0
-
-    def _next(self, run: Run) -> float:
-        return math.floor(run.epoch / self.every_epochs + 1) * self.every_epochs
-
-    def on_evaluation(self, run: Run, values: dict[str, float]) -> None:
-        """See Callback."""
-        if run.epoch < self._due or not isinstance(run.task, Adversarial):
-            return
-        self._due = self._next(run)
-        if run.world.is_main:
-            picture = self.draw(run)
-            for logger in run.loggers:
-                logger.image("samples", picture, run.step)
-
-    def on_fit_end(self, run: Run, summary: dict[str, Any]) -> None:
-        """See Callback."""
-        if run.world.is_main and isinstance(run.task, Adversarial):
-            Image.fromarray(self.draw(run).permute(1, 2, 0).numpy()).save(run.folder.path / "samples.png")
+        super().__init__(columns, rows, every_epochs)
 
     def draw(self, run: Run) -> Tensor:
-        """The picture, uint8 ``[3, H, W]``."""
+        """See Pictures."""
         assert isinstance(run.model, GAN) and isinstance(run.task, Adversarial)
         latents = run.task.latents(self.columns * self.rows, run.model.latent)
-        run.model.eval()
-        try:
-            with torch.no_grad(), rng.untouched(run.world.device), run.precision.autocast():
-                made = run.model.generator(latents.to(run.world.device))
-        finally:
-            run.model.train()
+        with rng.observed(run.model, run.world.device), run.precision.autocast():
+            made = run.model.generator(latents.to(run.world.device))
         scale = max(1, CELL // made.shape[-1])
         large = made.float().nan_to_num().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         return make_grid(_bytes(large), nrow=self.columns, padding=2, pad_value=128).cpu()

@@ -125,10 +125,6 @@ def evaluate(model: nn.Module, loader: BatchLoader, task: Task, precision: Preci
     if loader.num_examples == 0:
         return {}
     meters = task.examiners(precision.device)
-    model.eval()
-    try:
-        with torch.no_grad(), rng.untouched(precision.device):
-            task.examine(model, loader, meters, precision)
-    finally:
-        model.train()
+    with rng.observed(model, precision.device):
+        task.examine(model, loader, meters, precision)
     return meters.compute()

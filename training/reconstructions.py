@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from training import rng
-from training.callbacks import Callback
+from training.pictures import CELL, Pictures
 from training.tasks import Reconstruction
 
 if TYPE_CHECKING:
     from training.run import Run
 
 MARGIN = 255  # brightness of the lines between the images
-CELL = 60  # smaller images are enlarged to about so many pixels a side
 
 
-class ReconstructionPlots(Callback):
+class ReconstructionPlots(Pictures):
     """Draws validation images above what the model makes of them; only where images are to be reproduced.
 
     The picture goes to TensorBoard in the course of training and into the run folder, ``reconstructions.png``, when it
@@ -37,48 +34,24 @@ class ReconstructionPlots(Callback):
         ValueError: for a value out of its range.
     """
 
+    name, task = "reconstructions", Reconstruction
+
     def __init__(self, columns: int = 12, rows: int = 2, every_epochs: float = 10.0) -> None:
-        for name, value in {"columns": columns, "rows": rows}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 < every_epochs < math.inf:
-            raise ValueError(f"every_epochs must be above 0, got {every_epochs}")
-        self.columns, self.rows, self.every_epochs = columns, rows, every_epochs
-        self._due = 0.0
+        super().__init__(columns, rows, every_epochs)
 
     def on_fit_start(self, run: Run) -> None:
         """See Callback."""
-        self._due = math.floor(run.epoch / self.every_epochs + 1) * self.every_epochs if run.resumed else 0.0
+        super().on_fit_start(run)
         if run.data.plateau is not None and not run.resumed:
             run.emit("start", {"plateau/loss": run.data.plateau})
 
-    def on_evaluation(self, run: Run, values: dict[str, float]) -> None:
-        """See Callback."""
-        if run.epoch < self._due or not isinstance(run.task, Reconstruction):
-            return
-        self._due = math.floor(run.epoch / self.every_epochs + 1) * self.every_epochs
-        if run.world.is_main:
-            picture = self.draw(run)
-            for logger in run.loggers:
-                logger.image("reconstructions", picture, run.step)
-
-    def on_fit_end(self, run: Run, summary: dict[str, Any]) -> None:
-        """See Callback."""
-        if run.world.is_main and isinstance(run.task, Reconstruction):
-            pixels = self.draw(run).permute(1, 2, 0).squeeze(-1)  # [H, W] is a grey picture
-            Image.fromarray(pixels.numpy()).save(run.folder.path / "reconstructions.png")
-
     def draw(self, run: Run) -> Tensor:
-        """The picture of the first validation images, uint8 ``[C, H, W]``."""
+        """The picture of the first validation images; see Pictures."""
         assert isinstance(run.task, Reconstruction)
         inputs, targets = next(iter(run.data.val.epoch(0)))
         inputs, targets = inputs[: self.columns * self.rows], targets[: self.columns * self.rows]
-        run.model.eval()
-        try:
-            with torch.no_grad(), rng.untouched(run.world.device), run.precision.autocast():
-                outputs = run.model(run.precision.prepare(inputs))
-        finally:
-            run.model.train()
+        with rng.observed(run.model, run.world.device), run.precision.autocast():
+            outputs = run.model(run.precision.prepare(inputs))
         made = run.task.pixels(run.precision.full(outputs)).view_as(inputs)
         # Pixels that are centred and scaled are brought back to [0, 1] by the range of the inputs.
         low, high = min(0.0, float(targets.min())), max(1.0, float(targets.max()))

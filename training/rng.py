@@ -1,4 +1,4 @@
-"""Random number generators of all kinds: seeded, saved and put back together."""
+"""Random number generators of all kinds: seeded, saved and put back together; models looked at without a trace."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def seed_everything(seed: int) -> None:
@@ -77,3 +78,15 @@ def deterministic(on: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def observed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """In the block the model is in evaluation mode, without gradients; mode and generators are then as they were."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), untouched(device):
+            yield
+    finally:
+        model.train(training)

@@ -60,12 +60,8 @@ class SampleText(Callback):
         # A line begins where one has ended; unlike a prompt, that end is not shown.
         start = tokenise(self.prompt, facts["level"]) or [END if facts["level"] == "word" else "\n"]
         seen = vocabulary.encode(start).long().to(run.world.device)
-        run.model.eval()
-        try:
-            with torch.no_grad(), rng.untouched(run.world.device), run.precision.autocast():
-                written = continued(run.model, seen, self.tokens, facts["sequence"], self.temperature, self.seed)
-        finally:
-            run.model.train()
+        with rng.observed(run.model, run.world.device), run.precision.autocast():
+            written = continued(run.model, seen, self.tokens, facts["sequence"], self.temperature, self.seed)
         return vocabulary.decode(written[0 if self.prompt else 1 :].tolist())
 
 

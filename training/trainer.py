@@ -195,13 +195,8 @@ class Trainer:
     def _check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
         """One example through the model, as in evaluation: tasks refuse models that are none of theirs."""
         inputs, targets = next(iter(data.train.epoch(0)))
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), rng.untouched(inputs.device):
-                task.check(model, inputs[:1], targets[:1])
-        finally:
-            model.train(training)
+        with rng.observed(model, inputs.device):
+            task.check(model, inputs[:1], targets[:1])
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, Players):

@@ -1,0 +1,74 @@
+"""Pictures of what a model makes, in the course of training and at its end."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from PIL import Image
+from torch import Tensor
+
+from training.callbacks import Callback
+from training.tasks import Task
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+CELL = 60  # smaller images are enlarged to about so many pixels a side
+
+
+class Pictures(Callback, ABC):
+    """Draws a picture now and then, for TensorBoard, and at the end, into the run folder; for one kind of task.
+
+    Args:
+        columns: images side by side.
+        rows: of images.
+        every_epochs: how often, at the first evaluation after so many epochs; fractions count.
+
+    Attributes:
+        name: of the file in the run folder, without ``.png``, and in TensorBoard.
+        task: runs of another one have no such picture.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    name: ClassVar[str]
+    task: ClassVar[type[Task]]
+
+    def __init__(self, columns: int, rows: int, every_epochs: float) -> None:
+        for name, value in {"columns": columns, "rows": rows}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < every_epochs < math.inf:
+            raise ValueError(f"every_epochs must be above 0, got {every_epochs}")
+        self.columns, self.rows, self.every_epochs = columns, rows, every_epochs
+        self._due = 0.0
+
+    def on_fit_start(self, run: Run) -> None:
+        """See Callback."""
+        self._due = self._next(run) if run.resumed else 0.0
+
+    def on_evaluation(self, run: Run, values: dict[str, float]) -> None:
+        """See Callback."""
+        if run.epoch < self._due or not isinstance(run.task, self.task):
+            return
+        self._due = self._next(run)
+        if run.world.is_main:
+            picture = self.draw(run)
+            for logger in run.loggers:
+                logger.image(self.name, picture, run.step)
+
+    def on_fit_end(self, run: Run, summary: dict[str, Any]) -> None:
+        """See Callback."""
+        if run.world.is_main and isinstance(run.task, self.task):
+            pixels = self.draw(run).permute(1, 2, 0).squeeze(-1)  # [H, W] is a grey picture
+            Image.fromarray(pixels.numpy()).save(run.folder.path / f"{self.name}.png")
+
+    @abstractmethod
+    def draw(self, run: Run) -> Tensor:
+        """The picture, uint8 ``[channels, H, W]`` on the CPU."""
+
+    def _next(self, run: Run) -> float:
+        return math.floor(run.epoch / self.every_epochs + 1) * self.every_epochs
