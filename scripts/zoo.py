@@ -58,6 +58,7 @@ RATES: dict[str, dict[str, float]] = {
     "convolutional": {"sgd": 0.01, "adafisher": 1e-4, "kfac": 0.001, "adahessian": 0.03},
     "deep": {"sgd": 1e-4, "adafisher": 1e-5, "kfac": 0.001, "adahessian": 0.03},  # and batch norm on two images
     "transformer": {"sgd": 0.01, "adafisher": 1e-4, "kfac": 0.001, "adahessian": 0.003},
+    "wide": {"sgd": 1e-3, "adafisher": 1e-5, "kfac": 3e-5, "adahessian": 0.003},  # transformers, on two images
     "rebuilding": {"sgd": 1e-4, "adafisher": 1e-6, "kfac": 0.01, "adahessian": 1e-3},  # its loss sums over pixels
 }
 
@@ -153,8 +154,8 @@ def _rows() -> Iterator[Row]:
     yield Row("resnet152", kind="deep", **few)
     yield Row("vit_base", kind="transformer", **few)
     yield Row("gpt1", "WikiText-2", "transformer", **few)
-    yield Row("swin_b", kind="transformer", **few)
-    yield Row("swin_l", kind="transformer", **few)
+    yield Row("swin_b", kind="wide", **few)
+    yield Row("swin_l", kind="wide", **few)
 
 
 ROWS = list(_rows())
@@ -271,7 +272,7 @@ class Zoo:
     @staticmethod
     def _arm(row: Row, optimizer: str, data: DataModule, batches: list[tuple[Tensor, Tensor]]) -> Timed:
         """Built as train.py builds it."""
-        entry = "adafisherw" if (optimizer, row.kind) == ("adafisher", "transformer") else optimizer
+        entry = "adafisherw" if optimizer == "adafisher" and row.kind in ("transformer", "wide") else optimizer
         rate = f"optimizer.lr={RATES[row.kind][optimizer]}"
         task = tasks.build(data.task, data.facts)
         chosen = node("model", f"model={row.name}", *row.options)
