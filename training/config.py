@@ -310,8 +310,7 @@ def _prepare_sweep(overrides: list[Override]) -> list[str]:
     if len({run.job_id for run in runs}) < len(runs):
         raise UserError("two jobs of this sweep are the same run: remove the value that is given twice")
     names = {run.values["name"] for run in runs}
-    named = ("optimizer", "model", "dataset")
-    fixed = [runs[0].choices[group] for group in named if len({run.choices[group] for run in runs}) == 1]
+    fixed = [parts[0] for parts in zip(*(run.parts for run in runs), strict=True) if len(set(parts)) == 1]
     name = names.pop() if len(names) == 1 else None
     # Hydra leaves keys out of a run's name without a look at packages: optimizer would be optimizer@critic, too.
     swept = {override.key_or_group for override in overrides if override.is_sweep_override()}

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from training.errors import UserError
+from training.players import PLAYERS
 
 BUDGETS = ("max_epochs", "max_steps", "max_time")
 CHOICES = "choices"  # in config.yaml: the name of each group's file
@@ -54,8 +55,15 @@ class RunConfig:
 
     @property
     def group_name(self) -> str:
-        """The folder that keeps this run beside its like: `name`, or optimizer, model and data set."""
-        return self.values["name"] or "_".join(self.choices[group] for group in ("optimizer", "model", "dataset"))
+        """The folder that keeps this run beside its like: `name`, or what it is made of."""
+        return self.values["name"] or "_".join(self.parts)
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """What the run is made of: its optimizer (or those of its two players, "kfac-adam"), model and data set."""
+        shared = self.choices["optimizer"]
+        optimizers = dict.fromkeys(self.choices.get(f"optimizer@{player}", shared) for player in PLAYERS)
+        return "-".join(optimizers), self.choices["model"], self.choices["dataset"]
 
     def record(self) -> dict[str, Any]:
         """What `config.yaml` holds: the values and the choices they came from."""

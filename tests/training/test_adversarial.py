@@ -509,6 +509,7 @@ def test_a_run_and_its_continuation(command: Callable[..., Outcome], work: Path)
     players = ("optimizer@generator=kfac", "optimizer@critic=adam", "generator.lr=0.01", "critic.lr=0.002")
     assert command(*GAME, *players).code == 0
     (run,) = runs(work)
+    assert run.parent.name == "kfac-adam_dcgan_digits_generation"
     assert summary(run)["steps"] == 5
     rates = [(e["generator/lr"], e["critic/lr"]) for e in metrics(run) if "critic/lr" in e]
     assert rates and rates[-1][0] == pytest.approx(5 * rates[-1][1])
@@ -530,6 +531,7 @@ def test_a_sweep_over_a_player(command: Callable[..., Outcome], work: Path) -> N
     assert sorted(re.sub(r"_[0-9a-f]{8}$", "", run.name) for run in found) == [
         "optimizer-sgd_optimizer-critic-adam", "optimizer-sgd_optimizer-critic-kfac",
     ]  # fmt: skip
+    assert {run.parent.name for run in found} == {"dcgan_digits_generation"}
     assert command(*sweep).out.count("skipped") == 2
 
 
