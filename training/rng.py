@@ -50,16 +50,6 @@ def part_ways(rank: int, step: int = 0) -> None:
 
 
 @contextmanager
-def untouched(device: torch.device) -> Iterator[None]:
-    """Whatever the block draws, the generators are afterwards where they were."""
-    state = get_state(device)
-    try:
-        yield
-    finally:
-        set_state(state, device)
-
-
-@contextmanager
 def deterministic(on: bool) -> Iterator[None]:
     """Ask torch for kernels that repeat themselves bit for bit; an operation that has none warns and runs as it is."""
     if not on:
@@ -83,10 +73,11 @@ def deterministic(on: bool) -> Iterator[None]:
 @contextmanager
 def observed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """In the block the model is in evaluation mode, without gradients; mode and generators are then as they were."""
-    training = model.training
+    training, state = model.training, get_state(device)
     model.eval()
     try:
-        with torch.no_grad(), untouched(device):
+        with torch.no_grad():
             yield
     finally:
+        set_state(state, device)
         model.train(training)
