@@ -394,7 +394,10 @@ def _fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
         listed = [name for name in children if name != TARGET]
         hint = f"; it has {', '.join(listed)}" if listed else "; it is a single value"
         return f"{parent} has no key {leaf!r}{did_you_mean(leaf, listed) or hint}"
-    homes = [name for name in known if name.endswith(f".{key.split('.')[-1]}")]  # lr=0.1 for optimizer.lr=0.1
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    wanted = key.rpartition(".")[2]
+    homes = [name for name, leaf in leaves.items() if leaf == wanted]  # lr=0.1 for optimizer.lr=0.1
+    homes = homes or [name for name, leaf in leaves.items() if wanted in leaf.split("_")]  # epochs: max_epochs
     hint = f" (did you mean {homes[0]!r}?)" if homes else did_you_mean(key, [*known, *groups])
     return f"unknown key {key!r}{hint or '; python train.py --cfg job prints all keys'}"
 

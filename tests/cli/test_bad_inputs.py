@@ -22,6 +22,7 @@ REFUSED = [
     ("mistyped key", ["optimizer.momentun=0.5"], r"no key 'momentun' \(did you mean 'momentum'\?\)"),
     ("mistyped group", ["optimzer=adam"], r"unknown key 'optimzer' \(did you mean 'optimizer'\?\)"),
     ("key without its group", ["lr=0.1"], r"unknown key 'lr' \(did you mean 'optimizer.lr'\?\)"),
+    ("a part of a key", ["epochs=3"], r"unknown key 'epochs' \(did you mean 'trainer.max_epochs'\?\)"),
     ("added key", ["+optimizer.foo=1"], r"cannot be added with \+; optimizer has no key 'foo'"),
     ("added key that exists", ["+optimizer.lr=1"], r"cannot be added with \+: write optimizer.lr=1"),
     ("forced key", ["++optimizer.nestorov=true", "optimizer=sgd"], r"cannot be added with \+"),
