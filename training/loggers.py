@@ -112,6 +112,18 @@ class JSONLines(Logger):
         self._offset = state["offset"]
 
 
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Let the second pass in which the newest event file was made.
+
+    TensorBoard reads the files of a folder in the order of their names: events.out.tfevents, the second, the host, the
+    process and a counter. Of two of one second, counted 9 and 10, it reads the later one first, and then drops it.
+    """
+    made = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")]
+    now = time.time()
+    if int(now) in made:
+        time.sleep(1 - now % 1)
+
+
 class TensorBoard(Logger):
     """Event files: scalars, the configuration, hyper-parameters beside their results, histograms on request.
 
@@ -133,6 +145,7 @@ class TensorBoard(Logger):
     def start(self, run: Run) -> None:
         """See Logger."""
         self._run = run
+        _wait_for_a_later_name(run.folder.tensorboard)
         # TensorBoard forgets what earlier files of this run say about the steps that are now repeated.
         purge = run.step + 1 if run.resumed else 0
         self._writer = SummaryWriter(str(run.folder.tensorboard), purge_step=purge, flush_secs=self.flush_seconds)

@@ -40,6 +40,7 @@ class _Flow:
 
     layer: Layer
     x: Tensor
+    shape: torch.Size  # of the output
     edge: GradientEdge
 
 
@@ -62,11 +63,23 @@ class _Hook:
         return _Hook, (None,)  # a pickled model does not take its optimizer along
 
 
+def _made(output: Tensor) -> Tensor:
+    """What a layer computed, of which its output may be a view: an operation in place cuts a view out of the graph.
+
+    ``nn.Linear`` on ``[batch, tokens, dim]`` returns a view in some versions of torch, a convolution of an image
+    without a batch in all of them.
+    """
+    base = output._base
+    if base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+        return base
+    return output
+
+
 class Recorder:
     """Shows an observer the input and the output gradient of every layer as backward passes through it.
 
-    Forward hooks put a *tensor hook* on the output, so in-place activations behind a layer change nothing, and nothing
-    is kept beyond the graph itself. A pass is recorded when the root module is in training mode, gradients are
+    Forward hooks put a *tensor hook* on what a layer made, so in-place activations behind it change nothing, and
+    nothing is kept beyond the graph itself. A pass is recorded when the root module is in training mode, gradients are
     enabled and ``due()`` is true: evaluation, ``no_grad`` and the steps in between cost one Python call a layer.
 
     With ``deferred`` nothing is shown during ``loss.backward()``. Instead ``differentiate`` sends gradients of one's
@@ -140,10 +153,11 @@ class Recorder:
         if not any(p.requires_grad for p in layer.parameters):
             return
         x, call = args[0].detach(), self._call
+        made, shape = _made(output), output.shape
         if self._deferred:
-            self._flows.append(_Flow(layer, x, get_gradient_edge(output)))
+            self._flows.append(_Flow(layer, x, shape, get_gradient_edge(made)))
             return
-        output.register_hook(lambda g: self._backward(layer, call, x, g))
+        made.register_hook(lambda g: self._backward(layer, call, x, g.reshape(shape)))
 
     @torch.no_grad()
     def _backward(self, layer: Layer, call: _Call, x: Tensor, g: Tensor) -> None:
@@ -201,7 +215,7 @@ class Recorder:
             with torch.no_grad():
                 for flow, g in zip(flows, found, strict=True):
                     if g is not None:
-                        self._show(flow.layer, flow.x, g, chosen, len(outputs))
+                        self._show(flow.layer, flow.x, g.reshape(flow.shape), chosen, len(outputs))
 
 
 class TwiceDifferentiable:

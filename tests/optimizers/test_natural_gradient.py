@@ -17,6 +17,7 @@ from optimizers import (
     EKFAC,
     KFAC,
     KPSVD,
+    AdaFisher,
     Bernoulli,
     Categorical,
     Deflation,
@@ -707,6 +708,35 @@ def test_skipped_layers_train_by_the_fallback() -> None:
     before = model[1].weight.detach().clone()
     train(optimizer, model, batch, 1)
     torch.testing.assert_close((model[1].weight - before).abs(), torch.full_like(before, 1e-3), rtol=1e-2, atol=1e-6)
+
+
+def viewed(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """What nn.Linear does with tokens in some versions of torch: its output is a view."""
+    bias = torch.zeros(layer.out_features, dtype=inputs.dtype) if layer.bias is None else layer.bias
+    return torch.addmm(bias, inputs.flatten(0, -2), layer.weight.T).view(*inputs.shape[:-1], -1)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", [AdaFisher, KFAC])
+def test_an_activation_in_place_behind_tokens_changes_nothing(
+    method: Any, bias: bool, view: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if view:
+        monkeypatch.setattr(nn.Linear, "forward", viewed)
+    inputs, targets = torch.randn(5, 3, 4), torch.randint(2, (5,))
+    found = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3, bias), nn.ReLU(inplace), nn.Flatten(), nn.Linear(9, 2))
+        optimizer = method(model, lr=0.0, **({} if method is AdaFisher else {"likelihood": Categorical()}))
+        outputs = model(inputs)
+        optimizer.backward(F.cross_entropy(outputs, targets), outputs)
+        optimizer.step()
+        assert not [row for row in optimizer.coverage().rows if "fallback" in row[1]]
+        found.append(optimizer.curvature_matrices())
+    torch.testing.assert_close(*found)
 
 
 def test_transposed_convolutions_of_every_kind_are_covered_and_train() -> None:

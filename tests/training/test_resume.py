@@ -49,6 +49,14 @@ def test_ten_steps_and_ten_more_are_twenty(tmp_path: Path, optimizer: str) -> No
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "parts")
 
 
+def test_tensorboard_reads_the_files_of_a_resumed_run_in_their_order(tmp_path: Path) -> None:
+    # It sorts them by name: the second, the host, the process and a counter, where 10 comes before 9.
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "run", callbacks=[SignalAt(1)])
+    fit(tmp_path / "run", max_steps=2, resume=True)
+    assert len({file.name.split(".")[3] for file in (tmp_path / "run" / "tensorboard").iterdir()}) == 2
+
+
 @pytest.mark.parametrize("accumulate, schedule", [(2, "onecycle"), (3, "none")])
 def test_resume_with_accumulation_across_epochs(tmp_path: Path, accumulate: int, schedule: str) -> None:
     options = {"accumulate": accumulate, "schedule": schedule, "clip_norm": 0.5, "label_smoothing": 0.1}
