@@ -331,7 +331,7 @@ class Target:
         better = curve.value >= self.value if higher_is_better(self.metric) else curve.value <= self.value
         if not better.any():
             return math.inf, math.inf
-        first = int(better.argmax())
+        first = int(np.argmax(better))
         return float(curve.seconds[first]), float(curve.epoch[first])
 
 
