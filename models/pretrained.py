@@ -134,7 +134,8 @@ def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> Loaded
             f"{source}: none of its {len(weights)} tensors fits this model by name and shape: "
             "choose the model that the file is of"
         )
-    model.load_state_dict({**own, **new})
+    own.update(new)  # keeps the versions of its layers' formats, which some ask for
+    model.load_state_dict(own)
     return account
 
 

@@ -59,8 +59,8 @@ def timm_model(
         raise ValueError(_unknown(name, "timm", timm.list_models()))
     chosen = {theirs: value for theirs, (_, value) in options.items() if value is not None}
     try:
-        fixed = timm.get_pretrained_cfg(name, allow_unregistered=True).fixed_input_size
-        sized = {"img_size": image_size} if fixed else {}
+        settings = timm.get_pretrained_cfg(name, allow_unregistered=True)  # None for a name that timm has given up
+        sized = {"img_size": image_size} if settings is not None and settings.fixed_input_size else {}
         net = create_timm(name, in_channels, num_classes, **sized, **chosen)
     except TypeError as error:
         ours = next((option for theirs, (option, _) in options.items() if f"'{theirs}'" in str(error)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -490,7 +491,7 @@ class Trainer:
 
     def _test_best(self, run: Run) -> dict[str, float]:
         """Test metrics of the best weights; the model holds the last ones before and after."""
-        last = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        last = copy.deepcopy(run.model.state_dict())  # with the versions of its layers' formats, which some ask for
         try:
             if run.world.is_main:
                 run.model.load_state_dict(checkpoints.load(run.folder.checkpoints / "best.pt")["model"])

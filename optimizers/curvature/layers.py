@@ -508,3 +508,9 @@ def adapt(name: str, module: nn.Module) -> Layer | None:
     if isinstance(module, nn.RMSNorm):
         return NormLayer(name, module, lambda m, x: F.rms_norm(x, m.normalized_shape, eps=m.eps), by_channel=False)
     return None
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch.nn or derived from one: neither a container nor a module of one's own."""
+    bases = {"torch.nn.modules.module", "torch.nn.modules.container"}
+    return any(k.__module__.startswith("torch.nn.") and k.__module__ not in bases for k in type(module).__mro__)

@@ -193,6 +193,17 @@ def test_init_from(quick: Callable[..., Outcome], work: Path) -> None:
     assert re.search(r"none of its 4 tensors fits this model", outcome.sentence())
 
 
+def test_a_model_that_asks_for_the_version_of_its_weights(command: Callable[..., Outcome], work: Path) -> None:
+    """Torchvision's MNASNet refuses a state dict that does not tell; best weights, a resume and a start need one."""
+    short = ("trainer.max_epochs=null", "callbacks=none", "logger=quiet")
+    job = ("model=torchvision", "model.name=mnasnet0_5", "dataset.limit_train=0.1", *short)
+    assert command(*job, "trainer.max_steps=2").err == ""
+    (run,) = runs(work)
+    assert summary(run)["status"] == "finished"
+    assert command(f"resume={run}", "trainer.max_steps=4").code == 0
+    assert command(*job, "trainer.max_steps=2", f"model.pretrained={run}").code == 0
+
+
 def test_finetune(quick: Callable[..., Outcome], work: Path) -> None:
     assert quick("optimizer=adam").code == 0
     (run,) = runs(work)

@@ -69,6 +69,7 @@ def test_a_file_round_trips(kind: str, tmp_path: Path) -> None:
     [
         ("timm_model", {"name": "test_convnext"}, lambda: timm.create_model("test_convnext", num_classes=10)),
         ("torchvision_model", {"name": "squeezenet1_1"}, lambda: torchvision.models.squeezenet1_1(num_classes=10)),
+        ("torchvision_model", {"name": "mnasnet0_5"}, lambda: torchvision.models.mnasnet0_5(num_classes=10)),
         ("resnet", {"depth": 18, "stem": "imagenet"}, lambda: torchvision.models.resnet18(num_classes=10)),
         ("densenet", {"depth": 121, "stem": "imagenet"}, lambda: torchvision.models.densenet121(num_classes=10)),
         ("mobilenetv3", {"size": "small", "stem": "imagenet"},

@@ -318,6 +318,13 @@ def goes_around(name: str) -> nn.Module:
     return finish(net, name, 3, 32, 10, False, dict)
 
 
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name")
+def test_a_name_that_timm_has_given_up_still_builds() -> None:
+    with torch.device("meta"):
+        net = build("timm_model", {"in_channels": 3, "image_size": 299, "num_classes": 10}, name="adv_inception_v3")
+    assert net.get_classifier().out_features == 10
+
+
 @pytest.mark.parametrize("name", ["swin_t", "swinv2_tiny_window8_256", "beit_base_patch16_224"])
 def test_layers_that_are_gone_around_count_as_fallback_and_move(name: str) -> None:
     net = goes_around(name)

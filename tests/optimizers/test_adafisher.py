@@ -320,8 +320,12 @@ def test_coverage_says_what_has_curvature_and_what_not() -> None:
     assert kinds["patch"] == kinds["head"] == "KroneckerDiagonal"
     assert kinds["norm1"] == "Diagonal"
     assert kinds["position"] == "fallback: free parameter"
-    assert kinds["attention.in_proj_weight"] == "fallback: unsupported layer"
+    assert kinds["attention.in_proj_weight"] == "fallback: unsupported layer MultiheadAttention"
     assert 0 < table.fraction < 1
+    scaled = type("Scaled", (nn.Linear,), {"forward": lambda self, x: F.linear(x, self.weight / 2)})
+    assert [row[1] for row in AdaFisher(scaled(3, 2, bias=False)).coverage().rows] == [
+        "fallback: unsupported layer Scaled"
+    ]
     tied = {row[0]: row[1] for row in AdaFisher(PROBLEMS["tied"][0]()).coverage().rows}
     assert tied["embedding.weight"] == "fallback: tied to head"
     text = str(table)
