@@ -308,6 +308,13 @@ def arranged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(made)
 
 
+def keep(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Write results, whole or not at all."""
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(path)
+
+
 def markdown(results: dict[str, dict[str, Any]]) -> str:
     """The table of docs/results/zoo.md."""
     lines = ["| model | parameters | data | batch | steps | " + " | ".join(OPTIMIZERS) + " |"]
@@ -375,9 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 gc.collect()  # of the models that hooks and optimizers refer to in circles
                 bad |= cell.before is not None and cell.verdict != "ok"
                 results[key] = asdict(cell)
-                partial = options.json.with_suffix(".part")
-                partial.write_text(json.dumps(results, indent=1) + "\n")
-                partial.replace(options.json)
+                keep(results, options.json)
             console.print(f"{key}: {Cell(**results[key])}", markup=False)
     if options.markdown:
         print(markdown(results))

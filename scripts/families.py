@@ -1,0 +1,198 @@
+"""Every family of timm and torchvision with three optimizers: does it build, does every parameter train, under what?
+
+    python scripts/families.py --markdown
+    python scripts/families.py lcnet vit_b_32
+
+A family is a source file of its package; the smallest model of it stands for all. It is built as ``model=timm`` and
+``model=torchvision`` build it, for images of the smallest side that it takes, and takes two steps with AdaFisher, K-FAC
+and AdaHessian on one batch of noise, in float64. ``ok`` means that the loss is finite and that every parameter with a
+gradient has moved. Results are kept in a file as they come; a second call goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import timm
+import torch
+import torchvision
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+
+from models import timm_model, torchvision_model
+from optimizers import KFAC, AdaFisher, AdaHessian, Categorical, CurvatureOptimizer
+from scripts.zoo import keep
+from training.schema import did_you_mean
+
+SIDES = (32, 64, 224, 240, 256)  # of images
+CLASSES = 10
+LARGEST = 150_000_000  # parameters, beyond which nothing is tried
+
+# Wide factors are left to the diagonal: what is asked is what a model's layers do, not what they cost.
+OPTIMIZERS: dict[str, Callable[[nn.Module], CurvatureOptimizer]] = {
+    "adafisher": lambda model: AdaFisher(model, lr=1e-3),
+    "kfac": lambda model: KFAC(model, lr=1e-3, damping=0.1, likelihood=Categorical(), max_factor_dim=512),
+    "adahessian": lambda model: AdaHessian(model, lr=0.01),
+}
+
+
+@dataclass
+class Family:
+    """What came of one.
+
+    Attributes:
+        package: timm or torchvision.
+        model: the smallest of the family.
+        parameters: of that model as its package has it.
+        side: of the images; None: it was not built.
+        why: it was not built.
+        covered: share of the parameters under K-FAC's curvature.
+        others: what the rest is, and in how many modules.
+        verdicts: by optimizer: ``ok``, or what happened.
+    """
+
+    package: str
+    model: str
+    parameters: int
+    side: int | None = None
+    why: str = ""
+    covered: float | None = None
+    others: dict[str, int] = field(default_factory=dict)
+    verdicts: dict[str, str] = field(default_factory=dict)
+
+
+def families() -> dict[str, tuple[str, list[str]]]:
+    """Package and models by family; torchvision's are called ``torchvision/NAME``."""
+    found = {name: ("timm", timm.list_models(module=name)) for name in timm.list_modules()}
+    for name in torchvision.models.list_models(module=torchvision.models):
+        module = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
+        found.setdefault(f"torchvision/{module}", ("torchvision", []))[1].append(name)
+    return {name: chosen for name, chosen in found.items() if chosen[1]}
+
+
+def smallest(package: str, names: Sequence[str]) -> tuple[str, int]:
+    """The model of the fewest parameters, and how many."""
+    create = timm.create_model if package == "timm" else torchvision.models.get_model
+    sizes = {}
+    for name in names:
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in create(name).parameters())
+    name = min(sizes, key=lambda name: sizes[name])
+    return name, sizes[name]
+
+
+def examined(package: str, names: Sequence[str]) -> Family:
+    """Build the smallest of some models and train it."""
+    found = Family(package, *smallest(package, names))
+    if found.parameters > LARGEST:
+        found.why = f"more than {LARGEST:,} parameters"
+        return found
+    build = timm_model if package == "timm" else torchvision_model
+    for side in SIDES:
+        torch.manual_seed(0)
+        try:
+            model = build(found.model, in_channels=3, image_size=side, num_classes=CLASSES).double()
+        except ValueError as error:
+            found.why = str(error)
+        else:
+            found.side, found.why = side, ""
+            break
+    if found.side is not None:
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for name, make in OPTIMIZERS.items():
+            for key, tensor in model.state_dict().items():
+                tensor.copy_(start[key])
+            optimizer = make(model.train())
+            found.verdicts[name] = trained(model, optimizer, found.side)
+            if name == "kfac":
+                table = optimizer.coverage()
+                found.covered = table.fraction
+                reasons = (row[1] for row in table.rows if row[1].startswith("fallback: "))
+                found.others = dict(Counter(reason.removeprefix("fallback: ") for reason in reasons))
+            optimizer.close()
+    return found
+
+
+def trained(model: nn.Module, optimizer: CurvatureOptimizer, side: int) -> str:
+    """Two steps on four images of noise; the verdict."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, side, side, generator=generator, dtype=torch.float64)
+    classes = torch.randint(CLASSES, (4,), generator=generator)
+    still = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for _ in range(2):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer.zero_grad()
+        outputs = model(images)
+        loss = F.cross_entropy(outputs, classes)
+        try:
+            optimizer.backward(loss, outputs)
+            optimizer.step()
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        moved = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
+        flat = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+        still -= moved | flat
+    if not math.isfinite(loss.item()):
+        return "the loss is no longer finite"
+    return "ok" if not still else f"{len(still)} parameters with a gradient stay ({min(still)}, ...)"
+
+
+def markdown(results: dict[str, Family]) -> str:
+    """The table of docs/results/families.md."""
+    lines = ["| family | model | parameters | side | " + " | ".join(OPTIMIZERS) + " | under curvature | the rest |"]
+    lines.append("| --- | --- | ---: | ---: |" + " --- |" * len(OPTIMIZERS) + " ---: | --- |")
+    for name, it in results.items():
+        verdicts = [it.verdicts.get(optimizer, "") for optimizer in OPTIMIZERS]
+        share = "" if it.covered is None else f"{math.floor(1000 * it.covered) / 10:.1f} %"
+        rest = it.why or ", ".join(f"{reason} ({count})" for reason, count in it.others.items())
+        cells = (name, f"`{it.model}`", f"{it.parameters:,}", it.side or "", *verdicts, share, rest)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, 1 if something that was built does not train."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, default=Path("families.json"), help="where results are kept (%(default)s)")
+    parser.add_argument("--markdown", action="store_true", help="print the table as markdown at the end")
+    parser.add_argument("names", nargs="*", help="families or models; none: all families")
+    options = parser.parse_args(argv)
+    known = families()
+    chosen = {name: known[name] for name in options.names or known if name in known}
+    for name in (name for name in options.names if name not in known):
+        package = next((package for package, models in known.values() if name in models), None)
+        if package is None:
+            sys.stderr.write(f"error: there is no family and no model {name!r}{did_you_mean(name, known)}\n")
+            return 1
+        chosen[name] = package, [name]
+    warnings.simplefilter("ignore")
+    console = Console(width=120, highlight=False)
+    kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+    results = {name: Family(**values) for name, values in kept.items()}
+    for name, (package, models) in chosen.items():
+        if name not in results:
+            results[name] = examined(package, models)
+            keep({key: asdict(value) for key, value in results.items()}, options.json)
+            gc.collect()  # of the models that hooks and optimizers refer to in circles
+        it = results[name]
+        console.print(f"{name}: {it.model}, {it.why or ', '.join(map(': '.join, it.verdicts.items()))}", markup=False)
+    if options.markdown:
+        print(markdown(results))
+    return int(any(verdict != "ok" for it in results.values() for verdict in it.verdicts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
