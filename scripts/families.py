@@ -40,6 +40,7 @@ from training.schema import did_you_mean
 SIDES = (32, 64, 224, 240, 256)  # of images
 CLASSES = 10
 LARGEST = 150_000_000  # parameters, beyond which nothing is tried
+FLAT = 1e-12  # a gradient that moves no weight, whatever the optimizer
 
 # Wide factors are left to the diagonal: what is asked is what a model's layers do, not what they cost.
 OPTIMIZERS: dict[str, Callable[[nn.Module], CurvatureOptimizer]] = {
@@ -143,7 +144,7 @@ def trained(model: nn.Module, optimizer: CurvatureOptimizer, side: int) -> str:
         except RuntimeError as error:
             return str(error).splitlines()[0]
         moved = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
-        flat = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+        flat = {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() <= FLAT}
         still -= moved | flat
     if not math.isfinite(loss.item()):
         return "the loss is no longer finite"
