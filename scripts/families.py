@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     console = Console(width=120, highlight=False)
     kept = json.loads(options.json.read_text()) if options.json.exists() else {}
-    results = {name: Family(**values) for name, values in kept.items()}
+    results = {name: Family(**kept[name]) for name in dict.fromkeys([*known, *kept]) if name in kept}
     for name, (package, models) in chosen.items():
         if name not in results:
             results[name] = examined(package, models)

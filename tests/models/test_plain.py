@@ -141,6 +141,7 @@ def test_dropout_of_attention_weights() -> None:
         "test_convnext",
         "test_vit",
         "tf_mobilenetv3_small_minimal_100",
+        "poolformerv2_s12",
     ],
 )
 @pytest.mark.parametrize("training", [False, True])
