@@ -12,6 +12,7 @@ gradient beyond rounding has moved. Results are kept in a file as they come; a s
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import math
@@ -61,7 +62,7 @@ class Family:
         side: of the images; None: it was not built.
         why: it was not built.
         covered: share of the parameters under K-FAC's curvature.
-        others: what the rest is, and in how many modules.
+        others: what the rest is, and how many lines of the coverage table say so.
         verdicts: by optimizer: ``ok``, or what happened.
     """
 
@@ -114,12 +115,10 @@ def examined(package: str, names: Sequence[str]) -> Family:
             found.side, found.why = side, ""
             break
     if found.side is not None:
-        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         for name, make in OPTIMIZERS.items():
-            for key, tensor in model.state_dict().items():
-                tensor.copy_(start[key])
-            optimizer = make(model.train())
-            found.verdicts[name] = trained(model, optimizer, found.side)
+            its = copy.deepcopy(model)
+            optimizer = make(its)
+            found.verdicts[name] = trained(its, optimizer, found.side)
             if name == "kfac":
                 table = optimizer.coverage()
                 found.covered = table.fraction
