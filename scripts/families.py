@@ -133,7 +133,8 @@ def trained(model: nn.Module, optimizer: CurvatureOptimizer, side: int) -> str:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, side, side, generator=generator, dtype=torch.float64)
     classes = torch.randint(CLASSES, (4,), generator=generator)
-    still = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    pulled: set[str] = set()
+    moved: set[str] = set()
     for _ in range(2):
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         optimizer.zero_grad()
@@ -144,13 +145,13 @@ def trained(model: nn.Module, optimizer: CurvatureOptimizer, side: int) -> str:
             optimizer.step()
         except RuntimeError as error:
             return str(error).splitlines()[0]
-        moved = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
         gradients = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
         largest = max(gradients.values())
-        flat = {name for name in before if gradients.get(name, 0.0) <= FLAT * largest}
-        still -= moved | flat
+        pulled |= {name for name, gradient in gradients.items() if gradient > FLAT * largest}
+        moved |= {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
     if not math.isfinite(loss.item()):
         return "the loss is no longer finite"
+    still = pulled - moved
     return "ok" if not still else f"{len(still)} parameters with a gradient stay ({min(still)}, ...)"
 
 
@@ -182,13 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"error: there is no family and no model {name!r}{did_you_mean(name, known)}\n")
             return 1
         chosen[name] = package, [name]
-    warnings.simplefilter("ignore")
     console = Console(width=120, highlight=False)
     kept = json.loads(options.json.read_text()) if options.json.exists() else {}
     results = {name: Family(**kept[name]) for name in dict.fromkeys([*known, *kept]) if name in kept}
     for name, (package, models) in chosen.items():
         if name not in results:
-            results[name] = examined(package, models)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results[name] = examined(package, models)
             keep({key: asdict(value) for key, value in results.items()}, options.json)
             gc.collect()  # of the models that hooks and optimizers refer to in circles
         it = results[name]

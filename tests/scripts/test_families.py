@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,6 @@ from torch import nn
 
 from optimizers import AdaFisher
 from scripts import families
-
-
-@pytest.fixture(autouse=True)
-def own_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        yield
 
 
 def test_every_model_belongs_to_a_family() -> None:
@@ -55,6 +47,36 @@ def test_what_stays_is_named() -> None:
     assert families.trained(net, AdaFisher(net, lr=0.0), 4) == "2 parameters with a gradient stay (1.bias, ...)"
     net[1].weight.data.fill_(torch.inf)
     assert families.trained(net, AdaFisher(net, lr=0.0), 4) == "the loss is no longer finite"
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_gradient_that_comes_in_the_second_step_counts() -> None:
+    """Behind a weight that starts at zero nothing is pulled in the first step; it must move in the second."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(48, 4), nn.Linear(4, 10)
+            nn.init.zeros_(self.outer.weight)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.outer(self.inner(images.flatten(1)))
+
+    net = Branch()
+    assert families.trained(net, AdaFisher(net), 4) == "ok"
+    net = Branch()
+    stuck = AdaFisher(net, lr=1e-3)
+    step = stuck.step
+
+    def forgetful() -> None:
+        before = [p.detach().clone() for p in net.inner.parameters()]
+        step()
+        with torch.no_grad():
+            for parameter, value in zip(net.inner.parameters(), before, strict=True):
+                parameter.copy_(value)
+
+    stuck.step = forgetful
+    assert families.trained(net, stuck, 4) == "2 parameters with a gradient stay (inner.bias, ...)"
 
 
 def test_an_unknown_name_ends_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
