@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.layers import Layer, adapt, is_layer
+from optimizers.curvature.layers import Layer, adapt, layer_kinds
 from optimizers.curvature.recorder import Recorder
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -180,7 +180,7 @@ class CurvatureOptimizer(Optimizer):
             layer = adapt(name, module)
             own = list(module.parameters(recurse=False))
             if layer is None:
-                reason = f"unsupported layer {type(module).__name__}" if is_layer(module) else "free parameter"
+                reason = f"unsupported layer {type(module).__name__}" if layer_kinds(module) else "free parameter"
             elif skip is not None and re.search(skip, name):
                 reason = "skipped"
             elif shared := [o for p in own for o in owners[p] if o != name]:

@@ -483,9 +483,15 @@ def _batch_norm(module: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, module.running_mean, module.running_var, training=False, eps=module.eps)
 
 
+def layer_kinds(module: nn.Module) -> list[Any]:
+    """The layers of torch.nn that a module is or derives from; of a container or a module of one's own, none."""
+    bases = ("torch.nn.modules.module", "torch.nn.modules.container")
+    return [k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.") and k.__module__ not in bases]
+
+
 def adapt(name: str, module: nn.Module) -> Layer | None:
     """The adapter of a module, or None where it has no parameters of its own or its type is not supported."""
-    kinds: list[Any] = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
+    kinds = layer_kinds(module)
     if kinds and type(module).forward is not kinds[0].forward:
         return None  # a subclass that computes something else
     if isinstance(module, nn.Linear):
@@ -508,9 +514,3 @@ def adapt(name: str, module: nn.Module) -> Layer | None:
     if isinstance(module, nn.RMSNorm):
         return NormLayer(name, module, lambda m, x: F.rms_norm(x, m.normalized_shape, eps=m.eps), by_channel=False)
     return None
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch.nn or derived from one: neither a container nor a module of one's own."""
-    bases = {"torch.nn.modules.module", "torch.nn.modules.container"}
-    return any(k.__module__.startswith("torch.nn.") and k.__module__ not in bases for k in type(module).__mro__)
