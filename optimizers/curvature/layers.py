@@ -1,5 +1,8 @@
 """One adapter a layer type: what flows through the layer, brought to one shape, and its parameters, to one matrix.
 
+What reaches an adapter has the examples in its leading dimension: ``x [examples, ...]`` and ``g [examples, ...]``, a
+pair for each time that a pass came through the layer (see ``Flow``; the recorder finds the examples).
+
 An *affine* layer computes ``y_t = W a_t + b`` at every shared position t (token, pixel, or the only one), so its
 curvature factorizes over inputs ``a`` and output gradients ``g``:
 
@@ -7,16 +10,16 @@ curvature factorizes over inputs ``a`` and output gradients ``g``:
 - ``gradients(g)``: ``[groups, batch, shared, d_out]``;
 - ``to_matrix`` / ``from_matrix``: parameters as ``[groups, d_out, d_in (+ 1)]``, row-major, bias last.
 
-``groups`` is 1 but for grouped convolutions, whose Fisher is block-diagonal over groups.
+``groups`` is 1 but for grouped convolutions, whose Fisher is approximated as block-diagonal over groups.
 
 An *elementwise* layer (norms, Embedding) multiplies or looks up: the exact diagonal of its Fisher is as cheap as a
-factor, so that is what it offers: ``square_sums(x, g)``.
+factor, so that is what it offers: ``square_sums(calls)``.
 
 Every layer's output is linear in its parameters. So what an example's gradient ``V_i`` does to a direction is what the
 layer itself does with the direction in place of its parameters: ``<V_i, D> = sum_t g_it . (D a_it)``. On that rest the
 products with the gradients of all examples, none of which is formed:
 
-- ``flow(x, g, examples)``: what to keep of a pass, ``[examples, ...]`` each;
+- ``kept(x, g)``: what to keep of a pass, ``[examples, ...]`` each;
 - ``dots``, ``combine``, ``gram``: ``<V_i, D>``, ``sum_i w_i V_i`` and ``<V_i, V_j>`` of what was kept;
 - ``rows``: the ``V_i`` themselves, flat, in the order of the matrix (affine layers) or of the parameters.
 """
@@ -41,43 +44,47 @@ class Layer:
     Args:
         name: the module's name in the model, without any wrapper's prefix.
         module: the module itself.
+        keys: names of its weight and of its bias, which may be None.
+
+    Attributes:
+        parameters: weight, then bias where the layer has one, as they are now: what they are replaced by later
+            (pruning, a parametrization) is not the layer's.
+        keys: their names.
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, keys: tuple[str, str] = ("weight", "bias")) -> None:
         self.name = name
         self.module = module
+        self.keys = tuple(key for key in keys if getattr(module, key, None) is not None)
+        self.parameters: list[nn.Parameter] = [getattr(module, key) for key in self.keys]
+        self.has_bias = len(self.keys) == 2
 
-    #: Whether a row of (x, g) is one example's alone. Where examples mix, rows may not be left out.
-    separable: bool = True
+    # -- rows ----------------------------------------------------------------------------------------------------------
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Weight, then bias where the layer has one."""
-        found = (getattr(self.module, key, None) for key in ("weight", "bias"))
-        return [p for p in found if p is not None]
+    def leading(self, x: Tensor, g: Tensor) -> int:
+        """How many leading dimensions of the output are rows: any of them may be the examples'."""
+        raise NotImplementedError
 
-    @property
-    def has_bias(self) -> bool:
-        """Whether the layer adds a bias."""
-        return getattr(self.module, "bias", None) is not None
+    def prepared(self, x: Tensor) -> Tensor:
+        """The input as the adapter takes it: what depends on more than a row is worked out before any is moved."""
+        return x
+
+    def arranged(self, x: Tensor, g: Tensor, axis: int, parts: tuple[int, int, int]) -> list[tuple[Tensor, Tensor]]:
+        """Calls ``(x, g)`` with the examples in front.
+
+        Args:
+            x: input, as ``prepared``.
+            g: output gradient.
+            axis: which leading dimension the examples are in.
+            parts: what it is made of: (rows before, examples, rows after), of which one of the outer two is 1.
+        """
+        return [(_fronted(x, axis, parts), _fronted(g, axis, parts))]
 
     # -- gradients of single examples ----------------------------------------------------------------------------------
 
-    def flow(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, ...]:
-        """What a pass leaves: input and output gradient, ``[examples, ...]``; of norms the rows themselves.
-
-        Raises:
-            ValueError: if the pass cannot be told apart by examples.
-        """
-        self._check_examples(g, len(g) == examples, examples)
+    def kept(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """What a pass leaves: input and output gradient, ``[examples, ...]``; of norms the rows themselves."""
         return x, g
-
-    def _check_examples(self, g: Tensor, known: bool, examples: int) -> None:
-        if not known:
-            raise ValueError(
-                f"skip must match layer {self.name!r}: it sees {len(g)} rows of a batch of {examples} examples, so its "
-                "gradient cannot be told apart by examples."
-            )
 
     def respond(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """The layer's output with other tensors in place of its parameters."""
@@ -99,9 +106,33 @@ class Layer:
         weighted = g * weights.view(-1, *(1,) * (g.dim() - 1))
         return list(torch.autograd.grad(response, leaves, weighted.view_as(response)))
 
+    def total(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """``sum_i V_i``, in tensors shaped like the parameters."""
+        kept = self.kept(x, g)
+        return self.combine(*kept, torch.ones(len(g), dtype=g.dtype, device=g.device))
+
     def gram(self, x: Tensor, g: Tensor) -> Tensor:
         """``<V_i, V_j>`` for all pairs, in float64."""
         raise NotImplementedError
+
+
+def _fronted(tensor: Tensor, axis: int, parts: tuple[int, int, int]) -> Tensor:
+    """``[..., before * examples * after, ...]`` as ``[examples, ...]``."""
+    if parts[0] == parts[2] == 1:
+        return tensor.movedim(axis, 0)
+    return tensor.unflatten(axis, parts).movedim(axis + 1, 0)
+
+
+class ImageRows:
+    """For layers whose rows are whole images, in one dimension: further ones go into calls of their own."""
+
+    def arranged(self, x: Tensor, g: Tensor, axis: int, parts: tuple[int, int, int]) -> list[tuple[Tensor, Tensor]]:
+        """See Layer."""
+        before, examples, after = parts
+        if before == after == 1:
+            return [(x, g)]
+        split = [t.view(before, examples, after, *t.shape[1:]).movedim(1, 0).flatten(1, 2).unbind(1) for t in (x, g)]
+        return list(zip(*split, strict=True))
 
 
 class AffineLayer(Layer, ABC):
@@ -193,15 +224,19 @@ class AffineLayer(Layer, ABC):
 
 
 class LinearLayer(AffineLayer):
-    """``nn.Linear`` on ``[batch, ..., d_in]``; every middle dimension is shared."""
+    """``nn.Linear``, or any matrix and vector used as one, on ``[batch, ..., d_in]``; middle dimensions are shared."""
 
-    def __init__(self, name: str, module: nn.Linear) -> None:
-        super().__init__(name, module)
-        self.d_in, self.d_out = module.in_features, module.out_features
+    def __init__(self, name: str, module: nn.Module, keys: tuple[str, str] = ("weight", "bias")) -> None:
+        super().__init__(name, module, keys)
+        self.d_out, self.d_in = self.parameters[0].shape
 
     @staticmethod
     def _batched(x: Tensor) -> Tensor:
-        return x.reshape(1, x.shape[0], -1, x.shape[-1]) if x.dim() > 1 else x.reshape(1, 1, 1, -1)
+        return x.reshape(1, len(x), x[0].numel() // x.shape[-1] if len(x) else 1, x.shape[-1])
+
+    def leading(self, x: Tensor, g: Tensor) -> int:
+        """See Layer."""
+        return g.dim() - 1
 
     def patches(self, x: Tensor) -> Tensor:
         """See AffineLayer."""
@@ -211,10 +246,9 @@ class LinearLayer(AffineLayer):
         """See AffineLayer."""
         return self._batched(g)
 
-    def flow(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, ...]:
-        """See Layer. Rows may be finer than examples (windows in the batch dimension), an example's together."""
-        self._check_examples(g, g.dim() > 1 and len(g) % examples == 0, examples)
-        return x.reshape(examples, -1, self.d_in), g.reshape(examples, -1, self.d_out)
+    def kept(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """See Layer."""
+        return self._batched(x)[0], self._batched(g)[0]
 
     def respond(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """See Layer."""
@@ -236,7 +270,7 @@ class LinearLayer(AffineLayer):
         return g.reshape(-1, self.d_out).square().sum(0, keepdim=True)
 
 
-class ConvLayer(AffineLayer):
+class ConvLayer(ImageRows, AffineLayer):
     """``nn.Conv1d`` and ``nn.Conv2d`` with any stride, dilation, groups and padding mode.
 
     Positions are the pixels of the output. A 1-D convolution is the 2-D one on an image of height 1.
@@ -252,15 +286,18 @@ class ConvLayer(AffineLayer):
         self._kernel = lift + tuple(module.kernel_size)
         self._stride = lift + tuple(module.stride)
         self._dilation = lift + tuple(module.dilation)
-        # torch's own padding amounts in F.pad order; they cover padding="same" too.
-        self._padding = tuple(module._reversed_padding_repeated_twice)
-        self._mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        # torch's own padding amounts in F.pad order; they cover padding="same" too. What is not padded with zeros is
+        # padded before the operation.
+        zeros = module.padding_mode == "zeros"
+        self._padding = tuple(module._reversed_padding_repeated_twice) if zeros else ()
+
+    def leading(self, x: Tensor, g: Tensor) -> int:
+        """See Layer."""
+        return g.dim() - (2 if self._flat else 3)
 
     def _padded(self, x: Tensor) -> Tensor:
         """The padded input as ``[batch, channels, height, width]``."""
-        wanted = 3 if self._flat else 4
-        x = x if x.dim() == wanted else x.unsqueeze(0)
-        x = F.pad(x, self._padding, mode=self._mode) if any(self._padding) else x
+        x = F.pad(x, self._padding) if any(self._padding) else x
         return x.unsqueeze(2) if self._flat else x
 
     def respond(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -280,12 +317,11 @@ class ConvLayer(AffineLayer):
     def patches(self, x: Tensor) -> Tensor:
         """See AffineLayer."""
         unfolded = self._unfold(self._padded(x))
-        return unfolded.view(len(unfolded), self.groups, self.d_in, -1).permute(1, 0, 3, 2)
+        return unfolded.unflatten(1, (self.groups, self.d_in)).permute(1, 0, 3, 2)
 
     def gradients(self, g: Tensor) -> Tensor:
         """See AffineLayer."""
-        g = g if g.dim() == (3 if self._flat else 4) else g.unsqueeze(0)
-        return g.reshape(len(g), self.groups, self.d_out, -1).permute(1, 0, 3, 2)
+        return g.flatten(2).unflatten(1, (self.groups, self.d_out)).permute(1, 0, 3, 2)
 
     def input_square_sums(self, x: Tensor) -> tuple[Tensor, int]:
         """See AffineLayer. Examples are summed before the patches are cut: one image is unfolded, not the batch."""
@@ -300,7 +336,7 @@ class ConvLayer(AffineLayer):
         return g.square().sum(others).view(self.groups, self.d_out)
 
 
-class ConvTransposeLayer(AffineLayer):
+class ConvTransposeLayer(ImageRows, AffineLayer):
     """``nn.ConvTranspose2d`` with any stride, padding, output padding, dilation and groups.
 
     ``y[t] = sum over i, k of W[i, :, k] x[i, s]`` wherever ``t = stride s - padding + dilation k``. With zeros put
@@ -327,9 +363,12 @@ class ConvTransposeLayer(AffineLayer):
             self._lead.append(reach - padding)
             self._trail.append(reach - padding + extra)
 
+    def leading(self, x: Tensor, g: Tensor) -> int:
+        """See Layer."""
+        return g.dim() - 3
+
     def _patches(self, x: Tensor) -> Tensor:
         """``[batch, channels, taps, positions]``, taps in the order of the weight's."""
-        x = x if x.dim() == 4 else x.unsqueeze(0)
         batch, channels, height, width = x.shape
         stretched = x.new_zeros(batch, channels, (height - 1) * self._stride[0] + 1, (width - 1) * self._stride[1] + 1)
         stretched[:, :, :: self._stride[0], :: self._stride[1]] = x
@@ -350,16 +389,14 @@ class ConvTransposeLayer(AffineLayer):
     def patches(self, x: Tensor) -> Tensor:
         """See AffineLayer."""
         unfolded = self._patches(x)
-        return unfolded.reshape(len(unfolded), self.groups, self.d_in, -1).permute(1, 0, 3, 2)
+        return unfolded.flatten(1, 2).unflatten(1, (self.groups, self.d_in)).permute(1, 0, 3, 2)
 
     def gradients(self, g: Tensor) -> Tensor:
         """See AffineLayer."""
-        g = g if g.dim() == 4 else g.unsqueeze(0)
-        return g.reshape(len(g), self.groups, self.d_out, -1).permute(1, 0, 3, 2)
+        return g.flatten(2).unflatten(1, (self.groups, self.d_out)).permute(1, 0, 3, 2)
 
     def input_square_sums(self, x: Tensor) -> tuple[Tensor, int]:
         """See AffineLayer."""
-        x = x if x.dim() == 4 else x.unsqueeze(0)
         patches = self._patches(x.square().sum(0, keepdim=True))
         return self._append_count(patches.sum(-1).view(self.groups, self.d_in), len(x) * patches.shape[-1])
 
@@ -383,31 +420,46 @@ class ElementwiseLayer(Layer, ABC):
     """A layer whose curvature is kept as the exact diagonal of its Fisher block."""
 
     @abstractmethod
-    def square_sums(self, x: Tensor, g: Tensor) -> list[Tensor]:
+    def square_sums(self, calls: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """For each parameter, its squared per-example gradient summed over examples (the parameter's shape)."""
 
 
 class NormLayer(ElementwiseLayer):
-    """BatchNorm, GroupNorm, LayerNorm, RMSNorm: ``y = weight * x_hat + bias``.
+    """BatchNorm, GroupNorm, LayerNorm, RMSNorm: ``y = weight * x_hat + bias``. The input, prepared, is ``x_hat``.
 
-    ``x_hat`` is recomputed from the input on the steps that need it; it cannot be had from the output, which later
-    in-place operations may overwrite and a zero weight erases.
+    It is recomputed from the input on the steps that need it; it cannot be had from the output, which later in-place
+    operations may overwrite and a zero weight erases.
     """
 
     def __init__(self, name: str, module: nn.Module, normalize: Callable[[Any, Tensor], Tensor], by_channel: bool):
         super().__init__(name, module)
         self._normalize = normalize
         self._by_channel = by_channel
-        self.separable = not isinstance(module, nn.modules.batchnorm._BatchNorm)
 
-    def square_sums(self, x: Tensor, g: Tensor) -> list[Tensor]:
+    def leading(self, x: Tensor, g: Tensor) -> int:
+        """See Layer."""
+        return 1 if self._by_channel else g.dim() - self.parameters[0].dim()
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """See Layer."""
+        return self._normalize(self.module, x)
+
+    def arranged(self, x: Tensor, g: Tensor, axis: int, parts: tuple[int, int, int]) -> list[tuple[Tensor, Tensor]]:
+        """See Layer."""
+        return (ImageRows if self._by_channel else Layer).arranged(self, x, g, axis, parts)  # type: ignore[arg-type]
+
+    def square_sums(self, calls: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """See ElementwiseLayer."""
-        return [term.square().sum(0) for term in self._terms(x, g)]
+        terms = [self._terms(x, g) for x, g in calls]
+        return [sum(parts[1:], start=parts[0]).square().sum(0) for parts in zip(*terms, strict=True)]
 
-    def flow(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, ...]:
-        """See Layer. The rows themselves, which are short; leading rows may be finer than examples."""
-        self._check_examples(g, len(g) % examples == 0, examples)
-        return (self.rows(x, g).unflatten(0, (examples, -1)).sum(1),)
+    def kept(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """See Layer. The rows themselves, which are short."""
+        return (self.rows(x, g),)
+
+    def total(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """See Layer."""
+        return [term.sum(0) for term in self._terms(x, g)]
 
     def rows(self, x: Tensor, g: Tensor) -> Tensor:
         """See Layer."""
@@ -421,39 +473,42 @@ class NormLayer(ElementwiseLayer):
         def per_example(values: Tensor) -> Tensor:
             return values.sum(list(shared)) if len(shared) else values
 
-        terms = [per_example(self._normalize(self.module, x) * g)]
+        terms = [per_example(x * g)]
         return [*terms, per_example(g)] if self.has_bias else terms
 
 
 class EmbeddingLayer(ElementwiseLayer):
     """``nn.Embedding``: a row's gradient in one example is the sum over its occurrences there."""
 
-    def square_sums(self, x: Tensor, g: Tensor) -> list[Tensor]:
-        """See ElementwiseLayer."""
-        module = self.module
-        assert isinstance(module, nn.Embedding)
-        batch, rows = len(x) if x.dim() else 1, module.num_embeddings
-        tokens = x.reshape(batch, -1).long()
-        keys = tokens + rows * torch.arange(batch, device=x.device).unsqueeze(1)
-        pairs, where = keys.flatten().unique(return_inverse=True)
-        flat = g.reshape(-1, module.embedding_dim)
-        summed = flat.new_zeros(len(pairs), module.embedding_dim).index_add_(0, where, flat)
-        squares = flat.new_zeros(rows, module.embedding_dim).index_add_(0, pairs % rows, summed.square())
-        if module.padding_idx is not None:  # the padding row receives no gradient
-            squares[module.padding_idx] = 0
-        return [squares]
+    def leading(self, x: Tensor, g: Tensor) -> int:
+        """See Layer."""
+        return x.dim()
 
-    def flow(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, ...]:
+    def square_sums(self, calls: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """See ElementwiseLayer."""
+        found = [self.kept(x, g) for x, g in calls]
+        tokens = torch.cat([x for x, _ in found], 1).long()
+        flat = torch.cat([g for _, g in found], 1).flatten(0, 1)
+        rows, width = self.parameters[0].shape
+        keys = tokens + rows * torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+        pairs, where = keys.flatten().unique(return_inverse=True)
+        summed = flat.new_zeros(len(pairs), width).index_add_(0, where, flat)
+        return [flat.new_zeros(rows, width).index_add_(0, pairs % rows, summed.square())]
+
+    def kept(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """See Layer. As an affine layer whose inputs have a single 1, at the token's place."""
-        module = self.module
-        assert isinstance(module, nn.Embedding)
-        self._check_examples(g, len(x) == examples, examples)
-        x, g = x.reshape(examples, -1).int(), g.reshape(examples, -1, module.embedding_dim)
-        return x, (g if module.padding_idx is None else g * (x != module.padding_idx).unsqueeze(-1))
+        padding = getattr(self.module, "padding_idx", None)
+        x, g = x.reshape(len(x), -1).int(), g.reshape(len(x), -1, g.shape[-1])
+        return x, (g if padding is None else g * (x != padding).unsqueeze(-1))  # the padding row has no gradient
 
     def respond(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """See Layer."""
         return F.embedding(x, tensors[0])
+
+    def combine(self, x: Tensor, g: Tensor, weights: Tensor) -> list[Tensor]:
+        """See Layer."""
+        weighted = (g * weights.view(-1, 1, 1)).flatten(0, 1)
+        return [g.new_zeros(self.parameters[0].shape).index_add_(0, x.flatten(), weighted)]
 
     def rows(self, x: Tensor, g: Tensor) -> Tensor:
         """See Layer."""
@@ -489,13 +544,46 @@ def layer_kinds(module: nn.Module) -> list[Any]:
     return [k for k in type(module).__mro__ if k.__module__.startswith("torch.nn.") and k.__module__ not in bases]
 
 
-def adapt(name: str, module: nn.Module) -> Layer | None:
-    """The adapter of a module, or None where it has no parameters of its own or its type is not supported."""
-    kinds = layer_kinds(module)
-    if kinds and type(module).forward is not kinds[0].forward:
-        return None  # a subclass that computes something else
+#: What is said of a layer whose weights another tensor, or another module, has taken the place of.
+COMPUTED = "its weight is computed from other tensors (parametrized, pruned or swapped)"
+
+
+def adapt(name: str, module: nn.Module) -> Layer | str | None:
+    """The adapter of a module; a reason why it has none; or None for what is no layer or has no parameters.
+
+    Raises:
+        ValueError: if the layer is lazy and has no weights yet.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own.values()):
+        raise ValueError(
+            f"layer {name!r} is lazy and has no weights yet: run a batch through the model before building the optimizer"
+        )
+    layer = _adapter(name, module)
+    if layer is None or not layer.keys:
+        return None
+    if "weight" in layer.keys and "weight" not in own:
+        return COMPUTED if own or hasattr(module, "parametrizations") else None
+    if any(key not in own for key in layer.keys):
+        return COMPUTED
+    if extra := [key for key in own if key not in layer.keys]:
+        return f"layer with extra parameters ({', '.join(extra)})"  # weight_norm, adapters, ...
+    if any(p.is_complex() for p in layer.parameters):
+        return "complex weights"
+    return layer
+
+
+def _adapter(name: str, module: nn.Module) -> Layer | None:
+    """The adapter for a module's type, whatever its parameters are.
+
+    A subclass may compute something else. What is recorded is what goes through the operations that its weights are
+    used in, and where that is not all, the recorder's check finds out.
+    """
     if isinstance(module, nn.Linear):
         return LinearLayer(name, module)
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+        plain = module.bias_k is None and module.bias_v is None
+        return LinearLayer(name, module, ("in_proj_weight", "in_proj_bias")) if plain else None
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
         return ConvLayer(name, module)
     if isinstance(module, nn.ConvTranspose2d):
@@ -505,7 +593,7 @@ def adapt(name: str, module: nn.Module) -> Layer | None:
         return EmbeddingLayer(name, module) if plain else None
     if getattr(module, "weight", None) is None:
         return None  # norms without affine parameters, and everything that is no layer
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
         return NormLayer(name, module, _batch_norm, by_channel=True)
     if isinstance(module, nn.GroupNorm):
         return NormLayer(name, module, lambda m, x: F.group_norm(x, m.num_groups, eps=m.eps), by_channel=True)
@@ -514,3 +602,71 @@ def adapt(name: str, module: nn.Module) -> Layer | None:
     if isinstance(module, nn.RMSNorm):
         return NormLayer(name, module, lambda m, x: F.rms_norm(x, m.normalized_shape, eps=m.eps), by_channel=False)
     return None
+
+
+class Flow:
+    """What one backward pass leaves of a layer: its calls, the examples in front.
+
+    An example's gradient is the sum over the calls and over the positions within each: so calls are further positions.
+
+    Attributes:
+        layer: the adapter.
+        calls: ``(x, g)`` a time that the pass came through: prepared input, gradient by the output.
+        when: which pass it is: examples shown up to the end of its batch, and its index among those over the batch.
+    """
+
+    def __init__(self, layer: Layer, calls: Sequence[tuple[Tensor, Tensor]], when: tuple[int, int] = (0, 0)) -> None:
+        self.layer, self.calls, self.when = layer, list(calls), when
+
+    @property
+    def examples(self) -> int:
+        """How many examples there are."""
+        return len(self.calls[0][1])
+
+    def scaled(self, factor: float) -> Flow:
+        """With all gradients times a factor."""
+        return self if factor == 1.0 else Flow(self.layer, [(x, g * factor) for x, g in self.calls], self.when)
+
+    def inputs(self) -> Tensor:
+        """Of an affine layer, ``a`` as ``[groups, examples, shared, columns]``."""
+        return _joined([self._affine.inputs(x) for x, _ in self.calls])
+
+    def gradients(self) -> Tensor:
+        """Of an affine layer, ``g`` as ``[groups, examples, shared, d_out]``."""
+        return _joined([self._affine.gradients(g) for _, g in self.calls])
+
+    def input_square_sums(self) -> tuple[Tensor, int]:
+        """See AffineLayer."""
+        sums, counts = zip(*(self._affine.input_square_sums(x) for x, _ in self.calls), strict=True)
+        return sum(sums[1:], start=sums[0]), sum(counts)
+
+    def gradient_square_sums(self) -> Tensor:
+        """See AffineLayer."""
+        sums = [self._affine.gradient_square_sums(g) for _, g in self.calls]
+        return sum(sums[1:], start=sums[0])
+
+    def square_sums(self) -> list[Tensor]:
+        """Of an elementwise layer; see there."""
+        assert isinstance(self.layer, ElementwiseLayer)
+        return self.layer.square_sums(self.calls)
+
+    def grid(self) -> tuple[int, int] | None:
+        """The grid that the positions lie on; None: there are several."""
+        return self._affine.grid(self.calls[0][1]) if len(self.calls) == 1 else None
+
+    def rows(self) -> Tensor:
+        """Each example's gradient, one a row, in the order of the matrix or of the parameters."""
+        rows = [
+            self.layer.rows(x, g) if isinstance(self.layer, NormLayer) else self.layer.rows(*self.layer.kept(x, g))
+            for x, g in self.calls
+        ]
+        return sum(rows[1:], start=rows[0])
+
+    @property
+    def _affine(self) -> AffineLayer:
+        assert isinstance(self.layer, AffineLayer)
+        return self.layer
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

@@ -3,45 +3,188 @@
 from __future__ import annotations
 
 import logging
+import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from optimizers.curvature.layers import Layer
+from optimizers.curvature import probe
+from optimizers.curvature.layers import COMPUTED, Flow, Layer
+from optimizers.curvature.probe import Layout
 from optimizers.curvature.second_order import SecondOrder
 
 log = logging.getLogger(__name__)
 
-Observer = Callable[[Layer, Tensor, Tensor], None]
+Observer = Callable[[Flow], None]
 #: Positional and keyword arguments of one forward pass of the model.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
+#: Where the operations that layers are made of have their input and their weight.
+OPERATIONS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight"),
+    torch.conv1d: ("input", "weight"),
+    torch.conv2d: ("input", "weight"),
+    torch.conv_transpose2d: ("input", "weight"),
+    F.embedding: ("input", "weight"),
+    F.layer_norm: ("input", "normalized_shape", "weight"),
+    torch.layer_norm: ("input", "normalized_shape", "weight"),
+    F.group_norm: ("input", "num_groups", "weight"),
+    torch.group_norm: ("input", "num_groups", "weight"),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training"),
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
+    F.rms_norm: ("input", "normalized_shape", "weight"),
+    torch.rms_norm: ("input", "normalized_shape", "weight"),
+}
+
+#: Attention of torch.nn, with its operations in sight: the function looks for a mode like ours first, and hands the
+#: whole call over if there is one. This copy of it does not look.
+_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.__dict__, "has_torch_function": lambda tensors: False},
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+    F.multi_head_attention_forward.__closure__,
+)
+_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+
+NOT_SEEN = "its forward pass ran without gradients: inside a reentrant checkpoint (give it use_reentrant=False), say"
+BEHIND = "its gradient comes through a reentrant checkpoint (give it use_reentrant=False)"
+NOT_CALLED = "no operation with its weight was seen: it was not called, or its weight is used in another way"
+TWICE = (
+    "two backward passes came through one forward pass of the model: call optimizer.backward(loss, retain_graph=True) "
+    "for all but the last"
+)
+
+#: Backward passes of our own under way, over all recorders: what they send is nobody's gradient.
+_aside = 0
+
+
+@contextmanager
+def _set_aside(retained: Iterable[weakref.ref[Tensor]]) -> Iterator[None]:
+    """A backward pass of our own: hooks are silent, and tensors with ``retain_grad`` keep the gradient they had."""
+    global _aside
+    tensors = [t for ref in retained if (t := ref()) is not None]
+    saved = [t.grad for t in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    _aside += 1
+    try:
+        yield
+    finally:
+        _aside -= 1
+        for tensor, grad in zip(tensors, saved, strict=True):
+            tensor.grad = grad
+
 
 @dataclass
-class _Call:
-    """One forward pass of the root module."""
+class _Root:
+    """Where seeds are sent from: the place of a tensor in the graph, and what is known of it."""
 
-    examples: int | None = None
-    counted: bool = False  # whether a backward pass through it has been seen
+    edge: GradientEdge
+    like: Tensor
+    leading: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, leading: int) -> _Root:
+        return cls(get_gradient_edge(tensor), tensor.detach(), leading)
 
 
-@dataclass
-class _Flow:
+@dataclass(eq=False)
+class _Record:
     """A layer's input and the place of its output in the graph, which later in-place operations do not move."""
 
     layer: Layer
     x: Tensor
     shape: torch.Size  # of the output
     edge: GradientEdge
+    rows: tuple[int, int] | None  # of the weight, where a slice of it was used
+    g: Tensor | None = None
+    prepared: Tensor | None = None
+
+    def gradient(self, g: Tensor) -> Tensor:
+        """A gradient by the output, in its shape; of a slice, among zeros for the other rows."""
+        g = g.detach().reshape(self.shape)
+        if self.rows is None:
+            return g
+        whole = g.new_zeros(*g.shape[:-1], len(self.layer.parameters[0]))
+        whole[..., self.rows[0] : self.rows[1]] = g
+        return whole
+
+    def input(self, dtype: torch.dtype) -> Tensor:
+        """The input as the adapter takes it."""
+        if self.prepared is None:
+            self.prepared = self.layer.prepared(self.x.to(dtype) if self.x.is_floating_point() else self.x)
+        return self.prepared
+
+
+@dataclass(eq=False)
+class _Pass:
+    """What forward passes have left that one backward pass goes through."""
+
+    sizes: list[int] = field(default_factory=list)  # of the leading dimensions of what the model was given
+    outputs: list[_Root] = field(default_factory=list)  # what the model returned
+    records: dict[Layer, list[_Record]] = field(default_factory=dict)
+    unseen: dict[Layer, int] = field(default_factory=dict)  # calls without gradients
+    retained: list[weakref.ref[Tensor]] = field(default_factory=list)
+    shown: set[Layer] = field(default_factory=set)
+    examples: int | None = None
+    counted: Tensor | None = None  # which of them count, bool [examples]; None: all
+    chosen: Tensor | None = None  # which are shown
+    serial: int = 0  # its number, once it is counted
+    started: bool = False  # a gradient has arrived
+    keep: bool = False  # another backward pass will come
+
+    def merge(self, other: _Pass) -> None:
+        self.outputs += other.outputs
+        self.retained += other.retained
+        for layer, records in other.records.items():
+            self.records.setdefault(layer, []).extend(records)
+        for layer, count in other.unseen.items():
+            self.unseen[layer] = self.unseen.get(layer, 0) + count
+
+
+@dataclass
+class _Verdict:
+    """How a layer's rows are read, or why they are not.
+
+    Attributes:
+        layouts: one a call; a single one serves for any number of calls.
+        reason: why there is none.
+        signature: of the calls that it was found on.
+        tries: how often the layer was looked at.
+        rest: passes until it is looked at again, where nothing was found out.
+    """
+
+    layouts: list[Layout]
+    reason: str | None
+    signature: tuple[int, ...]
+    tries: int = 1
+    rest: int = 0
+
+
+class _Arrival:
+    """A tensor hook on what a layer made, or on what the model returned. It keeps neither pass nor recorder alive."""
+
+    def __init__(self, recorder: Recorder, now: _Pass, record: _Record | None = None) -> None:
+        self._recorder, self._pass = weakref.ref(recorder), weakref.ref(now)
+        self._record = None if record is None else weakref.ref(record)
+
+    def __call__(self, gradient: Tensor) -> None:
+        recorder, now = self._recorder(), self._pass()
+        if not _aside and recorder is not None and now is not None:
+            recorder.arrived(now, None if self._record is None else self._record(), gradient)
 
 
 class _Hook:
@@ -75,12 +218,46 @@ def _made(output: Tensor) -> Tensor:
     return output
 
 
-class Recorder:
-    """Shows an observer the input and the output gradient of every layer as backward passes through it.
+class _Watch(TorchFunctionMode):
+    """While active, shows a recorder the operations that watched weights are used in."""
 
-    Forward hooks put a *tensor hook* on what a layer made, so in-place activations behind it change nothing, and
-    nothing is kept beyond the graph itself. A pass is recorded when the root module is in training mode, gradients are
-    enabled and ``due()`` is true: evaluation, ``no_grad`` and the steps in between cost one Python call a layer.
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Intercept one call of a torch function."""
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _attention(*args, **kwargs)
+        if func is Tensor.register_hook:
+            return func(args[0], _quiet(args[1] if len(args) > 1 else kwargs["hook"]))
+        result = func(*args, **kwargs)
+        if func is Tensor.retain_grad:
+            self._recorder.retained(args[0])
+        elif (names := OPERATIONS.get(func)) is not None:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            self._recorder.operation(func, given, result)
+        return result
+
+
+def _quiet(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """A tensor hook of the model's own that backward passes of ours do not wake."""
+    return lambda gradient: None if _aside else hook(gradient)
+
+
+class Recorder:
+    """Shows an observer the input and the output gradient of every layer, by example, as backward passes through it.
+
+    While the root module runs, a mode watches the *operations* in which the layers' weights are used, whoever calls
+    them, and puts a tensor hook on what they make: so in-place activations behind them change nothing, and nothing is
+    kept beyond the graph itself. A layer that is called by itself, without the root, opens the mode on its own. A pass
+    is recorded when the root is in training mode, gradients are enabled and ``due()`` is true: evaluation, ``no_grad``
+    and the steps in between cost two Python calls a layer.
+
+    The first pass that shows a layer is probed (see ``probe``): which rows belong to which example, and whether they
+    reproduce the gradient of the weight. What fails is not shown; ``refused`` says why.
 
     With ``deferred`` nothing is shown during ``loss.backward()``. Instead ``differentiate`` sends gradients of one's
     own choice through the recorded pass, as often as one likes and before its graph is freed; parameters are not
@@ -89,16 +266,17 @@ class Recorder:
     Use it as a context manager, or call ``close()``: either removes every hook.
 
     Args:
-        root: the whole model. Its first tensor argument's leading dimension is the number of examples of a pass.
+        root: the whole model.
         layers: the layers to watch.
         due: asked at each forward pass.
-        observe: called as ``observe(layer, x, g)`` in the backward pass, without gradients.
+        observe: called with the ``Flow`` of a layer in a backward pass, without gradients.
         deferred: wait for ``differentiate``.
         fraction: share of the examples to show, spread evenly over a batch, the first one always among them.
 
     Attributes:
         examples: how many examples were in the passes since the last ``reset``.
         observed: how many of them were shown.
+        refused: why layers are not shown, by name.
     """
 
     def __init__(
@@ -111,27 +289,43 @@ class Recorder:
         fraction: float = 1.0,
     ) -> None:
         self._root = root
+        self._layers = list(layers)
         self._fraction = fraction
         self._deferred = deferred
-        self._flows: list[_Flow] = []
         self._due = due
         self._observe = observe
-        self._call = _Call()
+        self._open: list[_Pass] = []
+        self._serial = 0
+        self._door: tuple[nn.Module, ExitStack] | None = None  # the module that opened the mode
+        self._depth = 0  # how often it is under way
+        self._weights: dict[int, Layer] = {}
+        self._probing = False
+        self._verdicts: dict[Layer, _Verdict] = {}
+        self._reading: tuple[Layout, int] | None = None  # of the outputs, as last found
         self.examples = self.observed = 0
-        self._handles = [root.register_forward_pre_hook(_Hook(self._enter))]
-        self._handles += [layer.module.register_forward_hook(_Hook(self._leave, layer)) for layer in layers]
+        self.refused: dict[str, str] = {}
+        self._lenient = any(isinstance(m, nn.SyncBatchNorm) for m in root.modules())
+        roots = {root: True} | {layer.module: False for layer in layers if layer.module is not root}
+        self._handles = []
+        for module, whole in roots.items():
+            self._handles += [
+                module.register_forward_pre_hook(_Hook(self._enter, whole), with_kwargs=True),
+                module.register_forward_hook(_Hook(self._leave, whole), with_kwargs=True, always_call=True),
+            ]
+
+    # -- passes --------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget what was counted and recorded: a new step begins."""
         self.examples = self.observed = 0
-        self._call = _Call()
-        self._flows.clear()
+        self._open.clear()
 
     def close(self) -> None:
         """Remove every hook. Idempotent."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._open.clear()
 
     def __enter__(self) -> Recorder:
         return self
@@ -139,83 +333,533 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _recording(self) -> bool:
-        return torch.is_grad_enabled() and self._root.training and self._due()
+    @property
+    def _pass(self) -> _Pass:
+        """The pass that operations are recorded in."""
+        if not self._open or (self._open[-1].started and not self._recomputing()):
+            self._open.append(_Pass())
+        return self._open[-1]
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._recording():
-            tensor = next((a for a in args if isinstance(a, Tensor) and a.dim()), None)
-            self._call = _Call(None if tensor is None else len(tensor))
+    @staticmethod
+    def _recomputing() -> bool:
+        """Whether this is called from within a backward pass: a checkpoint's forward pass, once more."""
+        return torch._C._current_graph_task_id() != -1
 
-    def _leave(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._recording() or not isinstance(output, Tensor) or not output.requires_grad or not args:
+    def _enter(self, whole: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._door is not None:
+            self._depth += module is self._door[0]
             return
-        if not any(p.requires_grad for p in layer.parameters):
+        if not (torch.is_grad_enabled() and self._root.training and self._due()) or _aside:
             return
-        x, call = args[0].detach(), self._call
-        made, shape = _made(output), output.shape
-        if self._deferred:
-            self._flows.append(_Flow(layer, x, shape, get_gradient_edge(made)))
+        recomputing = self._recomputing()
+        if recomputing and (self._deferred or not self._open or not self._open[-1].unseen):
             return
-        made.register_hook(lambda g: self._backward(layer, call, x, g.reshape(shape)))
+        if whole and not recomputing:
+            if self._open and not self._open[-1].records and not self._open[-1].unseen:
+                self._open.pop()
+            sizes = [len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+            self._open.append(_Pass(sizes))
+        self._weights = {}
+        for layer in self._layers:
+            tensor = layer.module._parameters.get(layer.keys[0])  # functional_call may have put another one there
+            if tensor is not None:
+                self._weights[id(tensor)] = layer
+        stack = ExitStack()
+        stack.enter_context(_Watch(self))
+        self._door, self._depth = (module, stack), 1
 
-    @torch.no_grad()
-    def _backward(self, layer: Layer, call: _Call, x: Tensor, g: Tensor) -> None:
-        # A part of the model called on its own has no root pass: its first layer to report tells the batch.
-        examples = call.examples if call.examples is not None else len(g)
-        chosen = self.choose(examples, g.device)
-        if not call.counted:
-            call.counted = True
-            self._count(examples, chosen)
-        self._show(layer, x, g.detach(), chosen, examples)
+    def _leave(
+        self, whole: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if self._door is None or module is not self._door[0]:
+            return
+        self._depth -= 1
+        if self._depth:
+            return
+        self._door[1].close()
+        self._door = None
+        self._weights = {}
+        if whole and not self._deferred and not self._recomputing() and self._open:
+            now = self._open[-1]
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.requires_grad and tensor.dim() and tensor.is_floating_point():
+                    now.outputs.append(_Root.of(tensor, max(1, tensor.dim() - 1)))
+                    tensor.register_hook(_Arrival(self, now))
 
-    def choose(self, examples: int, device: torch.device) -> Tensor | None:
+    def retained(self, tensor: Tensor) -> None:
+        """Take note of a tensor that keeps its gradient."""
+        self._pass.retained.append(weakref.ref(tensor))
+
+    def operation(self, function: Any, given: dict[str, Any], output: Any) -> None:
+        """Take note of an operation with a weight."""
+        weight, x = given.get("weight"), given.get("input")
+        if function in (F.batch_norm, torch.batch_norm) and given.get("training") and isinstance(output, Tensor):
+            self._hold_statistics(x, weight, output)
+        if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
+            return
+        layer, rows = self._weights.get(id(weight)), None
+        if layer is None and function is F.linear and (base := weight._base) is not None:
+            layer, rows = self._weights.get(id(base)), _slice(weight, base)
+            layer = layer if rows is not None else None
+        if layer is None or not any(p.requires_grad for p in layer.parameters):
+            return
+        now = self._pass
+        if not torch.is_grad_enabled():
+            now.unseen[layer] = now.unseen.get(layer, 0) + 1
+            return
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        made = _made(output)
+        record = _Record(layer, x.detach(), output.shape, get_gradient_edge(made), rows)
+        now.records.setdefault(layer, []).append(record)
+        if not self._deferred:
+            made.register_hook(_Arrival(self, now, record))
+
+    def _hold_statistics(self, x: Tensor, weight: Tensor | None, output: Tensor) -> None:
+        """In a probe, batch statistics are constants: else they would mix the examples."""
+        node, x = output.grad_fn, x.detach()
+        if node is None or not x.is_floating_point():
+            return
+        others = [d for d in range(x.dim()) if d != 1]
+        channel = [1, -1, *[1] * (x.dim() - 2)]
+        scale = None if weight is None else weight.detach()
+
+        def hold(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not _aside or not self._probing or inputs[0] is None or outputs[0] is None:
+                return None
+            wide = x.float() if x.dtype != torch.float64 else x
+            by_channel = wide.var(others, unbiased=False).add(1e-5).rsqrt()
+            by_channel = by_channel if scale is None else by_channel * scale.to(by_channel)
+            return (outputs[0] * by_channel.view(channel).to(outputs[0].dtype), *inputs[1:])
+
+        node.register_hook(hold)
+
+    # -- whose gradient is whose ---------------------------------------------------------------------------------------
+
+    def settle(self, outputs: Tensor, keep: bool = False) -> Tensor:
+        """Before the backward pass: find the examples of what was recorded since the last one.
+
+        Args:
+            outputs: of the model, ``[batch, ..., features]`` (or ``[batch]``), with their graph, which is kept.
+            keep: another backward pass will go through the same graph.
+
+        Returns:
+            The outputs, ``[examples, ...]``: a view.
+        """
+        if not self._open:
+            return outputs
+        now = self._open[0]
+        for other in self._open[1:]:
+            now.merge(other)
+        self._open = [now]
+        now.keep = keep
+        self._find_examples(now, [_Root.of(outputs, max(1, outputs.dim() - 1))])
+        layout, examples = cast("tuple[Layout, int]", self._reading)
+        parts = layout.parts(len(outputs), examples)
+        assert parts is not None
+        return outputs if parts[0] == parts[2] == 1 else outputs.unflatten(0, parts).movedim(1, 0).flatten(1, 2)
+
+    def _find_examples(self, now: _Pass, roots: list[_Root]) -> None:
+        """Set how many examples a pass has, and probe layers that nothing is known of."""
+        readings = _readings(now.sizes, len(roots[0].like))
+        before = self._reading[0] if self._reading else None
+        self._reading = next((r for r in readings if r[0] == before), readings[0])
+        if asked := self._unknown(now, self._reading[1]):
+            self._probe(now, asked, roots, readings)
+        now.examples = self._reading[1]
+        for verdict in self._verdicts.values():
+            verdict.rest = max(0, verdict.rest - 1)
+
+    def _unknown(self, now: _Pass, examples: int) -> list[Layer]:
+        """Layers of a pass whose rows have to be looked at (again)."""
+        found = []
+        for layer, records in now.records.items():
+            verdict = self._verdicts.get(layer)
+            if verdict is None:
+                found.append(layer)
+            elif verdict.reason is None:
+                if not self._fits(verdict, records, examples):
+                    found.append(layer)
+            elif verdict.rest == 0 and (verdict.reason == probe.DEAD or verdict.signature != _signature(records)):
+                found.append(layer)
+        return found
+
+    def _fits(self, verdict: _Verdict, records: Sequence[_Record], examples: int) -> bool:
+        layouts = verdict.layouts
+        if len(layouts) == 1:
+            layouts = layouts * len(records)
+        if len(layouts) != len(records):
+            return False
+        for layout, record in zip(layouts, records, strict=True):
+            sizes = _sizes(record)
+            if layout.split == "one" or not sizes:
+                if examples != 1:
+                    return False
+            elif layout.axis >= len(sizes) or layout.parts(sizes[layout.axis], examples) is None:
+                return False
+        return True
+
+    def _probe(
+        self, now: _Pass, asked: list[Layer], roots: list[_Root], readings: list[tuple[Layout, int]]
+    ) -> None:
+        """Send seeds of some examples alone, for the likeliest reading first, until the layers' rows make sense."""
+        records = {layer: now.records[layer] for layer in asked}
+        behind = self._behind(now, roots)
+        for layer in [layer for layer in asked if any(record.edge.node in behind for record in records[layer])]:
+            self._judge(layer, records.pop(layer), [], BEHIND)
+        flat = [record for found in records.values() for record in found]
+        usual = [r for r in readings if all(_possible(record, r[1]) for record in flat)]
+        ordered = usual + [r for r in readings if r not in usual]
+        best: tuple[int, tuple[Layout, int], dict[Layer, tuple[list[Layout], str | None]]] | None = None
+        for reading in ordered[:2] if records else []:
+            judged = self._look(now, records, roots, *reading, confirm=best is None)
+            wrong = sum(reason not in (None, probe.DEAD) for _, reason in judged.values())
+            if best is None or wrong < best[0]:
+                best = (wrong, reading, judged)
+            if wrong == 0:
+                break
+        if best is not None:
+            _, self._reading, judged = best
+            for layer, (layouts, reason) in judged.items():
+                self._judge(layer, records[layer], layouts, reason)
+
+    def _judge(self, layer: Layer, records: Sequence[_Record], layouts: list[Layout], reason: str | None) -> None:
+        before = self._verdicts.get(layer)
+        tries = 1 if before is None else before.tries + 1
+        if len(set(layouts)) == 1:
+            layouts = layouts[:1]
+        self._verdicts[layer] = _Verdict(layouts, reason, _signature(records), tries, 0 if reason is None else 2**tries)
+
+    def _look(
+        self,
+        now: _Pass,
+        records: dict[Layer, list[_Record]],
+        roots: list[_Root],
+        layout: Layout,
+        examples: int,
+        confirm: bool,
+    ) -> dict[Layer, tuple[list[Layout], str | None]]:
+        """What passes with seeds of one half of the examples, and of the other (``confirm``), show of each layer."""
+        generator = torch.Generator().manual_seed(0)
+        first = torch.zeros(examples, dtype=torch.bool)
+        first[torch.randperm(examples, generator=generator)[: max(1, examples // 2)]] = True
+        parts = [first, ~first] if confirm and examples > 1 else [first]
+        edges = [record.edge for found in records.values() for record in found]
+        weights = [p for layer in records for p in layer.parameters if p.requires_grad]
+        passes: list[Sequence[Tensor | None]] = []
+        by_weight: dict[Tensor, Tensor | None] = {}
+        for part in parts:
+            wanted = edges if passes else [*edges, *weights]
+            seeds = [(root.edge, seed) for root in roots if (seed := _seed(root, layout, part, generator)) is not None]
+            self._probing = True
+            try:
+                with _set_aside(now.retained):
+                    found = torch.autograd.grad(
+                        [edge for edge, _ in seeds],  # type: ignore[misc]
+                        wanted,
+                        [seed for _, seed in seeds],
+                        retain_graph=True,
+                        allow_unused=True,
+                    )
+            finally:
+                self._probing = False
+            if not passes:
+                by_weight = dict(zip(weights, found[len(edges) :], strict=True))
+            passes.append(found[: len(edges)])
+        with torch.no_grad():
+            result, start = {}, 0
+            for layer, mine in records.items():
+                gradients = [found[start : start + len(mine)] for found in passes]
+                start += len(mine)
+                result[layer] = self._read(layer, mine, gradients, parts, examples, by_weight)
+        return result
+
+    def _read(
+        self,
+        layer: Layer,
+        records: Sequence[_Record],
+        passes: Sequence[Sequence[Tensor | None]],
+        parts: Sequence[Tensor],
+        examples: int,
+        by_weight: dict[Tensor, Tensor | None],
+    ) -> tuple[list[Layout], str | None]:
+        """A layer's layouts, a call each, or the reason why there are none."""
+        layouts: list[Layout] = []
+        calls: list[tuple[Tensor, Tensor]] = []
+        coarse = layer.parameters[0].dtype
+        for record, *found in zip(records, *passes, strict=True):
+            like = next((g for g in found if g is not None), None)
+            if like is None:
+                continue
+            gradients = [torch.zeros_like(like) if g is None else g for g in found]
+            gradients = [record.gradient(g) for g in gradients]
+            leading = layer.leading(record.x, gradients[0])
+            energies = [probe.energy(g, leading) for g in gradients]
+            read = probe.judged(energies, parts, examples, self._lenient)
+            if read == probe.DEAD:
+                continue
+            if isinstance(read, str):
+                return [], read
+            layouts.append(read)
+            coarse = max(coarse, like.dtype, key=lambda dtype: probe.TOLERANCE.get(dtype, 0.0))
+            calls += self._call(record, gradients[0], read, examples) or []
+        if not layouts:
+            missed = any(g is not None and bool(g.any()) for p in layer.parameters if (g := by_weight.get(p)) is not None)
+            return [], (probe.AROUND if missed else probe.DEAD)
+        if len(layouts) < len(records):  # calls without a gradient are read like the others, if these are alike
+            layouts = layouts[:1] * len(records) if len(set(layouts)) == 1 else []
+        if not layouts:
+            return [], probe.DEAD
+        pairs = _compared(layer, calls, by_weight)
+        if pairs is None or not _reproduced(pairs, calls, coarse):
+            return [], probe.AROUND
+        return layouts, None
+
+    def _call(self, record: _Record, g: Tensor, layout: Layout, examples: int) -> list[tuple[Tensor, Tensor]] | None:
+        dtype = torch.float64 if record.layer.parameters[0].dtype == torch.float64 else torch.float32
+        x = record.input(dtype)
+        return probe.arranged(record.layer, x, g.to(dtype), layout, examples)
+
+    def _behind(self, now: _Pass, roots: list[_Root]) -> set[Node]:
+        """Nodes that a gradient reaches through a reentrant checkpoint, on one way at least."""
+        if all(layer in now.records for layer in now.unseen):
+            return set()
+        nodes = _ancestors([root.edge.node for root in roots])
+        barriers = [node for node in nodes if isinstance(node, BackwardCFunction)]
+        return _ancestors([n for node in barriers for n, _ in node.next_functions if n is not None])
+
+    def _layouts(self, layer: Layer, records: Sequence[_Record]) -> list[Layout] | None:
+        """How the calls of a layer are read; None where they are not."""
+        verdict = self._verdicts.get(layer)
+        if verdict is None or verdict.reason is not None:
+            return None
+        return verdict.layouts * len(records) if len(verdict.layouts) == 1 else verdict.layouts
+
+    def reasons(self) -> dict[str, str]:
+        """Layers of this step whose rows are not shown, by name, and why: refused, or never seen."""
+        found = dict(self.refused)
+        for layer in self._layers:
+            if not any(p.requires_grad for p in layer.parameters):
+                continue
+            verdict = self._verdicts.get(layer)
+            if verdict is not None and verdict.reason is not None:
+                found[layer.name] = verdict.reason
+        return found
+
+    # -- showing -------------------------------------------------------------------------------------------------------
+
+    def choose(self, examples: int) -> Tensor | None:
         """Indices of the examples of a batch that are shown, int64; None: all."""
         if self._fraction >= 1:
             return None
         marks = (torch.arange(examples + 1, dtype=torch.float64) * self._fraction).ceil()
-        return marks.diff().nonzero().flatten().to(device)
+        return marks.diff().nonzero().flatten()
 
-    def _count(self, examples: int, chosen: Tensor | None) -> None:
-        self.examples += examples
-        self.observed += examples if chosen is None else len(chosen)
+    def counts(self, counted: Tensor) -> None:
+        """Tell which examples of the pass under way count, bool ``[examples]``: the others' gradients are zero."""
+        if self._open:
+            self._open[0].counted = counted.cpu()
 
-    def _show(self, layer: Layer, x: Tensor, g: Tensor, chosen: Tensor | None, examples: int) -> None:
-        if chosen is None:
-            self._observe(layer, x, g)
-        elif layer.separable and len(x) == len(g) == examples:
-            self._observe(layer, x[chosen], g[chosen])
-        elif len(g) == examples:  # rows cannot be left out of x, so the others' gradients are
-            self._observe(layer, x, torch.zeros_like(g).index_copy_(0, chosen, g[chosen]))
-        else:  # rows are not examples: all of them, at the weight of the share (when deferred, the others are zero)
-            self._observe(layer, x, g if self._deferred else g * (len(chosen) / examples) ** 0.5)
+    def _count(self, now: _Pass) -> None:
+        if now.serial:
+            return
+        self._serial += 1
+        now.serial = self._serial
+        examples = cast("int", now.examples)
+        now.chosen = self.choose(examples)
+        marks = torch.ones(examples, dtype=torch.bool) if now.counted is None else now.counted
+        self.examples += int(marks.sum())
+        self.observed += int(marks.sum() if now.chosen is None else marks[now.chosen].sum())
+
+    def arrived(self, now: _Pass, record: _Record | None, gradient: Tensor) -> None:
+        """A gradient has come to what a layer made, or to what the model returned (None)."""
+        if now.examples is None:
+            here = [] if record is None else [_Root(record.edge, gradient, max(1, gradient.dim() - 1))]
+            if not (now.outputs or here):
+                return
+            try:
+                self._find_examples(now, now.outputs or here)
+            except RuntimeError as error:  # a part of the graph behind another output may be gone already
+                if "second time" not in str(error) or not here:
+                    raise
+                self._find_examples(now, here)
+        now.started = True
+        now.outputs.clear()
+        if record is None:
+            return
+        layer = record.layer
+        if layer in now.shown:
+            self.refused[layer.name] = TWICE
+            return
+        with torch.no_grad():
+            g = record.gradient(gradient)
+            record.g = g if record.g is None else record.g + g
+        if not (now.keep or layer in now.unseen) and all(r.g is not None for r in now.records[layer]):
+            self._show(now, layer)
+
+    def finish(self) -> None:
+        """Show what has not been: calls whose outputs were not used, or passes that others were to follow."""
+        if not self._deferred:
+            for now in self._open:
+                for layer in list(now.records):
+                    if any(record.g is not None for record in now.records[layer]):
+                        self._show(now, layer)
+
+    @torch.no_grad()
+    def _show(self, now: _Pass, layer: Layer, index: int = 0) -> None:
+        """Show one layer's records, which have their gradients; those without have zero ones."""
+        records = now.records[layer] if self._deferred else now.records.pop(layer)
+        now.shown.add(layer)
+        layouts = self._layouts(layer, records)
+        if layouts is None:
+            return
+        self._count(now)
+        if not now.examples:
+            return
+        calls: list[tuple[Tensor, Tensor]] = []
+        for record, layout in zip(records, layouts, strict=True):
+            if record.g is not None:
+                calls += self._call(record, record.g, layout, now.examples) or []
+        if now.chosen is not None:
+            calls = [(x[now.chosen.to(x.device)], g[now.chosen.to(g.device)]) for x, g in calls]
+        if calls:
+            self._observe(Flow(layer, calls, (now.serial, index)))
 
     @property
     def waiting(self) -> bool:
         """Whether a pass was recorded that ``differentiate`` has not been through."""
-        return bool(self._flows)
+        return self._deferred and any(now.records or now.unseen for now in self._open)
 
-    def differentiate(self, outputs: Tensor, gradients: Iterable[Tensor], chosen: Tensor | None) -> None:
-        """Show the observer what flows back from ``outputs`` in the passes recorded so far, and forget them.
+    @property
+    def recorded(self) -> bool:
+        """Whether a pass with examples came through the model since the last ``reset``."""
+        return self.examples > 0
+
+    def differentiate(self, outputs: Tensor, gradients: Iterable[Tensor]) -> None:
+        """Show the observer what flows back from ``outputs`` in the pass that was settled, and forget it.
 
         Args:
-            outputs: of the model, ``[batch, ...]``, with their graph, which is kept.
-            gradients: by the chosen rows of ``outputs``, in their shape; a backward pass each.
-            chosen: what ``choose`` returned.
+            outputs: what ``settle`` returned, with its graph, which is kept.
+            gradients: by ``outputs``, in their shape, zero for examples that are not chosen; a backward pass each.
         """
-        flows, self._flows = self._flows, []
-        edges = [flow.edge for flow in flows]
-        self._count(len(outputs), chosen)
-        for gradient in gradients:
-            if chosen is not None:
-                gradient = torch.zeros_like(outputs).index_copy_(0, chosen, gradient.to(outputs.dtype))
-            found = torch.autograd.grad(
-                outputs, edges, gradient.to(outputs.dtype), retain_graph=True, allow_unused=True
-            )
-            with torch.no_grad():
-                for flow, g in zip(flows, found, strict=True):
-                    if g is not None:
-                        self._show(flow.layer, flow.x, g.reshape(flow.shape), chosen, len(outputs))
+        now = self._open[0]
+        behind = self._behind(now, [_Root.of(outputs, 1)])
+        shown = [
+            layer
+            for layer, records in now.records.items()
+            if self._layouts(layer, records) is not None and not any(r.edge.node in behind for r in records)
+        ]
+        for layer in now.records.keys() - set(shown):
+            if (verdict := self._verdicts.get(layer)) is not None and verdict.reason is None:
+                self.refused[layer.name] = BEHIND
+        flat = [record for layer in shown for record in now.records[layer]]
+        self._count(now)
+        for index, gradient in enumerate(gradients if flat else ()):
+            with _set_aside(now.retained):
+                found = torch.autograd.grad(
+                    outputs,
+                    [record.edge for record in flat],
+                    gradient.to(outputs.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            for record, g in zip(flat, found, strict=True):
+                record.g = None if g is None else record.gradient(g)
+            for layer in shown:
+                self._show(now, layer, index)
+        if not now.keep:
+            self._open.clear()
+        else:
+            now.examples, now.serial = None, 0
+
+
+def _readings(sizes: Sequence[int], rows: int) -> list[tuple[Layout, int]]:
+    """How the examples may lie in the outputs' leading dimension, the likeliest first, and how many there are.
+
+    Args:
+        sizes: of the leading dimensions of what the model was given: outputs that are flattened have a multiple of one.
+        rows: of the outputs.
+    """
+    found = [(Layout(0, "whole"), rows)]
+    size = next((size for size in sizes if 0 < size < rows and rows % size == 0), None)
+    if size is not None and rows not in sizes:
+        found += [(Layout(0, "slow"), size), (Layout(0, "fast"), size)]
+    return found
+
+
+def _possible(record: _Record, examples: int) -> bool:
+    """Whether a record's rows can be told apart by so many examples, as far as sizes tell."""
+    return bool(probe.candidates(_sizes(record), examples))
+
+
+def _sizes(record: _Record) -> tuple[int, ...]:
+    """Sizes of a record's leading dimensions."""
+    like = torch.empty(record.shape, device="meta")
+    return tuple(record.shape[: record.layer.leading(record.x, like)])
+
+
+def _signature(records: Sequence[_Record]) -> tuple[int, ...]:
+    return tuple(len(_sizes(record)) for record in records)
+
+
+def _seed(root: _Root, layout: Layout, part: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Random gradients by a root for some of the examples, zero for the others; None if it does not have them."""
+    like = root.like
+    if like.dim() <= layout.axis or layout.parts(like.shape[layout.axis], len(part)) is None:
+        return None
+    noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+    mask = part[layout.labels(like.shape[layout.axis], len(part))]
+    noise = noise * mask.view([-1 if axis == layout.axis else 1 for axis in range(like.dim())])
+    return noise.to(like.device, like.dtype)
+
+
+def _slice(weight: Tensor, base: Tensor) -> tuple[int, int] | None:
+    """Which rows of a matrix a view of it is; None if it is none of some."""
+    if weight.dim() != 2 or base.dim() != 2 or weight.stride() != base.stride() or weight.shape[1] != base.shape[1]:
+        return None
+    start = (weight.storage_offset() - base.storage_offset()) // base.stride(0)
+    return start, start + len(weight)
+
+
+def _ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes, and all that a backward pass from them reaches."""
+    found, stack = set(nodes), list(nodes)
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and node not in found:
+                found.add(node)
+                stack.append(node)
+    return found
+
+
+def _compared(
+    layer: Layer, calls: Sequence[tuple[Tensor, Tensor]], by_weight: dict[Tensor, Tensor | None]
+) -> list[tuple[Tensor, Tensor]] | None:
+    """What the rows add up to, beside what autograd gives the parameters; None where a layer cannot add them up."""
+    try:
+        totals = [layer.total(x, g) for x, g in calls]
+    except (RuntimeError, IndexError):  # rows of other shapes than the layer's: its weight was used in another way
+        return None
+    found = [sum(parts[1:], start=parts[0]) for parts in zip(*totals, strict=True)]
+    return [
+        (total, torch.zeros_like(total) if (right := by_weight[p]) is None else right)
+        for p, total in zip(layer.parameters, found, strict=True)
+        if p in by_weight
+    ]
+
+
+def _reproduced(
+    pairs: Sequence[tuple[Tensor, Tensor]], calls: Sequence[tuple[Tensor, Tensor]], coarse: torch.dtype
+) -> bool:
+    """Whether sums are equal, but for rounding."""
+    if not pairs:
+        return True
+    found, right = zip(*pairs, strict=True)
+    if probe.distance(found, right) <= probe.TOLERANCE.get(coarse, 1e-1):
+        return True
+    off = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs) ** 0.5
+    size = sum(float(x.double().square().sum() * g.double().square().sum()) for x, g in calls) ** 0.5
+    return off <= 100 * torch.finfo(coarse).eps * size  # the sum cancels out: what is left of it is rounding
 
 
 class TwiceDifferentiable:
