@@ -206,9 +206,13 @@ class NaturalGradient(CurvatureOptimizer):
             self._scale = float(scale)
             try:
                 with record_function(CURVATURE):
-                    chosen = self._recorder.choose(len(outputs), outputs.device)
-                    gradients = self._output_gradients(outputs, chosen, scale)
-                    self._recorder.differentiate(outputs, _counted(loss, outputs, chosen, gradients), chosen)
+                    assert self.likelihood is not None
+                    seen = self.likelihood.observations(outputs)
+                    chosen = self._recorder.choose(len(seen), seen.device)
+                    gradients = self._output_gradients(seen, chosen, scale)
+                    (own,) = torch.autograd.grad(loss, outputs, retain_graph=True) if seen.dim() > 2 else (None,)
+                    own = None if own is None else self.likelihood.observations(own)
+                    self._recorder.differentiate(seen, _counted(own, chosen, gradients), chosen)
             finally:
                 self._scale = 1.0
         super().backward(loss, outputs, scale=scale)
@@ -473,15 +477,14 @@ def _grads(block: Block) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in block.layer.parameters]
 
 
-def _counted(loss: Tensor, outputs: Tensor, chosen: Tensor | None, gradients: Iterator[Tensor]) -> Iterator[Tensor]:
+def _counted(own: Tensor | None, chosen: Tensor | None, gradients: Iterator[Tensor]) -> Iterator[Tensor]:
     """Gradients without the positions that the loss leaves out (padding of sequences), at the weight of the others.
 
     A position that counts has a gradient of its own: its loss falls as long as its target is not certain.
     """
-    if outputs.dim() < 3:
+    if own is None:
         yield from gradients
         return
-    (own,) = torch.autograd.grad(loss, outputs, retain_graph=True)
     counted = (own if chosen is None else own[chosen]).ne(0).any(-1, keepdim=True)
     weight = counted * (counted.numel() / counted.sum().clamp(min=1)) ** 0.5
     for gradient in gradients:
