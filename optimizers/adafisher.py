@@ -85,14 +85,18 @@ class AdaFisher(CurvatureOptimizer):
         self.decay, self.ema, self.normalize, self.damping_mode = decay, ema, normalize, damping_mode
         # F~ by parameter, and the Lambda it was made with (a schedule may change it between updates).
         self._fisher: dict[Tensor, tuple[float, Tensor]] = {}
+        self._owner: dict[Tensor, Approximation] = {}
         self._watch(self._block)
-        self._owner: dict[Tensor, Approximation] = {p: b for b in self.blocks.values() for p in b.layer.parameters}
+
+    def _watch_layers(self) -> None:
+        super()._watch_layers()
+        self._owner = {p: b for b in self.blocks.values() for p in b.layer.parameters}
 
     @staticmethod
     def _block(layer: Layer) -> Approximation:
         return KroneckerDiagonal(layer) if isinstance(layer, AffineLayer) else Diagonal(layer)
 
-    def _update_curvature(self) -> None:
+    def _update_curvature(self) -> bool:
         for name, new in self._estimates().items():
             factors = self.blocks[name].factors
             for key, value in new.items():
@@ -104,6 +108,7 @@ class AdaFisher(CurvatureOptimizer):
                     value = torch.lerp(value, factors[key], self.decay)
                 factors[key] = value
         self._fisher.clear()
+        return self._saw
 
     def _refresh(self, params: list[Tensor], damping: float) -> None:
         """Recompute F~ of the parameters whose factors or Lambda changed."""

@@ -37,7 +37,7 @@ def rademacher(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
 
 
 def hutchinson(
-    gradients: Sequence[Tensor], params: Sequence[Tensor], seed: int, samples: int = 1
+    gradients: Sequence[Tensor], params: Sequence[Tensor], seed: int, samples: int = 1, retain_graph: bool = False
 ) -> list[Tensor | None]:
     """``mean_s z_s * (H z_s)``, whose expectation is the Hessian's diagonal: signed, one tensor a parameter.
 
@@ -46,6 +46,7 @@ def hutchinson(
         params: the parameters.
         seed: of the probes; the same seed gives the same probes on every rank and in every micro-batch.
         samples: how many probes are averaged.
+        retain_graph: keep the graph for another backward pass.
 
     Returns:
         None for a parameter that the gradients do not depend on (its Hessian is zero).
@@ -59,7 +60,7 @@ def hutchinson(
         probes = rademacher(params, seed + sample)
         chosen = [z for z, c in zip(probes, curved, strict=True) if c]
         products = torch.autograd.grad(
-            roots, params, grad_outputs=chosen, retain_graph=sample + 1 < samples, allow_unused=True
+            roots, params, grad_outputs=chosen, retain_graph=retain_graph or sample + 1 < samples, allow_unused=True
         )
         for i, (z, hz) in enumerate(zip(probes, products, strict=True)):
             if hz is not None:  # out of place: what autograd returns may be an expanded view, or shared
@@ -186,17 +187,29 @@ class AdaHessian(CurvatureOptimizer):
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def backward(self, loss: Tensor, outputs: Tensor | None = None, *, scale: float = 1.0) -> None:
-        """See CurvatureOptimizer. Where ranks train together, the gradient of a due step is averaged here."""
+    def backward(
+        self,
+        loss: Tensor,
+        outputs: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float = 1.0,
+        retain_graph: bool = False,
+    ) -> None:
+        """See CurvatureOptimizer. Where ranks train together, the gradient of a due step is averaged here.
+
+        The loss says all: outputs, targets and mask have no meaning here.
+        """
         if not self._due():
-            loss.backward()
+            loss.backward(retain_graph=retain_graph)
             return
         params = self._trainable()
         try:
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
             found = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
             del grads
-            self._collect([p for p, _ in found], [g for _, g in found], scale)
+            self._collect([p for p, _ in found], [g for _, g in found], scale, retain_graph)
         except RuntimeError as error:
             if "is not implemented" not in str(error):
                 raise
@@ -209,9 +222,9 @@ class AdaHessian(CurvatureOptimizer):
         for (p, _), g in zip(found, gradients, strict=True):
             p.grad = g if p.grad is None else p.grad + g
 
-    def _collect(self, params: list[Tensor], grads: list[Tensor], scale: float) -> None:
+    def _collect(self, params: list[Tensor], grads: list[Tensor], scale: float, retain_graph: bool = False) -> None:
         with record_function(CURVATURE):
-            terms = hutchinson(grads, params, self._probe_seed(), self.samples)
+            terms = hutchinson(grads, params, self._probe_seed(), self.samples, retain_graph)
         for p, term in zip(params, terms, strict=True):
             term = torch.zeros_like(p) if term is None else term if scale == 1.0 else term / scale
             self._pending[p] = self._pending[p] + term if p in self._pending else term
@@ -219,7 +232,7 @@ class AdaHessian(CurvatureOptimizer):
     def _probe_seed(self) -> int:
         return (self.seed * 1_000_003 + self.steps) * 4096  # room for `samples` draws a step
 
-    def _update_curvature(self) -> None:
+    def _update_curvature(self) -> bool:
         if not self._pending:
             self._from_graph()
         communication.average_(list(self._pending.values()))
@@ -237,6 +250,7 @@ class AdaHessian(CurvatureOptimizer):
             torch._foreach_mul_(squares, beta)
             torch._foreach_addcmul_(squares, means, means, value=1 - beta)
         self._denominators.clear()
+        return True
 
     def _from_graph(self) -> None:
         """Curvature from the gradients of ``loss.backward(create_graph=True)``; breaks their reference cycle."""

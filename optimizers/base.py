@@ -17,8 +17,9 @@ from torch.optim.optimizer import Optimizer
 
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.layers import Layer, adapt, layer_kinds
-from optimizers.curvature.recorder import Recorder
+from optimizers.curvature.layers import COMPUTED, Flow, Layer, adapt, layer_kinds
+from optimizers.curvature.losses import stated
+from optimizers.curvature.recorder import NOT_CALLED, NOT_SEEN, Recorder
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -56,6 +57,30 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError with a sentence unless ``value`` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def placed_mask(mask: Tensor, shape: torch.Size) -> Tensor:
+    """A mask of the observations, bool, in their shape.
+
+    Args:
+        mask: of their leading dimensions, or of the first of them.
+        shape: of the observations, ``[n, ...]``.
+
+    Raises:
+        ValueError: if it does not fit.
+    """
+    if mask.shape != shape[: mask.dim()] or not mask.dim():
+        raise ValueError(
+            f"mask must have the shape of the outputs' observations {list(shape)}, or of the first dimensions of it, "
+            f"got {list(mask.shape)}."
+        )
+    return mask.bool().view(*mask.shape, *[1] * (len(shape) - mask.dim())).expand(shape)
+
+
+def _is_replaced(layer: Layer) -> bool:
+    """Whether other tensors have taken the place of a layer's parameters."""
+    own = layer.module._parameters
+    return any(own.get(key) is not p for key, p in zip(layer.keys, layer.parameters, strict=True))
 
 
 @dataclass
@@ -140,8 +165,12 @@ class CurvatureOptimizer(Optimizer):
         self.rejected = 0  # layer statistics that were not finite and not used
         self.blocks: dict[str, Approximation] = {}
         self._recorder: Recorder | None = None
+        self._watching: dict[str, Any] | None = None  # arguments of ``_watch``, once it was called
         self._scale = 1.0
-        self._uncovered: dict[str, str] = {}
+        self._uncovered: dict[str, str] = {}  # why parameters have no block, by name
+        self._reasons: dict[str, str] = {}  # why layers with a block have no curvature, by name
+        self._told: set[str] = set()  # of which layers a warning has said so
+        self._saw = False  # whether a pass came through the model in this step
         if params is None:
             if self.model is None:
                 raise ValueError("params must be given where there is no model")
@@ -161,7 +190,8 @@ class CurvatureOptimizer(Optimizer):
         """Give each supported layer a block and let the recorder feed it; note why the other parameters have none.
 
         A layer is left to the fallback when any of its parameters is shared with another module (its curvature would
-        be the sum of both roles') or is not this optimizer's to train.
+        be the sum of both roles') or is not this optimizer's to train. What is added to the optimizer later is watched
+        from then on.
 
         Args:
             make_block: the block of a layer.
@@ -169,34 +199,51 @@ class CurvatureOptimizer(Optimizer):
             deferred: see Recorder.
             fraction: see Recorder.
         """
-        assert self.model is not None
+        self._watching = {"make_block": make_block, "skip": skip, "deferred": deferred, "fraction": fraction}
+        self._watch_layers()
+
+    def _watch_layers(self) -> None:
+        assert self.model is not None and self._watching is not None
+        skip = self._watching["skip"]
         owners: dict[nn.Parameter, list[str]] = {}
         for module_name, module in self.model.named_modules():
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(parameter, []).append(module_name)
         mine = {p for group in self.param_groups for p in group["params"]}
         reasons: dict[nn.Parameter, str] = {}
+        before, self.blocks = self.blocks, {}
         for name, module in self.model.named_modules():
-            layer = adapt(name, module)
             own = list(module.parameters(recurse=False))
+            layer = adapt(name, module)
             if layer is None:
                 reason = f"unsupported layer {type(module).__name__}" if layer_kinds(module) else "free parameter"
+            elif isinstance(layer, str):
+                reason = layer
             elif skip is not None and re.search(skip, name):
                 reason = "skipped"
             elif shared := [o for p in own for o in owners[p] if o != name]:
                 reason = "tied to " + ", ".join(dict.fromkeys(shared))
-            elif len(own) > len(layer.parameters):
-                reason = "layer with extra parameters"  # weight_norm, adapters, ...
-            elif all(p in mine for p in layer.parameters):
-                self.blocks[name] = make_block(layer)
+            elif not any(p in mine for p in layer.parameters):
+                continue
+            elif all(p in mine or not p.requires_grad for p in layer.parameters):
+                self.blocks[name] = before[name] if name in before else self._watching["make_block"](layer)
                 continue
             else:
                 reason = "layer trained in part by another optimizer"
             for p in own:
                 reasons.setdefault(p, reason)
         self._uncovered = {n: reasons[p] for n, p in self.model.named_parameters() if p in reasons and p in mine}
+        if self._recorder is not None:
+            self._recorder.close()
         layers = [block.layer for block in self.blocks.values()]
+        deferred, fraction = self._watching["deferred"], self._watching["fraction"]
         self._recorder = Recorder(self.model, layers, self._due, self._observe, deferred, fraction)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer. Layers whose parameters are added have curvature from the next update on."""
+        super().add_param_group(param_group)
+        if self._watching is not None:
+            self._watch_layers()
 
     def _due(self) -> bool:
         """Whether the pass under way gathers curvature."""
@@ -215,37 +262,71 @@ class CurvatureOptimizer(Optimizer):
         """Make the next step gather and refresh curvature, however long its interval has still to run."""
         self._updated_at = LONG_AGO
 
-    def _observe(self, layer: Layer, x: Tensor, g: Tensor) -> None:
+    def _observe(self, flow: Flow) -> None:
+        """Take what one backward pass leaves of a layer."""
         with record_function(CURVATURE):
-            self.blocks[layer.name].accumulate(x, g if self._scale == 1.0 else g / self._scale)
+            self.blocks[flow.layer.name].accumulate(flow.scaled(1 / self._scale))
 
     def _estimates(self) -> dict[str, dict[str, Tensor]]:
         """This step's factors by layer, averaged over ranks.
 
         A layer that no rank saw is left out, and so is one whose statistics are not finite (it keeps its last good
-        factors, and ``rejected`` counts it).
+        factors, and ``rejected`` counts it). One whose statistics cannot be trusted loses what it has.
         """
         assert self._recorder is not None
+        self._saw = False
         if not any(p.requires_grad for block in self.blocks.values() for p in block.layer.parameters):
+            self._saw = True  # there is nothing to see
             return {}
-        if communication.world_size() == 1 and not self._recorder.examples:
+        self._recorder.finish()
+        blocks = list(self.blocks.values())
+        reasons = self._recorder.reasons() | {b.layer.name: COMPUTED for b in blocks if _is_replaced(b.layer)}
+        device = blocks[0].layer.parameters[0].device
+        flags = [*(b.observed for b in blocks), *(b.layer.name in reasons for b in blocks), self._recorder.seen]
+        flags = communication.anywhere(flags, device)
+        *flags, self._saw = flags
+        if not self._saw:
             warnings.warn(
                 "no backward pass came through the model in training mode since the last step, so its curvature was "
                 "not updated: call model.train(), and the whole model rather than its parts, before the forward pass.",
                 stacklevel=4,
             )
             return {}
-        blocks = list(self.blocks.values())
-        device = blocks[0].layer.parameters[0].device
-        seen = communication.anywhere([block.observed for block in blocks], device)
         kinds: dict[type[Approximation], list[Approximation]] = {}
-        for block, was_seen in zip(blocks, seen, strict=True):
-            if was_seen:  # every rank must bring the same blocks to the exchange
+        for block, was_seen, is_refused in zip(blocks, flags[: len(blocks)], flags[len(blocks) :], strict=True):
+            name = block.layer.name
+            if is_refused:
+                reasons.setdefault(name, "refused on another rank")
+                self._forget(block)
+            elif was_seen:  # every rank must bring the same blocks to the exchange
                 kinds.setdefault(type(block), []).append(block)
+            elif not block.factors and any(p.requires_grad for p in block.layer.parameters):
+                reasons[name] = NOT_SEEN if self._recorder.ran_unseen(block.layer) else NOT_CALLED
+        self._reasons = reasons
+        self._tell()
         found: dict[str, dict[str, Tensor]] = {}
         for kind, members in kinds.items():
             found |= kind.estimate_all(members, *self._scaling())
         return self._exchanged({name: found[name] for name in self.blocks if name in found})
+
+    def _forget(self, block: Approximation) -> None:
+        """Drop what is kept of a layer whose curvature cannot be trusted."""
+        block.factors.clear()
+        block.reset()
+
+    def _tell(self) -> None:
+        """Warn of layers without curvature, once each."""
+        new = [name for name in self._reasons if name not in self._told]
+        if not new:
+            return
+        self._told.update(new)
+        some = "; ".join(f"{name or '(root)'}: {self._reasons[name]}" for name in new[:3])
+        more = f"; and {len(new) - 3} more" if len(new) > 3 else ""
+        warnings.warn(
+            f"no curvature for {len(new)} of {len(self.blocks)} layers, which the fallback trains ({some}{more}). "
+            "optimizer.coverage() lists them all.",
+            stacklevel=5,
+        )
 
     def _scaling(self) -> tuple[float, int]:
         """What turns an observed gradient into one of the per-example loss, and how many examples were observed."""
@@ -283,15 +364,21 @@ class CurvatureOptimizer(Optimizer):
             item = statistics_dtype(block.layer.parameters[0]).itemsize
             described = " ".join(f"{key}{list(shape)}" for key, shape in shapes.items())
             count = sum(p.numel() for p in block.layer.parameters if p.requires_grad)
-            if self.steps and count and not block.factors:  # a model may use a layer's weights and not call it
-                table.rows.append((name or "(root)", "fallback: the layer gave no statistics", "", count, 0))
+            if self.steps and count and not block.factors:
+                reason = self._reasons.get(name, "the layer gave no statistics yet")
+                table.rows.append((name or "(root)", f"fallback: {reason}", "", count, 0))
                 continue
             size = sum(item * torch.Size(shape).numel() for shape in shapes.values()) + self._cache_bytes(block)
             table.rows.append((name or "(root)", type(block).__name__, described, count, size))
         named = dict(self.model.named_parameters()) if self.model is not None else {}
         for name, reason in self._uncovered.items():
-            if named[name].requires_grad:
+            if name in named and named[name].requires_grad:
                 table.rows.append((name, f"fallback: {reason}", "", named[name].numel(), 0))
+        own = set(named.values())
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if self.model is not None and p.requires_grad and p not in own:
+                    table.rows.append((f"(group {index})", "fallback: not a parameter of the model", "", p.numel(), 0))
         return table
 
     def _cache_bytes(self, block: Approximation) -> int:
@@ -300,19 +387,65 @@ class CurvatureOptimizer(Optimizer):
 
     # -- the verbs -----------------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor, outputs: Tensor | None = None, *, scale: float = 1.0) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        outputs: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float = 1.0,
+        retain_graph: bool = False,
+    ) -> None:
         """Leave ``.grad`` as ``loss.backward()`` would, and gather curvature where this step is due.
 
         Args:
             loss: scalar; in accumulation, the micro-batch's loss divided by the number of micro-batches.
-            outputs: the model's outputs, ``[batch, ...]``; needed only by methods that sample targets.
+            outputs: the model's outputs, ``[batch, ...]``; needed by methods that sample targets, and for all the
+                surest way to tell which examples there are.
+            targets: of the loss, in the shape that the likelihood takes; they say what counts (padding does not).
+                ``F.cross_entropy`` says so itself.
+            mask: which observations count, bool, of the outputs' leading shape or of its first dimensions.
             scale: a factor inside ``loss`` that curvature must not see (``GradScaler.get_scale()``).
+            retain_graph: another backward pass will go through the same graph; together they are one.
+
+        Raises:
+            ValueError: mask or targets do not fit the outputs.
         """
+        if self._recorder is not None and self._recorder.recording:
+            self._announce(loss, outputs, targets, mask, retain_graph)
         self._scale = float(scale)
         try:
-            loss.backward()
+            loss.backward(retain_graph=retain_graph)
         finally:
             self._scale = 1.0
+
+    def _announce(
+        self, loss: Tensor, outputs: Any, targets: Tensor | None, mask: Tensor | None, retain_graph: bool
+    ) -> None:
+        """Before a backward pass that shows layers: which examples there are, and which of them count."""
+        assert self._recorder is not None
+        if not isinstance(outputs, Tensor) or not outputs.dim() or not outputs.requires_grad:
+            self._recorder.expect(retain_graph)
+            return
+        self._recorder.settle(self._as_observations(outputs, targets), retain_graph)
+        counted = self._counted(loss, outputs, targets, mask)
+        if counted is not None:
+            arranged = self._recorder.arrange(counted)
+            self._recorder.counts(arranged.view(len(arranged), -1).any(1))
+
+    def _as_observations(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Outputs as ``[n, ..., features]``."""
+        return outputs.unsqueeze(-1) if outputs.dim() == 1 else outputs
+
+    def _counted(
+        self, loss: Tensor, outputs: Tensor, targets: Tensor | None, mask: Tensor | None
+    ) -> Tensor | None:
+        """Which observations count, bool ``[n, ...]``, as far as they tell it; None: all."""
+        if mask is not None:
+            return placed_mask(mask, self._as_observations(outputs, targets).shape[:-1])
+        found = [s.targets for s in stated(loss, outputs) if s.kind == "cross_entropy" and s.targets is not None]
+        return found[0] != -100 if found else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -330,8 +463,8 @@ class CurvatureOptimizer(Optimizer):
                 loss = closure()
         if self._due():
             with record_function(CURVATURE):
-                self._update_curvature()
-            self._updated_at = self.steps
+                if self._update_curvature():  # what saw nothing stays due
+                    self._updated_at = self.steps
         self._precondition()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -343,8 +476,8 @@ class CurvatureOptimizer(Optimizer):
         self.steps += 1
         return loss
 
-    def _update_curvature(self) -> None:
-        """Fold what this step gathered into the running averages."""
+    def _update_curvature(self) -> bool:
+        """Fold what this step gathered into the running averages; whether a pass was there to gather from."""
         raise NotImplementedError
 
     def _precondition(self) -> None:

@@ -7,7 +7,6 @@ the Fisher matrix in neural networks using Kronecker product singular value deco
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -34,21 +33,11 @@ class SampledFisher(NaturalGradient):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.samples: dict[str, Samples] = {}
         self._observations = Observations()
-        self._pass = 0
         super().__init__(*args, **kwargs)
 
     def _block(self, layer: Layer) -> Approximation:
         self.samples[layer.name] = Samples(layer, self._observations)
         return super()._block(layer)
-
-    def _output_gradients(self, outputs: Tensor, chosen: Tensor | None, scale: float) -> Iterator[Tensor]:
-        for self._pass, gradient in enumerate(super()._output_gradients(outputs, chosen, scale)):
-            yield gradient
-
-    def _observe(self, layer: Layer, x: Tensor, g: Tensor) -> None:
-        assert self._recorder is not None
-        self._observations.enter(self._recorder, self._pass, g.device, self.fisher == "empirical")
-        super()._observe(layer, x, g)
 
     def _renew_samples(self, found: dict[str, dict[str, Tensor]]) -> None:
         """Take over a step's samples, all or none of them; a layer that was not seen has none."""
@@ -58,7 +47,6 @@ class SampledFisher(NaturalGradient):
     def _reset(self) -> None:
         super()._reset()
         self._observations.reset()
-        self._pass = 0
         for samples in self.samples.values():
             samples.reset()
 
@@ -163,12 +151,13 @@ class ExactNaturalGradient(SampledFisher):
         self.samples[layer.name] = Samples(layer, self._observations)
         return self.samples[layer.name]
 
-    def _update_curvature(self) -> None:
+    def _update_curvature(self) -> bool:
         self._check_passes()
         rejected = self.rejected
         if (found := self._estimates()) and self.rejected == rejected:
             self._renew_samples(found)
             self.updates += 1
+        return self._saw
 
     def _precondition(self) -> None:
         with record_function(CURVATURE):

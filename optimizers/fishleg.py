@@ -366,8 +366,6 @@ class FishLeg(CurvatureOptimizer):
         self._directions: Vector = {}
         self._stream = None if aux_loader is None else _cycle(aux_loader)
         self._watch(cast("Callable[[Layer], Approximation]", self._block), skip=skip)
-        assert self._recorder is not None
-        self._recorder.close()  # Q is learned from whole passes, not from what flows through a layer
         self.blocks: dict[str, LearnedInverse]  # type: ignore[assignment]
         self._inputs = RootInputs(self.model, self._due)
         if product == "antithetic" and any(
@@ -394,6 +392,11 @@ class FishLeg(CurvatureOptimizer):
         group = self.param_groups[-1]
         group.setdefault("fallback_ratio", group["fallback_lr"] / group["lr"] if group["lr"] else 0.0)
 
+    def _watch_layers(self) -> None:
+        super()._watch_layers()
+        assert self._recorder is not None
+        self._recorder.close()  # Q is learned from whole passes, not from what flows through a layer
+
     def _block(self, layer: Layer) -> LearnedInverse:
         block: LearnedInverse
         if isinstance(layer, AffineLayer):
@@ -411,16 +414,17 @@ class FishLeg(CurvatureOptimizer):
 
     # -- the auxiliary loss --------------------------------------------------------------------------------------------
 
-    def _update_curvature(self) -> None:
+    def _update_curvature(self) -> bool:
         blocks = [b for b in self.blocks.values() if any(p.requires_grad for p in b.layer.parameters)]
         if not blocks:
-            return
+            return True
         for index in range(self.aux_steps):
             calls = self._inputs.calls if self._stream is None else [((_first(next(self._stream)),), {})]
             if not calls and communication.world_size() == 1:
                 self._warn_of_no_pass()
-                return
+                return False
             self._learn(blocks, [self._placed(call) for call in calls], index)
+        return True
 
     def _warn_of_no_pass(self) -> None:
         warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -11,12 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, LONG_AGO, CurvatureOptimizer, Params, check_choice, check_range
+from optimizers.base import (
+    CURVATURE,
+    LONG_AGO,
+    CurvatureOptimizer,
+    Params,
+    check_choice,
+    check_range,
+    placed_mask,
+)
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
 from optimizers.curvature.layers import AffineLayer, Layer
-from optimizers.likelihoods import Likelihood
+from optimizers.curvature.losses import stated
+from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, check_outputs
 
 #: Wider matrices than this keep a processor busy one by one.
 LARGE = 512
@@ -175,6 +185,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._directions: dict[Tensor, Tensor] = {}
         self._kl_scale: Tensor | float = 1.0
         self._generator: torch.Generator | None = None
+        self._said: set[str] = set()  # warnings that were given
         self._watch(self._block, skip=skip, deferred=fisher != "empirical", fraction=batch_fraction)
         self.blocks: dict[str, Block]  # type: ignore[assignment]
 
@@ -198,53 +209,147 @@ class NaturalGradient(CurvatureOptimizer):
         super().renew()
         self._refreshed_at = LONG_AGO
 
-    def backward(self, loss: Tensor, outputs: Tensor | None = None, *, scale: float = 1.0) -> None:
-        """See CurvatureOptimizer. ``outputs`` are needed on the steps that sample targets, so always give them."""
-        if self.fisher != "empirical" and self._recorder is not None and self._recorder.waiting:
+    def backward(
+        self,
+        loss: Tensor,
+        outputs: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float = 1.0,
+        retain_graph: bool = False,
+    ) -> None:
+        """See CurvatureOptimizer. ``outputs`` are needed on the steps that sample targets, so always give them.
+
+        Curvature is that of ``likelihood.nll(outputs, targets)``. Where targets are not given, those that the loss was
+        computed from are found in its graph, if it is ``F.cross_entropy``.
+
+        Raises:
+            TypeError: outputs are not one tensor.
+            ValueError: outputs are missing or a single number, or mask or targets do not fit them.
+        """
+        recorder = self._recorder
+        if recorder is not None and recorder.waiting:
             if outputs is None:
                 raise ValueError(f"outputs must be given to backward(loss, outputs) for fisher={self.fisher!r}")
+            assert self.likelihood is not None
+            if check_outputs(outputs).requires_grad is False:
+                raise ValueError("outputs must be what the model returned, with its graph: they were detached")
             self._scale = float(scale)
             try:
                 with record_function(CURVATURE):
-                    assert self.likelihood is not None
-                    seen = self.likelihood.observations(outputs)
-                    chosen = self._recorder.choose(len(seen), seen.device)
-                    gradients = self._output_gradients(seen, chosen, scale)
-                    (own,) = torch.autograd.grad(loss, outputs, retain_graph=True) if seen.dim() > 2 else (None,)
-                    own = None if own is None else self.likelihood.observations(own)
-                    self._recorder.differentiate(seen, _counted(own, chosen, gradients), chosen)
+                    told = self._found_targets(loss, outputs) if targets is None else targets
+                    seen = recorder.settle(self.likelihood.observations(outputs, told), retain_graph)
+                    weights = recorder.arrange(self._weights(loss, outputs, told, mask, told is not None))
+                    gradients = self._output_gradients(seen, weights, recorder.choose(len(seen)), scale)
+                    recorder.differentiate(seen, gradients)
             finally:
                 self._scale = 1.0
-        super().backward(loss, outputs, scale=scale)
+        super().backward(loss, outputs, targets=targets, mask=mask, scale=scale, retain_graph=retain_graph)
 
-    def _output_gradients(self, outputs: Tensor, chosen: Tensor | None, scale: float) -> Iterator[Tensor]:
+    def _as_observations(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        if self.likelihood is None:
+            return super()._as_observations(outputs, targets)
+        return self.likelihood.observations(outputs, targets)
+
+    def _counted(
+        self, loss: Tensor, outputs: Tensor, targets: Tensor | None, mask: Tensor | None
+    ) -> Tensor | None:
+        if mask is None and targets is not None and self.likelihood is not None:
+            return self.likelihood.counted(outputs, targets)
+        return super()._counted(loss, outputs, targets, mask)
+
+    def _found_targets(self, loss: Tensor, outputs: Tensor) -> Tensor | None:
+        """The targets that a loss was computed from, as far as its graph tells; also says where the two disagree."""
+        kinds = {Categorical: "cross_entropy", Gaussian: "mse", Bernoulli: "bernoulli"}
+        likelihood = self.likelihood
+        kind = next((kind for cls, kind in kinds.items() if isinstance(likelihood, cls)), None)
+        found = next((s for s in stated(loss, outputs) if s.kind == kind), None)
+        if found is None:
+            return None
+        assert likelihood is not None
+        if isinstance(likelihood, Categorical):
+            if found.weight is not None and likelihood.weight is None:
+                self._say("the loss weighs classes and the likelihood does not: use Categorical(weight=...)")
+            if found.targets is None:
+                return None
+            return found.targets.masked_fill(found.targets == -100, likelihood.ignore_index)
+        features = likelihood.observations(outputs).shape[-1]
+        if found.reduction == "mean" and likelihood.reduction != "mean" and features > 1:
+            name = type(likelihood).__name__
+            self._say(
+                f"the loss averages over {features} features and {name}() sums over them, so curvature is so many "
+                f"times too large: use {name}(reduction='mean')"
+                + (", and sigma=0.5**0.5 for F.mse_loss" if isinstance(likelihood, Gaussian) else "")
+            )
+        return None
+
+    def _say(self, sentence: str) -> None:
+        """Warn of something once."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            warnings.warn(sentence + ".", stacklevel=5)
+
+    def _weights(
+        self, loss: Tensor, outputs: Tensor, targets: Tensor | None, mask: Tensor | None, told: bool
+    ) -> Tensor:
+        """How much each observation weighs in the loss, ``[n, ...]``."""
+        assert self.likelihood is not None
+        weights = self.likelihood.weights(outputs, targets)
+        if mask is not None:
+            kept = weights * placed_mask(mask.to(weights.device), weights.shape)
+            total = kept.sum()
+            one = torch.ones_like(total)
+            unit = one if self.likelihood.reduction == "sum" else weights.sum() / total.where(total > 0, one)
+            return kept * unit
+        if not told:
+            (own,) = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+            if own is not None:
+                silent = self.likelihood.observations(own).eq(0).all(-1)
+                if bool(silent.any()):
+                    self._say(
+                        f"the loss has no gradient at {int(silent.sum())} of {silent.numel()} observations, "
+                        "which count all the same: if they are padding, say so by backward(..., mask=...)"
+                    )
+        return weights
+
+    def _output_gradients(
+        self, outputs: Tensor, weights: Tensor, chosen: Tensor | None, scale: float
+    ) -> Iterator[Tensor]:
         """What to send back: each observation's score of sampled targets, or the columns of a root of its Fisher.
 
-        Scaled so that squares add up to the curvature of a mean over observations.
+        Scaled so that a mean over examples is the weighted sum over observations. Zero for who is not chosen.
         """
         assert self.likelihood is not None
         outputs = outputs.detach()
-        seen = outputs if chosen is None else outputs[chosen]
-        # F is a mean over observations; blocks divide by examples.
-        unit = scale * (len(seen) / max(seen[..., 0].numel(), 1)) ** 0.5
+        chosen = None if chosen is None else chosen.to(outputs.device)
+        seen, shares = (outputs, weights) if chosen is None else (outputs[chosen], weights[chosen])
+        shown = shares.sum()
+        unit = (len(seen) * shares * (weights.sum() / shown.where(shown > 0, 1))).sqrt().unsqueeze(-1) * scale
+
+        def placed(gradient: Tensor) -> Tensor:
+            if chosen is None:
+                return gradient
+            return torch.zeros_like(outputs, dtype=gradient.dtype).index_copy_(0, chosen, gradient)
+
         if self.fisher == "sampled":
             if self._generator is None:
                 self._generator = torch.Generator(outputs.device).manual_seed(self.seed * 1_000_003 + self.steps)
             targets = self.likelihood.sample(
                 outputs, self._generator, rank=communication.rank(), world_size=communication.world_size()
             )
-            yield unit * self.likelihood.score(seen, targets if chosen is None else targets[chosen])
+            yield placed(unit * self.likelihood.score(seen, targets if chosen is None else targets[chosen]))
             return
-        root = self.likelihood.hessian_sqrt(seen)
+        root = unit.unsqueeze(-1) * self.likelihood.hessian_sqrt(seen)
         positions = root.flatten(1, -3) if root.dim() > 3 else root.unsqueeze(1)  # [n, positions, features, rank]
         for position in range(positions.shape[1]):
             for column in range(positions.shape[-1]):
                 gradient = torch.zeros_like(positions[..., 0])
-                gradient[:, position] = unit * positions[:, position, :, column]
-                yield gradient.view_as(seen)
+                gradient[:, position] = positions[:, position, :, column]
+                yield placed(gradient.view_as(seen))
 
     def _scaling(self) -> tuple[float, int]:
-        gradient_scale, examples = super()._scaling()
+        gradient_scale, examples = super()._scaling()  # F is a mean over examples
         return (gradient_scale if self.fisher == "empirical" else 1.0), examples
 
     def _reset(self) -> None:
@@ -262,11 +367,11 @@ class NaturalGradient(CurvatureOptimizer):
                 "call optimizer.backward(loss, outputs) in place of loss.backward()."
             )
 
-    def _update_curvature(self) -> None:
+    def _update_curvature(self) -> bool:
         self._check_passes()
         estimates = self._estimates()
         if not estimates:
-            return
+            return self._saw
         self._average(estimates)
         self.updates += 1
         if self._must_refresh():
@@ -276,6 +381,13 @@ class NaturalGradient(CurvatureOptimizer):
         self._average(self._exchanged(moments))
         for name in estimates:
             self._block_updates[name] = self._block_updates.get(name, 0) + 1
+        return True
+
+    def _forget(self, block: Approximation) -> None:
+        if block.factors:
+            self._refreshed_at = LONG_AGO
+            self._block_updates.pop(block.layer.name, None)
+        super()._forget(block)
 
     def _average(self, estimates: dict[str, Factors]) -> None:
         kinds: dict[type[Block], list[str]] = {}
@@ -326,6 +438,7 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _precondition(self) -> None:
         usable = [block for block in self.blocks.values() if block.factors]
+        self._stacks = self._stacks if usable else []
         if usable and self._must_refresh():
             with record_function(CURVATURE):
                 self._rebase()
@@ -475,17 +588,3 @@ def _kind(block: Block, tensors: Factors) -> Any:
 def _grads(block: Block) -> list[Tensor]:
     """Gradients of a block's parameters; zeros where there is none."""
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in block.layer.parameters]
-
-
-def _counted(own: Tensor | None, chosen: Tensor | None, gradients: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Gradients without the positions that the loss leaves out (padding of sequences), at the weight of the others.
-
-    A position that counts has a gradient of its own: its loss falls as long as its target is not certain.
-    """
-    if own is None:
-        yield from gradients
-        return
-    counted = (own if chosen is None else own[chosen]).ne(0).any(-1, keepdim=True)
-    weight = counted * (counted.numel() / counted.sum().clamp(min=1)) ** 0.5
-    for gradient in gradients:
-        yield weight.to(gradient.dtype) * gradient

@@ -19,7 +19,7 @@ from torch.autograd.profiler import record_function
 from optimizers.base import CURVATURE, Params, check_choice
 from optimizers.curvature import communication, linalg
 from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.layers import Layer
+from optimizers.curvature.layers import Flow
 from optimizers.curvature.samples import Samples
 from optimizers.exact import SampledFisher
 from optimizers.kfac import KFAC
@@ -154,13 +154,17 @@ class TwoLevelKFAC(SampledFisher, KFAC):
 
     # -- statistics ----------------------------------------------------------------------------------------------------
 
-    def _observe(self, layer: Layer, x: Tensor, g: Tensor) -> None:
-        super()._observe(layer, x, g)
+    def _observe(self, flow: Flow) -> None:
+        super()._observe(flow)
         with record_function(CURVATURE):
-            self.samples[layer.name].accumulate(x, g if self._scale == 1.0 else g / self._scale)
+            self.samples[flow.layer.name].accumulate(flow.scaled(1 / self._scale))
 
-    def _update_curvature(self) -> None:
-        super()._update_curvature()
+    def _update_curvature(self) -> bool:
+        seen = super()._update_curvature()
+        self._update_samples()
+        return seen
+
+    def _update_samples(self) -> None:
         alone = communication.world_size() == 1
         seen = [samples for samples in self.samples.values() if samples.observed or not alone]
         found = Samples.estimate_all(seen, *self._scaling())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from optimizers.curvature.layers import AffineLayer, ElementwiseLayer, Layer
+from optimizers.curvature.layers import AffineLayer, ElementwiseLayer, Flow, Layer
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
@@ -46,15 +46,13 @@ class Approximation(ABC):
         """Drop what was accumulated in this step."""
         self._sums.clear()
 
-    def accumulate(self, x: Tensor, g: Tensor) -> None:
-        """Add one backward pass: layer input ``x`` and the gradient ``g`` of the step's loss by the layer's output."""
-        dtype = statistics_dtype(self.layer.parameters[0])
-        x = x.to(dtype) if x.is_floating_point() else x
-        for key, value in self._statistics(x, g.to(dtype)):
+    def accumulate(self, flow: Flow) -> None:
+        """Add what one backward pass leaves of the layer, with gradients of the step's loss."""
+        for key, value in self._statistics(flow):
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
     @abstractmethod
-    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
+    def _statistics(self, flow: Flow) -> list[tuple[str, Tensor]]:
         """Sums to accumulate, by name."""
 
     @abstractmethod
@@ -109,12 +107,12 @@ class KroneckerDiagonal(Approximation):
 
     layer: AffineLayer
 
-    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
-        squares, count = self.layer.input_square_sums(x)
+    def _statistics(self, flow: Flow) -> list[tuple[str, Tensor]]:
+        squares, count = flow.input_square_sums()
         return [
             ("H", squares),
             ("count", squares.new_tensor(float(count))),
-            ("S", self.layer.gradient_square_sums(g)),
+            ("S", flow.gradient_square_sums()),
         ]
 
     def estimate(self, gradient_scale: float, examples: int) -> dict[str, Tensor]:
@@ -138,8 +136,8 @@ class Diagonal(Approximation):
 
     layer: ElementwiseLayer
 
-    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
-        return [("D", torch.cat([t.flatten() for t in self.layer.square_sums(x, g)]))]
+    def _statistics(self, flow: Flow) -> list[tuple[str, Tensor]]:
+        return [("D", torch.cat([t.flatten() for t in flow.square_sums()]))]
 
     def estimate(self, gradient_scale: float, examples: int) -> dict[str, Tensor]:
         """See Approximation."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optimizers.curvature import communication, linalg
 from optimizers.curvature.approximations import Approximation, Diagonal, statistics_dtype
-from optimizers.curvature.layers import AffineLayer, Layer
+from optimizers.curvature.layers import AffineLayer, Flow, Layer
 from optimizers.curvature.rearranged import Pairs, Terms, compress_many, leading_pairs_many, location_mask
 
 Factors = dict[str, Tensor]
@@ -211,9 +211,9 @@ class Kronecker(Invertible, Approximation):
         """See Invertible."""
         return self.layer.from_matrix(matrix)
 
-    def _samples(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def _samples(self, flow: Flow) -> tuple[Tensor, Tensor]:
         """What the layer saw as ``a [groups, batch, shared, columns]`` and ``g [groups, batch, shared, d_out]``."""
-        a, g = self.layer.inputs(x), self.layer.gradients(g)
+        a, g = flow.inputs(), flow.gradients()
         if self.options.sharing == "reduce":
             a, g = a.mean(2, keepdim=True), g.sum(2, keepdim=True)
         return a, g
@@ -321,18 +321,18 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 class KroneckerFactors(Kronecker):
     """K-FAC (Martens & Grosse 2015; Grosse & Martens 2016): ``A = mean_{i,t} a aᵀ``, ``G = mean_i sum_t g gᵀ``."""
 
-    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
-        layer, expand = self.layer, self.options.sharing == "expand"
+    def _statistics(self, flow: Flow) -> list[tuple[str, Tensor]]:
+        expand = self.options.sharing == "expand"
         if expand and not self.full["A"]:  # which needs no patches
-            a_sum, count = layer.input_square_sums(x)
+            a_sum, count = flow.input_square_sums()
         else:
-            a = layer.inputs(x)
+            a = flow.inputs()
             a = a.flatten(1, 2) if expand else a.mean(2)
             a_sum, count = self._second_moments("A", a), a.shape[1]
         if expand and not self.full["G"]:
-            g_sum = layer.gradient_square_sums(g)
+            g_sum = flow.gradient_square_sums()
         else:
-            g = layer.gradients(g)
+            g = flow.gradients()
             g_sum = self._second_moments("G", g.flatten(1, 2) if expand else g.sum(2))
         return [("A", a_sum), ("G", g_sum), ("count", a_sum.new_tensor(float(count)))]
 
@@ -360,12 +360,12 @@ class EigenFactors(KroneckerFactors):
 
     def __init__(self, layer: AffineLayer, options: Options) -> None:
         super().__init__(layer, options)
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._kept: list[Flow] = []
 
-    def accumulate(self, x: Tensor, g: Tensor) -> None:
+    def accumulate(self, flow: Flow) -> None:
         """See Approximation."""
-        super().accumulate(x, g)
-        self._kept.append((x, g))
+        super().accumulate(flow)
+        self._kept.append(flow)
 
     def reset(self) -> None:
         """See Approximation."""
@@ -403,8 +403,8 @@ class EigenFactors(KroneckerFactors):
         if any(self.full[key] and f"U_{key}" not in self.factors for key in self.full):
             return {}
         total = torch.zeros(self._matrix, dtype=self._dtype, device=self.layer.parameters[0].device)
-        for x, g in self._kept:
-            a, g = self._samples(x.to(self._dtype), g.to(self._dtype))
+        for flow in self._kept:
+            a, g = self._samples(flow)
             a = a if not self.full["A"] else a @ self.factors["U_A"].unsqueeze(1)
             g = g if not self.full["G"] else g @ self.factors["U_G"].unsqueeze(1)
             if a.shape[2] == 1:
@@ -452,7 +452,7 @@ class KroneckerPairs(Kronecker):
     def __init__(self, layer: AffineLayer, options: Options) -> None:
         super().__init__(layer, options)
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._grid = (1, 1)
+        self._grid: tuple[int, int] | None = (1, 1)  # None: of several calls, which lie on no grid together
         self._shared = True  # until a pass has shown otherwise
 
     @property
@@ -460,10 +460,10 @@ class KroneckerPairs(Kronecker):
         """Names of the pairs' factors: over inputs, over output gradients."""
         return [("A", "G"), ("C", "D")][: self.terms]
 
-    def accumulate(self, x: Tensor, g: Tensor) -> None:
+    def accumulate(self, flow: Flow) -> None:
         """See Approximation."""
-        self._kept.append(self._samples(x.to(self._dtype), g.to(self._dtype)))
-        self._grid = (1, 1) if self.options.sharing == "reduce" else self.layer.grid(g)
+        self._kept.append(self._samples(flow))
+        self._grid = (1, 1) if self.options.sharing == "reduce" else flow.grid()
         self._shared = self._grid != (1, 1)
 
     @property
@@ -475,7 +475,7 @@ class KroneckerPairs(Kronecker):
         """See Approximation."""
         self._kept.clear()
 
-    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
+    def _statistics(self, flow: Flow) -> list[tuple[str, Tensor]]:
         raise NotImplementedError("pairs are fitted to samples, which no sum stands for")
 
     @classmethod
@@ -488,7 +488,9 @@ class KroneckerPairs(Kronecker):
         samples = [block._gathered(gradient_scale, examples) for block in members]
         options = members[0].options
         masks = [
-            None if options.radius is None else location_mask(*block._grid, options.radius).to(a.device)
+            None
+            if options.radius is None or block._grid is None
+            else location_mask(*block._grid, options.radius).to(a.device)
             for block, (a, _) in zip(members, samples, strict=True)
         ]
         starts = [block.factors.get("G") for block in members]

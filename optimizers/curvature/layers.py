@@ -108,8 +108,8 @@ class Layer:
 
     def total(self, x: Tensor, g: Tensor) -> list[Tensor]:
         """``sum_i V_i``, in tensors shaped like the parameters."""
-        kept = self.kept(x, g)
-        return self.combine(*kept, torch.ones(len(g), dtype=g.dtype, device=g.device))
+        kept_x, kept_g = self.kept(x, g)
+        return self.combine(kept_x, kept_g, torch.ones(len(g), dtype=g.dtype, device=g.device))
 
     def gram(self, x: Tensor, g: Tensor) -> Tensor:
         """``<V_i, V_j>`` for all pairs, in float64."""
@@ -557,7 +557,7 @@ def adapt(name: str, module: nn.Module) -> Layer | str | None:
     own = dict(module.named_parameters(recurse=False))
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own.values()):
         raise ValueError(
-            f"layer {name!r} is lazy and has no weights yet: run a batch through the model before building the optimizer"
+            f"layer {name!r} is lazy and has no weights yet: run a batch through the model, then build the optimizer"
         )
     layer = _adapter(name, module)
     if layer is None or not layer.keys:

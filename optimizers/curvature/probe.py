@@ -101,15 +101,15 @@ def judged(energies: Sequence[Tensor], parts: Sequence[Tensor], examples: int, l
     if not fitting:
         return UNFIT
     total = sum((energy.sum() for energy in energies), start=energies[0].new_zeros(()))
-    if not float(total) > 0:
-        return DEAD if torch.isfinite(total) else AROUND
+    if not 0 < float(total) < float("inf"):  # nothing, or an overflow
+        return DEAD
     if examples == 1:
         return fitting[0]
     leaks = []
     for layout in fitting:
         others = energies[0].new_zeros(())
         for energy, part in zip(energies, parts, strict=True):
-            by_index = energy.sum([d for d in range(energy.dim()) if d != layout.axis])
+            by_index = energy.movedim(layout.axis, 0).flatten(1).sum(1) if energy.dim() > 1 else energy
             owners = layout.labels(len(by_index), examples).to(by_index.device)
             others = others + (by_index * ~part.to(by_index.device)[owners]).sum()
         leaks.append(float(others / total))
@@ -125,7 +125,7 @@ def judged(energies: Sequence[Tensor], parts: Sequence[Tensor], examples: int, l
 
 def energy(g: Tensor, leading: int) -> Tensor:
     """Squares of an output gradient by its leading dimensions."""
-    wide = g.detach().to(torch.float64 if g.dtype == torch.float64 else torch.float32).square()
+    wide = g.detach().double().square()
     return wide.flatten(leading).sum(-1) if leading < g.dim() else wide
 
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from optimizers.curvature import probe
-from optimizers.curvature.layers import COMPUTED, Flow, Layer
+from optimizers.curvature.layers import Flow, Layer
 from optimizers.curvature.probe import Layout
 from optimizers.curvature.second_order import SecondOrder
 
@@ -276,7 +276,8 @@ class Recorder:
     Attributes:
         examples: how many examples were in the passes since the last ``reset``.
         observed: how many of them were shown.
-        refused: why layers are not shown, by name.
+        seen: whether a backward pass with examples came through since then.
+        refused: why layers are not shown in this step, by name.
     """
 
     def __init__(
@@ -296,6 +297,7 @@ class Recorder:
         self._observe = observe
         self._open: list[_Pass] = []
         self._serial = 0
+        self._unseen: set[Layer] = set()  # layers of this step's passes that ran without gradients
         self._door: tuple[nn.Module, ExitStack] | None = None  # the module that opened the mode
         self._depth = 0  # how often it is under way
         self._weights: dict[int, Layer] = {}
@@ -303,6 +305,7 @@ class Recorder:
         self._verdicts: dict[Layer, _Verdict] = {}
         self._reading: tuple[Layout, int] | None = None  # of the outputs, as last found
         self.examples = self.observed = 0
+        self.seen = False
         self.refused: dict[str, str] = {}
         self._lenient = any(isinstance(m, nn.SyncBatchNorm) for m in root.modules())
         roots = {root: True} | {layer.module: False for layer in layers if layer.module is not root}
@@ -318,6 +321,9 @@ class Recorder:
     def reset(self) -> None:
         """Forget what was counted and recorded: a new step begins."""
         self.examples = self.observed = 0
+        self.seen = False
+        self.refused.clear()
+        self._unseen.clear()
         self._open.clear()
 
     def close(self) -> None:
@@ -394,7 +400,7 @@ class Recorder:
         """Take note of an operation with a weight."""
         weight, x = given.get("weight"), given.get("input")
         if function in (F.batch_norm, torch.batch_norm) and given.get("training") and isinstance(output, Tensor):
-            self._hold_statistics(x, weight, output)
+            self._hold_statistics(cast("Tensor", x), weight, output)
         if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
             return
         layer, rows = self._weights.get(id(weight)), None
@@ -406,6 +412,7 @@ class Recorder:
         now = self._pass
         if not torch.is_grad_enabled():
             now.unseen[layer] = now.unseen.get(layer, 0) + 1
+            self._unseen.add(layer)
             return
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
@@ -454,19 +461,30 @@ class Recorder:
         self._open = [now]
         now.keep = keep
         self._find_examples(now, [_Root.of(outputs, max(1, outputs.dim() - 1))])
+        return self.arrange(outputs)
+
+    def arrange(self, tensor: Tensor) -> Tensor:
+        """A tensor that is like the outputs in its leading dimension, with the examples there: a view."""
         layout, examples = cast("tuple[Layout, int]", self._reading)
-        parts = layout.parts(len(outputs), examples)
-        assert parts is not None
-        return outputs if parts[0] == parts[2] == 1 else outputs.unflatten(0, parts).movedim(1, 0).flatten(1, 2)
+        parts = layout.parts(len(tensor), examples)
+        if parts is None or parts[0] == parts[2] == 1:
+            return tensor
+        return tensor.unflatten(0, parts).movedim(1, 0).flatten(1, 2)
+
+    def expect(self, more: bool) -> None:
+        """Say whether another backward pass will go through the same graph."""
+        for now in self._open:
+            now.keep = more
 
     def _find_examples(self, now: _Pass, roots: list[_Root]) -> None:
         """Set how many examples a pass has, and probe layers that nothing is known of."""
         readings = _readings(now.sizes, len(roots[0].like))
         before = self._reading[0] if self._reading else None
         self._reading = next((r for r in readings if r[0] == before), readings[0])
-        if asked := self._unknown(now, self._reading[1]):
+        if (asked := self._unknown(now, self._reading[1])) and self._reading[1]:
             self._probe(now, asked, roots, readings)
         now.examples = self._reading[1]
+        self.seen |= now.examples > 0
         for verdict in self._verdicts.values():
             verdict.rest = max(0, verdict.rest - 1)
 
@@ -555,8 +573,8 @@ class Recorder:
             try:
                 with _set_aside(now.retained):
                     found = torch.autograd.grad(
-                        [edge for edge, _ in seeds],  # type: ignore[misc]
-                        wanted,
+                        [edge for edge, _ in seeds],
+                        cast("list[Tensor]", wanted),
                         [seed for _, seed in seeds],
                         retain_graph=True,
                         allow_unused=True,
@@ -604,7 +622,7 @@ class Recorder:
             coarse = max(coarse, like.dtype, key=lambda dtype: probe.TOLERANCE.get(dtype, 0.0))
             calls += self._call(record, gradients[0], read, examples) or []
         if not layouts:
-            missed = any(g is not None and bool(g.any()) for p in layer.parameters if (g := by_weight.get(p)) is not None)
+            missed = any((g := by_weight.get(p)) is not None and bool(g.any()) for p in layer.parameters)
             return [], (probe.AROUND if missed else probe.DEAD)
         if len(layouts) < len(records):  # calls without a gradient are read like the others, if these are alike
             layouts = layouts[:1] * len(records) if len(set(layouts)) == 1 else []
@@ -731,9 +749,13 @@ class Recorder:
         return self._deferred and any(now.records or now.unseen for now in self._open)
 
     @property
-    def recorded(self) -> bool:
-        """Whether a pass with examples came through the model since the last ``reset``."""
-        return self.examples > 0
+    def recording(self) -> bool:
+        """Whether a pass was recorded whose layers are shown as its backward pass goes through."""
+        return not self._deferred and any(now.records or now.unseen for now in self._open)
+
+    def ran_unseen(self, layer: Layer) -> bool:
+        """Whether a layer ran without gradients in this step."""
+        return layer in self._unseen
 
     def differentiate(self, outputs: Tensor, gradients: Iterable[Tensor]) -> None:
         """Show the observer what flows back from ``outputs`` in the pass that was settled, and forget it.
@@ -817,7 +839,7 @@ def _slice(weight: Tensor, base: Tensor) -> tuple[int, int] | None:
     """Which rows of a matrix a view of it is; None if it is none of some."""
     if weight.dim() != 2 or base.dim() != 2 or weight.stride() != base.stride() or weight.shape[1] != base.shape[1]:
         return None
-    start = (weight.storage_offset() - base.storage_offset()) // base.stride(0)
+    start = int((weight.storage_offset() - base.storage_offset()) // base.stride(0))
     return start, start + len(weight)
 
 

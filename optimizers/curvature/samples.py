@@ -16,10 +16,9 @@ from torch import Tensor
 
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.layers import AffineLayer, Layer
-from optimizers.curvature.recorder import Recorder
+from optimizers.curvature.layers import AffineLayer, Flow, Layer
 
-#: A backward pass of a step: examples observed up to the end of its batch, and which pass over that batch it is.
+#: A backward pass of a step: the number of its batch, and which pass over that batch it is.
 Pass = tuple[int, int]
 
 
@@ -29,39 +28,13 @@ class Observations:
 
     Attributes:
         rows: of each pass so far.
-        now: the pass under way.
-        examples: of its batch.
-        chosen: those of them that are observed; None: all.
-        weight: what the recorder multiplied gradients with whose rows are no examples, to make up for all being shown.
     """
 
     rows: dict[Pass, int] = field(default_factory=dict)
-    now: Pass = (0, 0)
-    examples: int = 0
-    chosen: Tensor | None = None
-    weight: float = 1.0
-    _before: int = 0
-
-    def enter(self, recorder: Recorder, index: int, device: torch.device, weighed: bool) -> None:
-        """Take note of the pass that a layer is shown, the ``index``-th over its batch."""
-        if recorder.observed != self.now[0]:
-            self.examples, self._before = recorder.examples - self._before, recorder.examples
-            self.chosen = recorder.choose(self.examples, device)
-        self.now = (recorder.observed, index)
-        self.rows[self.now] = self.examples if self.chosen is None else len(self.chosen)
-        self.weight = (self.rows[self.now] / self.examples) ** 0.5 if weighed else 1.0
-
-    def flow(self, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        """What a layer keeps of the pass, with the observed examples' rows alone."""
-        if self.chosen is None or len(g) == len(self.chosen):
-            return layer.flow(x, g, self.examples if self.chosen is None else len(self.chosen))
-        g = g if len(g) == self.examples else g / self.weight
-        return tuple(t[self.chosen] for t in layer.flow(x, g, self.examples))
 
     def reset(self) -> None:
         """A new step begins."""
         self.rows.clear()
-        self.now, self._before = (0, 0), 0
 
 
 class Samples(Approximation):
@@ -92,13 +65,12 @@ class Samples(Approximation):
         """See Approximation."""
         self._kept.clear()
 
-    def accumulate(self, x: Tensor, g: Tensor) -> None:
+    def accumulate(self, flow: Flow) -> None:
         """See Approximation."""
-        x = x.to(self._dtype) if x.is_floating_point() else x
-        flow = self._observations.flow(self.layer, x, g.to(self._dtype))
-        self._kept.setdefault(self._observations.now, []).append(flow)
+        self._observations.rows[flow.when] = flow.examples
+        self._kept.setdefault(flow.when, []).extend(self.layer.kept(x, g) for x, g in flow.calls)
 
-    def _statistics(self, x: Tensor, g: Tensor) -> list[tuple[str, Tensor]]:
+    def _statistics(self, flow: Flow) -> list[tuple[str, Tensor]]:
         raise NotImplementedError("no sum stands for samples")
 
     @property
