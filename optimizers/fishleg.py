@@ -28,6 +28,7 @@ from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_choice,
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import AffineLayer, Layer
+from optimizers.curvature.losses import targets_of
 from optimizers.curvature.recorder import Call, RootInputs
 from optimizers.likelihoods import Likelihood
 
@@ -259,10 +260,12 @@ class FishLeg(CurvatureOptimizer):
     called with in this step, or on a loader of its own. Buffers (BatchNorm's statistics), the random state and the
     weights are afterwards what they were, bit for bit; dropout draws the same masks in all passes of an update. These
     passes are in the weights' precision, whatever autocast says. Plain ``loss.backward()`` serves as well as
-    ``backward``.
+    ``backward``, where all observations count and equally: what does not count (padding), class weights and the like
+    are read in the graph of the loss that ``backward(loss, outputs)`` is given.
 
-    The loss is taken to average over observations (see Likelihood): F is the mean of their Fisher matrices.
-    Multiplying the loss by c leaves the natural gradient as it is if damping is multiplied by c, too.
+    The loss is taken to be the likelihood's ``nll``, and F is its Gauss-Newton matrix; of several micro-batches, the
+    mean of theirs, weighted by how many observations count in each. Multiplying the loss by c leaves the natural
+    gradient as it is if damping is multiplied by c, too.
 
     Args:
         model: the whole module; it returns its outputs as one tensor.
@@ -291,8 +294,9 @@ class FishLeg(CurvatureOptimizer):
         fallback_lr: first-order step of the parameters without a block, at the initial ``lr``; schedules scale it.
         skip: regular expression of layers to leave to the fallback.
         likelihood: of the model's outputs.
-        aux_loader: of batches for the auxiliary updates (inputs, or a sequence that begins with them; targets are
-            sampled), started again when it ends; None: the training batches. Where it stands is not in ``state_dict``.
+        aux_loader: of batches for the auxiliary updates: inputs, or a sequence that begins with them. Targets are
+            sampled; if the second entry can be targets, it says what counts and how much. Started again when it ends;
+            None: the training batches. Where it stands is not in ``state_dict``.
         seed: of sampled targets and of gaussian u.
 
     Raises:
@@ -364,6 +368,7 @@ class FishLeg(CurvatureOptimizer):
         self._updated_at = warmup_steps  # the first update comes an interval later
         self._last: dict[str, Tensor] = {}  # what the last auxiliary update found
         self._directions: Vector = {}
+        self._targets: list[Tensor | None] = []  # of each pass; they say what counts and how much
         self._stream = None if aux_loader is None else _cycle(aux_loader)
         self._watch(cast("Callable[[Layer], Approximation]", self._block), skip=skip)
         self.blocks: dict[str, LearnedInverse]  # type: ignore[assignment]
@@ -412,6 +417,12 @@ class FishLeg(CurvatureOptimizer):
         dampings = {p: float(group["damping"]) for group in self.param_groups for p in group["params"]}
         return [dampings[p] for p in block.layer.parameters]
 
+    def backward(self, loss: Tensor, outputs: Tensor | None = None, *, scale: float = 1.0) -> None:
+        """See CurvatureOptimizer. ``outputs`` are needed where some observations count less or not at all."""
+        if self._stream is None and self._due():
+            self._targets.append(None if outputs is None else targets_of(self.likelihood, loss, outputs))
+        super().backward(loss, outputs, scale=scale)
+
     # -- the auxiliary loss --------------------------------------------------------------------------------------------
 
     def _update_curvature(self) -> bool:
@@ -419,7 +430,13 @@ class FishLeg(CurvatureOptimizer):
         if not blocks:
             return True
         for index in range(self.aux_steps):
-            calls = self._inputs.calls if self._stream is None else [((_first(next(self._stream)),), {})]
+            if self._stream is None:
+                calls = self._inputs.calls
+                if len(self._targets) != len(calls):  # whose they are is not known
+                    self._targets = [None] * len(calls)
+            else:
+                inputs, targets = _parts(next(self._stream))
+                calls, self._targets = [((inputs,), {})], [targets]
             if not calls and communication.world_size() == 1:
                 self._warn_of_no_pass()
                 return False
@@ -509,55 +526,79 @@ class FishLeg(CurvatureOptimizer):
         params = list(v)
         generator = torch.Generator(params[0].device).manual_seed(seed)
         with self._aside():
-            targets = [self._sample(self._outputs(call), generator) for call in calls]
+            targets = [self._sample(self._observed(index, call)[0], generator) for index, call in enumerate(calls)]
         length = _norm(v.values())
         offset = [(self.eps / length * t).to(p.dtype) for p, t in v.items()]
         saved = [p.clone() for p in params]
         try:
             torch._foreach_add_(params, offset)
-            ahead, count = self._gradients(params, calls, lambda index, outputs: targets[index])
+            ahead, count = self._gradients(params, calls, lambda index, seen: targets[index])
             torch._foreach_copy_(params, saved)
             torch._foreach_sub_(params, offset)
-            behind, _ = self._gradients(params, calls, lambda index, outputs: targets[index])
+            behind, _ = self._gradients(params, calls, lambda index, seen: targets[index])
         finally:
             torch._foreach_copy_(params, saved)
         means, total = self._joint([a - b for a, b in zip(ahead, behind, strict=True)], count)
         return [t * (length / (2 * self.eps)) for t in means], total
 
     def _rank_one(self, v: Vector, calls: list[Call], seed: int) -> tuple[list[Tensor], Tensor]:
-        """``m (ḡ·v) ḡ``."""
+        """``m (ḡ·v) ḡ``, with the square root of an observation's weight in ḡ, which comes twice."""
         generator = torch.Generator(next(iter(v)).device).manual_seed(seed)
-        gradient, count = self._gradients(list(v), calls, lambda index, outputs: self._sample(outputs, generator))
+        gradient, count = self._gradients(list(v), calls, lambda index, seen: self._sample(seen, generator), power=0.5)
         means, total = self._joint(gradient, count)
         slope = _dot(means, v.values())
         return [t * (total * slope) for t in means], total
 
     def _gradients(
-        self, params: list[Tensor], calls: list[Call], targets: Callable[[int, Tensor], Any]
-    ) -> tuple[list[Tensor], int]:
-        """Gradient of the targets' negative log-likelihood, summed over observations, and their number.
+        self, params: list[Tensor], calls: list[Call], targets: Callable[[int, Tensor], Any], power: float = 1.0
+    ) -> tuple[list[Tensor], Tensor]:
+        """Gradient of the targets' negative log-likelihood, summed over observations, and how many of them count.
+
+        An observation has its weight in the loss, times the number of those that count in its call: 1 in a plain mean.
 
         Args:
             params: what to differentiate by.
             calls: of the model.
-            targets: of a call, by its index and outputs.
+            targets: of a call, by its index and observations.
+            power: of the weights.
         """
         sums = [torch.zeros_like(p, dtype=statistics_dtype(p)) for p in params]
-        count = 0
+        count = torch.zeros((), device=params[0].device)
         with self._aside():
             for index, call in enumerate(calls):
                 with torch.enable_grad():
-                    outputs = self._outputs(call)
-                score = self.likelihood.score(outputs, targets(index, outputs)).to(outputs.dtype)
-                found = torch.autograd.grad(outputs, params, score, allow_unused=True, materialize_grads=True)
+                    seen, weights = self._observed(index, call)
+                counted = weights.count_nonzero()
+                score = self.likelihood.score(seen, targets(index, seen)) * (weights * counted).pow(power).unsqueeze(-1)
+                found = torch.autograd.grad(
+                    seen, params, score.to(seen.dtype), allow_unused=True, materialize_grads=True
+                )
                 torch._foreach_add_(sums, [g.to(s.dtype) for g, s in zip(found, sums, strict=True)])
-                count += outputs[..., 0].numel()
+                count += counted.to(count.device)
         return sums, count
 
-    def _joint(self, sums: list[Tensor], count: int) -> tuple[list[Tensor], Tensor]:
+    def _observed(self, index: int, call: Call) -> tuple[Tensor, Tensor]:
+        """The observations of a call, and their weights in its loss, as far as that is known."""
+        outputs = self._outputs(call)
+        targets = self._targets[index] if index < len(self._targets) else None
+        if targets is not None:
+            targets = targets.to(outputs.device)
+            if self._stream is not None and not self._fit(outputs, targets):
+                targets = None
+        return self.likelihood.observations(outputs, targets), self.likelihood.weights(outputs, targets)
+
+    def _fit(self, outputs: Tensor, targets: Tensor) -> bool:
+        """Whether what comes second in a loader's batch can be targets: it may be anything."""
+        try:
+            self.likelihood.observations(outputs, targets)
+        except ValueError:
+            return False
+        return True
+
+    def _joint(self, sums: list[Tensor], count: Tensor) -> tuple[list[Tensor], Tensor]:
         """Means over the observations of all ranks, and how many there are."""
-        means = [t / max(count, 1) for t in sums]
-        total = torch.tensor(float(count), device=means[0].device)
+        means = [t / count.clamp(min=1).to(t.device) for t in sums]
+        total = count.clone()
         if (world := communication.world_size()) > 1:
             weights = torch.tensor([float(count)] * len(means) + [1.0], device=total.device)
             communication.average_([*means, total], weights)
@@ -649,6 +690,7 @@ class FishLeg(CurvatureOptimizer):
 
     def _reset(self) -> None:
         self._inputs.reset()
+        self._targets.clear()
         self._directions.clear()
 
     def close(self) -> None:
@@ -751,9 +793,11 @@ def _norm(vector: Iterable[Tensor]) -> Tensor:
     return norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
-def _first(batch: Any) -> Any:
-    """The inputs of a loader's batch."""
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+def _parts(batch: Any) -> tuple[Any, Tensor | None]:
+    """The inputs of a loader's batch, and its targets if it has some."""
+    if not isinstance(batch, (tuple, list)):
+        return batch, None
+    return batch[0], batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
 
 
 def _cycle(loader: Iterable[Any]) -> Iterator[Any]:

@@ -239,12 +239,12 @@ class Categorical(Likelihood):
 
     def observations(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """See Likelihood. The class dimension is moved to the end; ``[classes]`` becomes ``[1, classes]``."""
-        dim = self._class_dim(check_outputs(outputs), targets)
+        dim = self.class_dim(check_outputs(outputs), targets)
         return outputs.unsqueeze(0) if outputs.dim() == 1 else outputs.movedim(dim, -1)
 
     def counted(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """See Likelihood. All of them where targets are probabilities."""
-        self._class_dim(check_outputs(outputs), targets)
+        self.class_dim(check_outputs(outputs), targets)
         if targets.is_floating_point():
             return None
         return self._by_observation(outputs, targets) != self.ignore_index
@@ -279,8 +279,16 @@ class Categorical(Likelihood):
         """See Likelihood. No mean is over classes."""
         return 1 / max(outputs.shape[:-1].numel(), 1) if self.reduction == "mean" else 1.0
 
-    def _class_dim(self, outputs: Tensor, targets: Tensor | None) -> int:
-        """The class dimension, and a check that targets and class weights fit it."""
+    def class_dim(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """Which dimension of the outputs is taken for that of the classes.
+
+        Args:
+            outputs: in the user's shape.
+            targets: theirs; None: without their help.
+
+        Raises:
+            ValueError: targets, class weights or ``dim`` do not fit the outputs.
+        """
         shape, last = outputs.shape, outputs.dim() - 1
         if self.dim is not None and last:
             if not -outputs.dim() <= self.dim <= last or self.dim % outputs.dim() == 0:
@@ -334,7 +342,7 @@ class Categorical(Likelihood):
     def _by_observation(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Fitting targets in the observations' order: int64 ``[n, ...]`` or ``[n, ..., classes]``."""
         if targets.is_floating_point():
-            moved = targets.movedim(self._class_dim(outputs, targets), -1)
+            moved = targets.movedim(self.class_dim(outputs, targets), -1)
             return (moved.unsqueeze(0) if outputs.dim() == 1 else moved).to(_wide(outputs.dtype))
         return (targets.unsqueeze(0) if outputs.dim() == 1 else targets).long()
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from optimizers.likelihoods import Bernoulli, Categorical, Likelihood, check_outputs
+
 #: A node of the graph, and which of its outputs.
 Edge = tuple[Any, int]
 
@@ -80,6 +82,35 @@ def stated(loss: Tensor, outputs: Tensor, *, nodes: int = 1000) -> list[Stated]:
         if kind is not None and _reaches(node.next_functions[0], end, nodes):
             found.append(_read(node, kind, outputs, end, nodes))
     return found
+
+
+def targets_of(likelihood: Likelihood, loss: Tensor, outputs: Tensor) -> Tensor | None:
+    """Targets that a loss states, as the likelihood takes them with these outputs; None where it states none.
+
+    Args:
+        likelihood: what the loss is taken for.
+        loss: the scalar, with its graph.
+        outputs: the model's outputs that it was computed from.
+
+    Raises:
+        TypeError: outputs are not one tensor.
+        ValueError: outputs are a single number, or the loss has its classes in another dimension than the likelihood.
+    """
+    check_outputs(outputs)
+    for found in stated(loss, outputs):
+        if isinstance(likelihood, Categorical) and found.kind == "cross_entropy" and found.targets is not None:
+            targets = found.targets.masked_fill(found.targets == -100, likelihood.ignore_index)
+            targets = targets[0] if outputs.dim() == 1 else targets
+            # A dimension that was named is the likelihood's, and otherwise the targets' shape may tell it.
+            if likelihood.class_dim(outputs, None if likelihood.dim is not None else targets) == found.dim:
+                return targets
+            raise ValueError(
+                f"the loss has its classes in dimension {found.dim} of the outputs {list(outputs.shape)}, and the "
+                f"likelihood has them in dimension {likelihood.class_dim(outputs)}: use Categorical(dim={found.dim})."
+            )
+        if isinstance(likelihood, Bernoulli) and found.targets is not None and found.kind == "bernoulli":
+            return found.targets if found.targets.shape == outputs.shape else None
+    return None
 
 
 def _edge(tensor: Tensor) -> Edge:

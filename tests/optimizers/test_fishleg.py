@@ -239,6 +239,118 @@ def test_micro_batches_and_sequences_weigh_observations(product: str) -> None:
         torch.testing.assert_close(whole, hessian @ dense.flatten(list(v.values())), rtol=1e-5, atol=1e-7)
 
 
+WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.3], dtype=torch.float64)
+PADDED = torch.tensor([[0, 1, -100, 2], [3, -100, -100, -100], [2, 2, 0, -100]])
+
+#: id: model of linear outputs, inputs, targets, likelihood, loss as users write it.
+WRITTEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Tensor, Likelihood, Callable[..., Tensor]]] = {
+    "one_number": (
+        lambda: nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), (6, 5), torch.arange(6.0), Gaussian(0.5**0.5), F.mse_loss
+    ),
+    "mean_of_features": (
+        lambda: nn.Linear(5, 3), (2, 5), torch.ones(2, 3), Gaussian(0.5**0.5, reduction="mean"), F.mse_loss
+    ),
+    "sum": (
+        lambda: nn.Linear(5, 3), (2, 5), torch.ones(2, 3), Gaussian(0.5**0.5, reduction="sum"),
+        lambda o, t: F.mse_loss(o, t, reduction="sum"),
+    ),
+    "pos_weight": (
+        lambda: nn.Linear(5, 3), (2, 5), torch.eye(3)[:2], Bernoulli(2.0, reduction="mean"),
+        lambda o, t: F.binary_cross_entropy_with_logits(o, t.to(o), pos_weight=torch.tensor(2.0)),
+    ),
+    "rows_ignored": (lambda: nn.Linear(5, 4), (12, 5), PADDED.flatten(), Categorical(), F.cross_entropy),
+    "padding": (
+        lambda: nn.Linear(5, 4), (3, 4, 5), PADDED, Categorical(),
+        lambda o, t: F.cross_entropy(o.view(-1, 4), t.view(-1)),
+    ),
+    "shifted": (
+        lambda: nn.Linear(5, 4), (3, 4, 5), PADDED, Categorical(),
+        lambda o, t: F.cross_entropy(o[:, :-1].reshape(-1, 4), t[:, 1:].flatten()),
+    ),
+    "image": (
+        lambda: nn.Conv2d(2, 4, 1), (3, 2, 2, 2), PADDED.view(3, 2, 2), Categorical(weight=WEIGHT),
+        lambda o, t: F.cross_entropy(o, t, weight=WEIGHT),
+    ),
+    "channels_of_a_signal": (
+        lambda: nn.Conv1d(2, 4, 1), (3, 2, 4), PADDED, Categorical(dim=1), F.cross_entropy
+    ),
+    "smooth": (
+        lambda: nn.Linear(5, 4), (12, 5), PADDED.flatten(), Categorical(0.2, weight=WEIGHT),
+        lambda o, t: F.cross_entropy(o, t, weight=WEIGHT, label_smoothing=0.2),
+    ),
+    "class_ignored": (
+        lambda: nn.Linear(5, 4), (12, 5), PADDED.flatten().clamp(min=0), Categorical(ignore_index=0),
+        lambda o, t: F.cross_entropy(o, t, ignore_index=0),
+    ),
+}  # fmt: skip
+
+
+def written(case: str, **options: Any) -> tuple[FishLeg, dict[Tensor, Tensor], Tensor, list[Any]]:
+    """After a backward pass: the optimizer, a direction v, the Hessian of the loss times v, the passes."""
+    make, shape, targets, likelihood, loss = WRITTEN[case]
+    model = make()
+    optimizer = FishLeg(model, likelihood=likelihood, **options)
+    optimizer.renew()
+    targets = targets.double() if targets.is_floating_point() else targets
+    outputs = model(torch.randn(shape))
+    v = vector_of(optimizer)
+    expected = dense.hessian(loss(outputs, targets), list(v)) @ dense.flatten(list(v.values()))
+    optimizer.backward(loss(outputs, targets), outputs)
+    return optimizer, v, expected, list(optimizer._inputs.calls)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("case", WRITTEN)
+def test_the_fisher_matrix_is_the_gauss_newton_matrix_of_the_loss_as_it_is_written(case: str) -> None:
+    """Of outputs that are linear in the parameters it is the Hessian at any targets: one draw gives it."""
+    optimizer, v, expected, calls = written(case)
+    with torch.no_grad():
+        found, _ = optimizer._multiply(v, calls, 1)
+    torch.testing.assert_close(dense.flatten(found), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("case", ["image", "pos_weight", "mean_of_features", "shifted"])
+def test_products_of_rank_one_average_to_it(case: str) -> None:
+    optimizer, v, expected, calls = written(case, product="rank_one")
+    with torch.no_grad():
+        draws = torch.stack([dense.flatten(optimizer._multiply(v, calls, seed)[0]) for seed in range(1500)])
+    deviation = (draws.mean(0) - expected) / (draws.std(0) / len(draws) ** 0.5 + 1e-9)
+    assert float(deviation.abs().max()) < 4.5, "standard errors"
+    assert float((draws.mean(0) - expected).norm()) < 0.25 * float(expected.norm())
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_targets_of_a_loader_say_what_counts() -> None:
+    model, x, targets = nn.Linear(5, 4), torch.randn(12, 5), PADDED.flatten()
+    likelihood = Categorical(weight=WEIGHT)
+    optimizer = FishLeg(model, aux_every=1, lr=0.0, aux_loader=[(x, targets)], likelihood=likelihood)
+    only = FishLeg(model, aux_every=1, lr=0.0, likelihood=likelihood)
+    for each in (optimizer, only):
+        each.renew()
+        outputs = model(x)
+        each.backward(likelihood.nll(outputs, targets), outputs)
+        each.step()
+        each.zero_grad()
+    assert optimizer.updates == only.updates == 1
+    assert optimizer.diagnostics()["fishleg/residual"] == only.diagnostics()["fishleg/residual"]
+
+
+def test_weights_that_need_targets_say_so() -> None:
+    model, x, targets = nn.Linear(5, 4), torch.randn(12, 5), PADDED.flatten()
+    optimizer = FishLeg(model, aux_every=1, likelihood=Categorical(weight=WEIGHT))
+    optimizer.renew()
+    Categorical(weight=WEIGHT).nll(model(x), targets).backward()
+    with pytest.raises(ValueError, match="targets must be given"):
+        optimizer.step()
+    signal, targets = nn.Conv1d(2, 4, 1), torch.zeros(3, 4, dtype=torch.long)
+    optimizer = FishLeg(signal, likelihood=Categorical())
+    optimizer.renew()
+    outputs = signal(torch.randn(3, 2, 4))
+    with pytest.raises(ValueError, match=r"the loss has its classes in dimension 1 .* use Categorical\(dim=1\)"):
+        optimizer.backward(F.cross_entropy(outputs, targets), outputs)
+
+
 @pytest.mark.parametrize("product", ["antithetic", "rank_one"])
 def test_an_auxiliary_update_leaves_no_trace(product: str) -> None:
     """Weights, BatchNorm's statistics, gradients and the random state are what they were, bit for bit."""
