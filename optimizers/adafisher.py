@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from optimizers.base import CurvatureOptimizer, Params, check_choice, check_range
+from optimizers.base import CurvatureOptimizer, Params
+from optimizers.checks import check_choice, check_range
 from optimizers.curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
 from optimizers.curvature.layers import AffineLayer, Layer
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_range
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params
+from optimizers.checks import check_range
 from optimizers.curvature import communication
 from optimizers.curvature.recorder import TwiceDifferentiable
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.optim.optimizer import Optimizer
 
+from optimizers.checks import check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import COMPUTED, Flow, Layer, adapt, layer_kinds
@@ -40,23 +41,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
-
-
-def check_range(
-    name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False, open_high: bool = False
-) -> None:
-    """Raise ValueError with a sentence unless ``value`` is in the interval (ends included unless open)."""
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
-    if not (above and below):  # also catches NaN
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == float('inf') else ']'}"
-        raise ValueError(f"{name} must be in {interval}, got {value!r}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError with a sentence unless ``value`` is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def placed_mask(mask: Tensor, shape: torch.Size) -> Tensor:
@@ -166,6 +150,7 @@ class CurvatureOptimizer(Optimizer):
         self.blocks: dict[str, Approximation] = {}
         self._recorder: Recorder | None = None
         self._watching: dict[str, Any] | None = None  # arguments of ``_watch``, once it was called
+        self._groups: dict[str, int] = {}  # which group a layer belongs to, by name
         self._scale = 1.0
         self._uncovered: dict[str, str] = {}  # why parameters have no block, by name
         self._reasons: dict[str, str] = {}  # why layers with a block have no curvature, by name
@@ -204,6 +189,7 @@ class CurvatureOptimizer(Optimizer):
 
     def _watch_layers(self) -> None:
         assert self.model is not None and self._watching is not None
+        self._groups.clear()
         skip = self._watching["skip"]
         owners: dict[nn.Parameter, list[str]] = {}
         for module_name, module in self.model.named_modules():
@@ -244,6 +230,13 @@ class CurvatureOptimizer(Optimizer):
         super().add_param_group(param_group)
         if self._watching is not None:
             self._watch_layers()
+
+    def _group(self, layer: Layer) -> dict[str, Any]:
+        """The group of a layer's weight; of its bias, where the weight is frozen and was left out."""
+        if layer.name not in self._groups:
+            owner = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+            self._groups[layer.name] = next(owner[p] for p in layer.parameters if p in owner)
+        return self.param_groups[self._groups[layer.name]]
 
     def _due(self) -> bool:
         """Whether the pass under way gathers curvature."""

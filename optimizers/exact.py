@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, Params, check_choice
+from optimizers.base import CURVATURE, Params
+from optimizers.checks import check_choice
 from optimizers.curvature import linalg
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import Options
@@ -52,8 +53,7 @@ class SampledFisher(NaturalGradient):
 
     def _damping(self, layer: Layer) -> float:
         """Lambda of the layer's weight's group."""
-        weight = layer.parameters[0]
-        return next(float(g["damping"]) for g in self.param_groups if any(p is weight for p in g["params"]))
+        return float(self._group(layer)["damping"])
 
     def state_dict(self) -> dict[str, Any]:
         """See NaturalGradient; also the samples in use, whose shapes are those of the last update's batch."""

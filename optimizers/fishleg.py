@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_choice, check_range
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params
+from optimizers.checks import check_choice, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import AffineLayer, Layer
@@ -415,13 +416,31 @@ class FishLeg(CurvatureOptimizer):
     def _damping(self, block: LearnedInverse) -> list[float]:
         """γ of each of a block's parameters."""
         dampings = {p: float(group["damping"]) for group in self.param_groups for p in group["params"]}
-        return [dampings[p] for p in block.layer.parameters]
+        own = float(self._group(block.layer)["damping"])
+        return [dampings.get(p, own) for p in block.layer.parameters]
 
-    def backward(self, loss: Tensor, outputs: Tensor | None = None, *, scale: float = 1.0) -> None:
-        """See CurvatureOptimizer. ``outputs`` are needed where some observations count less or not at all."""
+    def backward(
+        self,
+        loss: Tensor,
+        outputs: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float = 1.0,
+        retain_graph: bool = False,
+    ) -> None:
+        """See CurvatureOptimizer. ``outputs`` are needed where some observations count less or not at all.
+
+        Raises:
+            ValueError: for a mask, which the auxiliary passes cannot apply: let targets say what counts.
+        """
+        if mask is not None:
+            raise ValueError("mask must be None for FishLeg: let targets say what counts, such as -100 for padding")
         if self._stream is None and self._due():
-            self._targets.append(None if outputs is None else targets_of(self.likelihood, loss, outputs))
-        super().backward(loss, outputs, scale=scale)
+            if targets is None and outputs is not None:
+                targets = targets_of(self.likelihood, loss, outputs)
+            self._targets.append(targets)
+        super().backward(loss, outputs, targets=targets, scale=scale, retain_graph=retain_graph)
 
     # -- the auxiliary loss --------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from optimizers.base import Params, check_choice, check_range
+from optimizers.base import Params
+from optimizers.checks import check_choice, check_range
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import EigenFactors, KroneckerFactors, Options
 from optimizers.curvature.layers import AffineLayer

@@ -17,7 +17,8 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from optimizers.base import Params, check_choice, check_range
+from optimizers.base import Params
+from optimizers.checks import check_choice, check_range
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import (
     BestKronecker,

@@ -12,20 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import (
-    CURVATURE,
-    LONG_AGO,
-    CurvatureOptimizer,
-    Params,
-    check_choice,
-    check_range,
-    placed_mask,
-)
+from optimizers.base import CURVATURE, LONG_AGO, CurvatureOptimizer, Params, placed_mask
+from optimizers.checks import check_choice, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
 from optimizers.curvature.layers import AffineLayer, Layer
-from optimizers.curvature.losses import stated
+from optimizers.curvature.losses import stated, targets_of
 from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, check_outputs
 
 #: Wider matrices than this keep a processor busy one by one.
@@ -238,7 +231,8 @@ class NaturalGradient(CurvatureOptimizer):
             self._scale = float(scale)
             try:
                 with record_function(CURVATURE):
-                    told = self._found_targets(loss, outputs) if targets is None else targets
+                    self._compare_losses(loss, outputs)
+                    told = targets_of(self.likelihood, loss, outputs) if targets is None else targets
                     seen = recorder.settle(self.likelihood.observations(outputs, told), retain_graph)
                     weights = recorder.arrange(self._weights(loss, outputs, told, mask, told is not None))
                     gradients = self._output_gradients(seen, weights, recorder.choose(len(seen)), scale)
@@ -259,30 +253,22 @@ class NaturalGradient(CurvatureOptimizer):
             return self.likelihood.counted(outputs, targets)
         return super()._counted(loss, outputs, targets, mask)
 
-    def _found_targets(self, loss: Tensor, outputs: Tensor) -> Tensor | None:
-        """The targets that a loss was computed from, as far as its graph tells; also says where the two disagree."""
-        kinds = {Categorical: "cross_entropy", Gaussian: "mse", Bernoulli: "bernoulli"}
+    def _compare_losses(self, loss: Tensor, outputs: Tensor) -> None:
+        """Say where the loss, as far as its graph tells, is another one than the likelihood's."""
         likelihood = self.likelihood
-        kind = next((kind for cls, kind in kinds.items() if isinstance(likelihood, cls)), None)
-        found = next((s for s in stated(loss, outputs) if s.kind == kind), None)
-        if found is None:
-            return None
-        assert likelihood is not None
-        if isinstance(likelihood, Categorical):
-            if found.weight is not None and likelihood.weight is None:
-                self._say("the loss weighs classes and the likelihood does not: use Categorical(weight=...)")
-            if found.targets is None:
-                return None
-            return found.targets.masked_fill(found.targets == -100, likelihood.ignore_index)
-        features = likelihood.observations(outputs).shape[-1]
-        if found.reduction == "mean" and likelihood.reduction != "mean" and features > 1:
-            name = type(likelihood).__name__
-            self._say(
-                f"the loss averages over {features} features and {name}() sums over them, so curvature is so many "
-                f"times too large: use {name}(reduction='mean')"
-                + (", and sigma=0.5**0.5 for F.mse_loss" if isinstance(likelihood, Gaussian) else "")
-            )
-        return None
+        for found in stated(loss, outputs):
+            if isinstance(likelihood, Categorical) and found.kind == "cross_entropy":
+                if found.weight is not None and likelihood.weight is None:
+                    self._say("the loss weighs classes and the likelihood does not: use Categorical(weight=...)")
+            elif isinstance(likelihood, (Gaussian, Bernoulli)) and found.kind in ("mse", "bernoulli"):
+                features = likelihood.observations(outputs).shape[-1]
+                if found.reduction == "mean" and likelihood.reduction != "mean" and features > 1:
+                    name = type(likelihood).__name__
+                    self._say(
+                        f"the loss averages over {features} features and {name}() sums over them, so curvature is so "
+                        f"many times too large: use {name}(reduction='mean')"
+                        + (", and sigma=0.5**0.5 for F.mse_loss" if isinstance(likelihood, Gaussian) else "")
+                    )
 
     def _say(self, sentence: str) -> None:
         """Warn of something once."""
@@ -416,14 +402,13 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _refresh(self, blocks: list[Block]) -> list[Stack]:
         """Invert blocks side by side. One whose inverse is not finite keeps its last good one, or has none."""
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
         last = {id(block): part for stack in self._stacks for block, part in stack.members()}
         alike: dict[Any, list[Block]] = {}
         for block in blocks:
             alike.setdefault(_kind(block, block.factors), []).append(block)
         stacks = []
         for members in alike.values():
-            damping = [float(group_of[block.layer.parameters[0]]["damping"]) for block in members]
+            damping = [float(self._group(block.layer)["damping"]) for block in members]
             known = [last[id(block)] for block in members] if all(id(block) in last for block in members) else None
             stack = Stack.build(members, damping, self._counts, known)
             good = stack.finite()
@@ -481,10 +466,9 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _clip(self, gradients: list[Tensor], directions: list[Tensor], kl_clip: float) -> None:
         """Set nu from ``lr² vᵀ g`` summed over layers."""
-        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
         products: list[Tensor] = []
         for stack, gradient, direction in zip(self._stacks, gradients, directions, strict=True):
-            lrs = [rates[block.layer.parameters[0]] for block in stack.blocks]
+            lrs = [float(self._group(block.layer)["lr"]) for block in stack.blocks]
             if len(set(lrs)) == 1:
                 products.append(lrs[0] ** 2 * torch.dot(direction.flatten(), gradient.flatten()))
             else:

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from optimizers.base import Params, check_range, unwrap
+from optimizers.base import Params, unwrap
+from optimizers.checks import check_range
 from optimizers.curvature import communication
 from optimizers.curvature.layers import AffineLayer, adapt
 

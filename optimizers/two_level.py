@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, Params, check_choice
+from optimizers.base import CURVATURE, Params
+from optimizers.checks import check_choice
 from optimizers.curvature import communication, linalg
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import Flow
@@ -218,8 +219,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         if self._seen is None:
             super()._clip(gradients, directions, kl_clip)
             return
-        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        lrs = [rates[block.layer.parameters[0]] for stack in self._stacks for block in stack.blocks]
+        lrs = [float(self._group(block.layer)["lr"]) for stack in self._stacks for block in stack.blocks]
         lr = torch.tensor(lrs, dtype=torch.float64).to(self._seen.device)
         squares = self._inner(directions, directions)
         total = (lr @ self._seen.double()).square().sum() + (lr.square() * self._dampings * squares).sum()

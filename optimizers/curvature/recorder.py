@@ -301,6 +301,8 @@ class Recorder:
         self._door: tuple[nn.Module, ExitStack] | None = None  # the module that opened the mode
         self._depth = 0  # how often it is under way
         self._weights: dict[int, Layer] = {}
+        self._by_module = {layer.module: layer for layer in layers}
+        self._calls: list[int] = []  # how often layers under way had been seen when they were entered
         self._probing = False
         self._verdicts: dict[Layer, _Verdict] = {}
         self._reading: tuple[Layout, int] | None = None  # of the outputs, as last found
@@ -354,6 +356,8 @@ class Recorder:
     def _enter(self, whole: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._door is not None:
             self._depth += module is self._door[0]
+            if (layer := self._by_module.get(module)) is not None:
+                self._calls.append(len(self._pass.records.get(layer, ())) + self._pass.unseen.get(layer, 0))
             return
         if not (torch.is_grad_enabled() and self._root.training and self._due()) or _aside:
             return
@@ -373,17 +377,27 @@ class Recorder:
         stack = ExitStack()
         stack.enter_context(_Watch(self))
         self._door, self._depth = (module, stack), 1
+        if (layer := self._by_module.get(module)) is not None:
+            self._calls.append(len(self._pass.records.get(layer, ())) + self._pass.unseen.get(layer, 0))
 
     def _leave(
         self, whole: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if self._door is None or module is not self._door[0]:
+        if self._door is None:
+            return
+        if (layer := self._by_module.get(module)) is not None and self._calls:
+            before = self._calls.pop()
+            if before == len(self._pass.records.get(layer, ())) + self._pass.unseen.get(layer, 0):
+                # A subclass that computes in another way: its own input and output have to do.
+                self._record(layer, args[0] if args else kwargs.get("input"), output, None)
+        if module is not self._door[0]:
             return
         self._depth -= 1
         if self._depth:
             return
         self._door[1].close()
         self._door = None
+        self._calls.clear()
         self._weights = {}
         if whole and not self._deferred and not self._recomputing() and self._open:
             now = self._open[-1]
@@ -401,13 +415,17 @@ class Recorder:
         weight, x = given.get("weight"), given.get("input")
         if function in (F.batch_norm, torch.batch_norm) and given.get("training") and isinstance(output, Tensor):
             self._hold_statistics(cast("Tensor", x), weight, output)
-        if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
+        if not isinstance(weight, Tensor):
             return
         layer, rows = self._weights.get(id(weight)), None
         if layer is None and function is F.linear and (base := weight._base) is not None:
             layer, rows = self._weights.get(id(base)), _slice(weight, base)
             layer = layer if rows is not None else None
-        if layer is None or not any(p.requires_grad for p in layer.parameters):
+        if layer is not None:
+            self._record(layer, x, output, rows)
+
+    def _record(self, layer: Layer, x: Any, output: Any, rows: tuple[int, int] | None) -> None:
+        if not isinstance(x, Tensor) or not any(p.requires_grad for p in layer.parameters):
             return
         now = self._pass
         if not torch.is_grad_enabled():
