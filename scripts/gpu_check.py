@@ -58,12 +58,17 @@ from tests import dense
 from tests.optimizers.problems import PROBLEMS, Problem
 from training.rng import deterministic
 
-#: Updates and refreshes fall on different steps, so that inverses are now older than the factors and now not.
-KRONECKER: dict[str, Any] = {"lr": 0.02, "update_every": 3, "refresh_every": 4, "batch_fraction": 1.0}
+#: Updates and refreshes fall on different steps, so that inverses are now older than the factors and now not. Sampled
+#: curvature of so few examples is noisy: more damping than usual.
+KRONECKER: dict[str, Any] = {
+    "lr": 0.02, "damping": 0.1, "update_every": 3, "refresh_every": 4, "batch_fraction": 1.0,
+}  # fmt: skip
 
 #: Class and options of each optimizer for small nets, by its name in configs/optimizer.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "adafisher": ("AdaFisher", {"lr": 1e-3, "update_every": 3, "weight_decay": 5e-4}),
+    # Without L2: the fallback's denominator does not see it, and where the gradient is rounding alone (the bias of
+    # attention's keys in nn.MultiheadAttention) the weight then grows without bound, on every device.
+    "adafisher": ("AdaFisher", {"lr": 1e-3, "update_every": 3}),
     "adafisherw": ("AdaFisherW", {"lr": 1e-3, "update_every": 3, "weight_decay": 1e-2}),
     "kfac": ("KFAC", KRONECKER | {"weight_decay": 5e-4}),
     "ekfac": ("EKFAC", KRONECKER | {"refresh_every": 6}),
@@ -84,7 +89,7 @@ FISHERS = tuple(name for name, (_, options) in OPTIMIZERS.items() if name == "ex
 NEVER = 10**9
 
 #: How far weights may be apart, in units of the distance that training moved them.
-TOLERANCE = {"fp64": 1e-6, "fp32": 3e-2, "bf16": 0.3, "fp16": 0.3}
+TOLERANCE = {"fp64": 1e-6, "fp32": 2e-3, "bf16": 0.1, "fp16": 0.1}
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
