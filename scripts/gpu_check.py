@@ -12,9 +12,9 @@ so that an interrupted run leaves what it found. The exit code is 1 if a check f
 - ``oracle``: curvature and steps on the device equal those of the CPU in float64.
 - ``sync``: steps without curvature never wait for the device.
 - ``table``: times and memory of real models, and what each phase of the curvature costs.
-- ``compile``: a step of a compiled model equals that of the plain one.
-- ``linalg``: decompositions by size.
 - ``trainer``: the trainer's own tests on a GPU.
+- ``linalg``: decompositions by size.
+- ``compile``: a step of a compiled model equals that of the plain one.
 """
 
 from __future__ import annotations
@@ -395,14 +395,16 @@ def check_oracle(name: str, precision: str, fisher: str, device: torch.device, n
                 train_step(optimizer, net_, data)
             ends.append(weights(net_))
             curvatures.append({layer: m.cpu().double() for layer, m in optimizer.curvature_matrices().items()})
+        # Moments in a basis of nearly equal eigenvalues move with the basis, and that with rounding.
+        limit = TOLERANCE[precision] * (10 if name == "ekfac" else 1)
         expect(curvatures[0].keys() == curvatures[1].keys(), f"{net}: other layers have curvature")
         gaps = {n: float((curvatures[1][n] - m).norm() / m.norm()) for n, m in curvatures[0].items()}
         worst = max(gaps, key=lambda n: gaps[n], default="")
         far = apart(ends[1], ends[0], start)
         told.append(f"{net} steps {far:.0e} curvature {gaps.get(worst, 0.0):.0e}")
-        bad = [f"curvature of {worst} by {gaps[worst]:.1e}"] if gaps.get(worst, 0.0) > TOLERANCE[precision] else []
-        bad += [f"steps by {far:.1e}"] if far > TOLERANCE[precision] else []
-        expect(not bad, f"{net} ({fisher}): {' and '.join(bad)} apart ({TOLERANCE[precision]:.0e} may be)")
+        bad = [f"curvature of {worst} by {gaps[worst]:.1e}"] if gaps.get(worst, 0.0) > limit else []
+        bad += [f"steps by {far:.1e}"] if far > limit else []
+        expect(not bad, f"{net} ({fisher}): {' and '.join(bad)} apart ({limit:.0e} may be)")
     return ", ".join(told)
 
 
@@ -749,7 +751,7 @@ def all_checks(options: Options, seconds: Callable[[], float]) -> list[Check]:
         for name in ("sgd", *OPTIMIZERS)
     ]
     tables = [
-        Check(f"table {model} {entry}", partial(measure, entry, settings, device, 2.0 if full else 0.05), exact=False)
+        Check(f"table {model} {entry}", partial(measure, entry, settings, device, 1.2 if full else 0.05), 40.0, exact=False)
         for model, (settings, entries) in table_settings(options).items()
         for entry in entries
     ]
@@ -769,8 +771,8 @@ def all_checks(options: Options, seconds: Callable[[], float]) -> list[Check]:
     ]
     trainer = [Check("trainer tests/training/test_cuda.py", partial(check_trainer, seconds), limit=150.0, cuda=True)]
     return [
-        *contract("fp32"), *oracles, *sync, *tables, *contract("bf16"), *contract("fp16"), *trainer, *compiled,
-        *decompositions,
+        *contract("fp32"), *oracles, *sync, *tables, *contract("bf16"), *contract("fp16"), *trainer,
+        *decompositions, *compiled,
     ]  # fmt: skip
 
 
