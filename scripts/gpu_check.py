@@ -750,8 +750,9 @@ def all_checks(options: Options, seconds: Callable[[], float]) -> list[Check]:
         Check(f"sync {name}", partial(check_sync, name, device, [*nets, "embedding"]), cuda=True)
         for name in ("sgd", *OPTIMIZERS)
     ]
+    budget = 1.2 if full else 0.05
     tables = [
-        Check(f"table {model} {entry}", partial(measure, entry, settings, device, 1.2 if full else 0.05), 40.0, exact=False)
+        Check(f"table {model} {entry}", partial(measure, entry, settings, device, budget), limit=40.0, exact=False)
         for model, (settings, entries) in table_settings(options).items()
         for entry in entries
     ]
