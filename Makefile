@@ -1,9 +1,9 @@
-# `make train` sets up and runs the default job; `make test` sets up and runs the tests.
+# `make train` sets up and runs the default job; `make test` sets up and runs the tests; `make gpu` checks a CUDA machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check clean
+.PHONY: train test check gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/python train.py $(ARGS)
@@ -26,6 +26,9 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 $(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/.installed
+
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -48,10 +48,13 @@ class Options:
     """Command-line options, ``key=value``.
 
     Attributes:
-        model: a configs/model name; ``autoencoder`` is short for autoencoder_curves.
+        model: a configs/model name, with options behind colons (``gpt1_mini:layers=2``); ``autoencoder`` is short for
+            autoencoder_curves.
         optimizers: what to compare; SGD is added where it is missing, as the unit.
         batch_size: examples a step.
         image_size: side of the images (models but ``autoencoder_*``, which have published sizes).
+        sequence: tokens an example (models of text).
+        vocabulary: different tokens (models of text).
         rounds: how many times the blocks alternate.
         block: steps a block.
         threads: CPU threads.
@@ -67,6 +70,8 @@ class Options:
     )
     batch_size: int = 32
     image_size: int = 32
+    sequence: int = 64
+    vocabulary: int = 10_000
     rounds: int = 8
     block: int = 3
     threads: int = torch.get_num_threads()
@@ -94,9 +99,18 @@ def group_file(group: str, name: str) -> dict[str, Any]:
 def make_model(options: Options) -> tuple[nn.Module, Likelihood, list[tuple[Tensor, Tensor]]]:
     """The model, its likelihood and a few random batches to cycle through."""
     torch.manual_seed(0)
-    name = {"autoencoder": "autoencoder_curves"}.get(options.model, options.model)
-    config = group_file("model", name)
+    name, *changes = options.model.split(":")
+    name = {"autoencoder": "autoencoder_curves"}.get(name, name)
+    overrides = OmegaConf.to_object(OmegaConf.from_dotlist(changes))
+    config = group_file("model", name) | cast("dict[str, Any]", overrides)
     factory = load(config.pop("_target_"))
+    device = torch.device(options.device)
+    if "vocabulary" in inspect.signature(factory).parameters:
+        words = [str(token) for token in range(options.vocabulary)]
+        text = {"vocabulary": options.vocabulary, "sequence": options.sequence, "words": words}
+        tokens = torch.randint(0, options.vocabulary, (8, options.batch_size, options.sequence + 1)).to(device)
+        reader = models.build_model(factory, text, **config)
+        return reader.to(device), Categorical(), [(window[:, :-1], window[:, 1:]) for window in tokens]
     # The sizes that the auto-encoders are published for; any other model takes colour images of the size asked for.
     published = {
         "autoencoder_curves": (1, 28),
@@ -118,7 +132,6 @@ def make_model(options: Options) -> tuple[nn.Module, Likelihood, list[tuple[Tens
         else:
             images = torch.randn(options.batch_size, channels, size, size)
             batches.append((images, torch.randint(0, 10, (options.batch_size,))))
-    device = torch.device(options.device)
     return model.to(device), likelihood, [(x.to(device), y.to(device)) for x, y in batches]
 
 
@@ -150,22 +163,27 @@ class Arm:
         """Steps between curvature updates; 1 where every step is alike."""
         return self.optimizer.update_every if isinstance(self.optimizer, CurvatureOptimizer) else 1
 
-    def step(self) -> tuple[float, float, float]:
-        """One training step: seconds of forward, backward and update."""
+    def run(self, mark: Callable[[], object]) -> None:
+        """One training step; ``mark`` is called before it and after forward, backward and update."""
         inputs, targets = self.batches[self.count % len(self.batches)]
         self.count += 1
-        marks = [now(inputs)]
+        mark()
         self.optimizer.zero_grad()
         outputs = self.model(inputs)
         loss = self.likelihood.nll(outputs, targets)
-        marks.append(now(inputs))
+        mark()
         if isinstance(self.optimizer, CurvatureOptimizer):
             self.optimizer.backward(loss, outputs)
         else:
             loss.backward(create_graph=type(self.optimizer).__name__ == "AdaHessian")  # the peers' recipe
-        marks.append(now(inputs))
+        mark()
         self.optimizer.step()
-        marks.append(now(inputs))
+        mark()
+
+    def step(self) -> tuple[float, float, float]:
+        """One training step: seconds of forward, backward and update."""
+        marks: list[float] = []
+        self.run(lambda: marks.append(now(self.batches[0][0])))
         return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
 
     def block(self, steps: int) -> None:
@@ -211,6 +229,7 @@ def now(like: Tensor) -> float:
 def peak_memory(options: Options, entry: str) -> float:
     """MiB that training with one optimizer adds to a process that has the libraries loaded."""
     arguments = [f"model={options.model}", f"batch_size={options.batch_size}", f"image_size={options.image_size}"]
+    arguments += [f"sequence={options.sequence}", f"vocabulary={options.vocabulary}"]
     arguments += [f"device={options.device}", f"threads={options.threads}", f"only={entry}"]
     command = [sys.executable, "-W", "ignore", __file__, *arguments]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
