@@ -95,7 +95,7 @@ def decode(file: Path, mode: str) -> Image.Image:
         turn = TRANSPOSITIONS.get(_orientation(image))
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
             full = image.convert("RGBA")
-            if full.getchannel("A").getextrema()[0] < 255:
+            if full.getchannel("A").getextrema() != (255, 255):
                 _say_transparent(file.parent)
             if image.mode in ("P", "PA"):
                 image = full  # a palette with several degrees of transparency goes to RGB by way of this alone

@@ -323,7 +323,7 @@ def _content(file: Path) -> Any:
         raise ValueError(f"{file} is a tar archive: unpack it and give the file of weights inside")
     text = begin.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")):
-        raise ValueError(f"{file} is a web page, not weights: what was downloaded is a message; download the file itself")
+        raise ValueError(f"{file} is a web page, not weights: download the file itself")
     if text.startswith(b"{") and b'"' in text[:40]:
         raise ValueError(f"{file} is JSON, an index or a message, not weights: give the file of the tensors themselves")
     if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= SAFETENSORS_MOST:
