@@ -54,7 +54,8 @@ FOREIGN = (
 )
 # What the pickle of a state dict asks for.
 OF_TENSORS = re.compile(
-    r"collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.\w+Storage|torch\.storage\.\w+Storage|torch\.Size|"
+    r"collections\.(?:OrderedDict|Counter)|_codecs\.encode|(?:builtins|__builtin__)\.(?:set|bytearray|complex)|"
+    r"torch\._utils\._rebuild_\w+|torch\.\w+Storage|torch\.storage\.\w+Storage|torch\.Size|"
     r"torch\.device|torch\.(?:bfloat16|bool|u?int\d+|q?u?int\d+|float\d\w*|complex\d+|strided)|"
     r"torch\.(?:Tensor|nn\.parameter\.\w+|_tensor\.\w+)|torch\.serialization\._get_layout"
 )
@@ -277,7 +278,8 @@ def read_pickled(file: Path) -> Any:
     if kind:
         raise ValueError(f"{file} {kind}")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with file.open("rb") as opened:  # a name would be read for its suffix
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         if others := _other_objects(file):
             raise ValueError(

@@ -210,7 +210,7 @@ def test_what_needs_another_program_is_not_opened_under_any_name(tmp_path: Path)
     file = tmp_path / "drawing.jpg"
     file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n")
     for decoder in DECODERS:
-        with pytest.raises(data.DataError, match="drawing.jpg cannot be read as an image"):
+        with pytest.raises(data.DataError, match=r"drawing.jpg cannot be read as an image"):
             decoder(file, 16)
 
 
