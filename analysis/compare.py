@@ -359,8 +359,8 @@ class Reference:
             raise ValueError(f"reference must be FILE.json:KEY=label, got {text!r}")
         path, key, label = parts.groups()
         try:
-            content = json.loads(Path(path).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            content = json.loads(Path(path).read_bytes())
+        except (OSError, ValueError) as error:
             raise ValueError(f"reference: {path} cannot be read as JSON ({error}); give the file of a curve") from error
         entry = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entry, dict):

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional, v2
 
 from data.base import DataError
+from data.images import GREY_MODES, SUFFIXES, decode, read_header
 from data.memory import InMemoryLoader
+from data.reading import read_lines
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+log = logging.getLogger(__name__)
+
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # by folder name
-GREY_MODES = {"1", "L", "LA"}
-DEEP_MODES = {"I", "F"}  # 16 bits or more a pixel ("I;16" and its kin begin with I): Pillow would clip them to white
-
-# What Pillow raises at a damaged file, by format.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -41,8 +38,18 @@ class FolderSplits:
     class_names: list[str]
 
 
-def find_splits(root: Path) -> FolderSplits:
+def find_splits(root: Path, expected: str = "") -> FolderSplits:
     """Find ``root/train/<class>/...`` with ``root/val`` and ``root/test`` where they exist, or ``root/<class>/...``.
+
+    A warning counts the files that are passed over because their names are no images', by suffix (``data.images`` has
+    the suffixes that are), and another one names the classes that a split has no images of.
+
+    Args:
+        root: the folder.
+        expected: a suffix of files that belong to the set beside its images, and are not worth a word.
+
+    Returns:
+        The files of each split, and the classes.
 
     Raises:
         DataError: the folder is absent, has no such layout, or an evaluation split has a class that train lacks.
@@ -60,19 +67,29 @@ def find_splits(root: Path) -> FolderSplits:
             "dataset.root must have the layout root/<class>/... or root/train/<class>/..."
         )
     files: dict[str, list[tuple[Path, int]]] = {}
+    passed: Counter[str] = Counter()
+    if train != root:
+        _outside(root, passed)
     for split, folder in folders.items():
         unknown = [name for name in _folders(folder) if name not in classes]
         if unknown:
             raise DataError(
                 f"{folder.absolute()} has a class {unknown[0]!r} that {train.absolute()} lacks: add or remove it"
             )
-        files[split] = [(file, target) for target, name in enumerate(classes) for file in _images(folder / name)]
+        _outside(folder, passed)
+        found = [_images(folder / name, passed) for name in classes]
+        files[split] = [(file, target) for target, images in enumerate(found) for file in images]
+        empty = [name for name, images in zip(classes, found, strict=True) if not images]
+        instead = f" (files passed over: {_counted(passed)})" if passed else ""
         if not files[split]:
-            raise DataError(f"{folder.absolute()} holds no images in class folders: remove it, or fill it")
-    filled = Counter(target for _, target in files["train"])
-    empty = [name for target, name in enumerate(classes) if not filled[target]]
-    if empty:
-        raise DataError(f"{(train / empty[0]).absolute()} holds no images: remove it, or fill it")
+            raise DataError(f"{folder.absolute()} holds no images in class folders: remove it, or fill it{instead}")
+        if empty and split == "train":
+            raise DataError(f"{(folder / empty[0]).absolute()} holds no images: remove it, or fill it{instead}")
+        if empty:
+            log.warning("%s has no images of %d of %d classes: %s", folder, len(empty), len(classes), ", ".join(empty))
+    passed.pop(expected, None)
+    if passed:
+        log.warning("%s: %d files are passed over as no images: %s", root, passed.total(), _counted(passed))
     return FolderSplits(files, classes)
 
 
@@ -84,11 +101,11 @@ def find_tiny_imagenet(root: Path) -> FolderSplits:
     Raises:
         DataError: a file names a class that there is none of, or an image that is not there.
     """
-    train = find_splits(root / "train")
+    train = find_splits(root / "train", expected=".txt")
     identifiers = {name: target for target, name in enumerate(train.class_names)}
     annotations = root / "val" / "val_annotations.txt"
     test = []
-    for line in annotations.read_text().splitlines():
+    for line in _lines(annotations):
         name, identifier, *_ = [*line.split("\t"), "", ""]
         file = annotations.parent / "images" / name
         if identifier not in identifiers or not file.is_file():
@@ -98,7 +115,7 @@ def find_tiny_imagenet(root: Path) -> FolderSplits:
             )
         test.append((file, identifiers[identifier]))
     words = root / "words.txt"
-    pairs = (line.partition("\t") for line in words.read_text().splitlines()) if words.is_file() else ()
+    pairs = (line.partition("\t") for line in _lines(words)) if words.is_file() else ()
     described = {identifier: text.split(",")[0] for identifier, _, text in pairs}
     names = [described.get(identifier, identifier) for identifier in train.class_names]
     return FolderSplits({"train": train.files["train"], "test": test}, names)
@@ -134,10 +151,9 @@ class ImageFiles(Dataset):
                 torch.manual_seed(seed)
                 file = Path(os.fsdecode(self._files[row]))
                 try:
-                    with Image.open(file) as opened:
-                        images.append(functional.pil_to_tensor(self._transform(opened.convert("RGB"))))
-                except DECODING_ERRORS:
-                    return str(_unreadable(file))
+                    images.append(functional.pil_to_tensor(self._transform(decode(file, "RGB"))))
+                except DataError as error:
+                    return str(error)
         return torch.stack(images), self.targets[plan[0]]
 
 
@@ -195,7 +211,7 @@ def read_images(files: list[Path], image_size: int | None, max_gigabytes: float)
     Raises:
         DataError: an image is unreadable, the sizes differ, or the tensor would be too large.
     """
-    headers = _in_threads(_header, files)
+    headers = _in_threads(partial(read_header, sized=not image_size), files)
     size = image_size or _common_size(files, [size for size, _ in headers])
     mode = "L" if all(mode in GREY_MODES for _, mode in headers) else "RGB"
     gigabytes = len(files) * len(mode) * size * size / 1e9
@@ -219,42 +235,62 @@ def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> li
         return list(pool.map(function, items))
 
 
+def _lines(file: Path) -> list[str]:
+    """The lines of a text that belongs to a set, without their ends."""
+    try:
+        return [line.rstrip("\n") for line in read_lines(file)]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file.absolute()} cannot be read as text ({error}): put the published file there") from error
+
+
 def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(folder: Path) -> list[Path]:
-    """The images below a folder, sorted; hidden files (such as ``._cat.jpg``) are none."""
+def _images(folder: Path, passed: Counter[str]) -> list[Path]:
+    """The images below a folder, sorted; hidden files (such as ``._cat.jpg``) are none.
+
+    Args:
+        folder: where to look; it need not exist.
+        passed: gets the files that are none, by their suffix.
+    """
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
+        for name in [name for name in folders if name.startswith(".")]:
+            folders.remove(name)
+            passed["hidden"] += sum(len(files) for *_, files in os.walk(Path(parent, name)))
+        for name in names:
+            kind = _kind(name)
+            if kind in SUFFIXES:
+                found.append(Path(parent, name))
+            else:
+                passed[kind] += 1
     return sorted(found)
 
 
-def _header(file: Path) -> tuple[tuple[int, int], str]:
-    """Size (width, height) and mode of an image, without decoding it."""
-    try:
-        with Image.open(file) as image:
-            size, mode = image.size, image.mode
-    except DECODING_ERRORS as error:
-        raise _unreadable(file) from error
-    if mode in DEEP_MODES or mode.startswith("I;"):
-        raise DataError(f"{file.absolute()} has more than 8 bits a channel (mode {mode}): convert it to 8 bits")
-    return size, mode
+def _kind(name: str) -> str:
+    """A file's suffix in lower case; or what there is to say in its place."""
+    return "hidden" if name.startswith(".") else Path(name).suffix.lower() or "without a suffix"
+
+
+def _outside(folder: Path, passed: Counter[str]) -> None:
+    """Count the files that lie in a folder of classes, and in its hidden folders, instead of in a class."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name.startswith("."):
+            passed["hidden"] += sum(len(files) for *_, files in os.walk(entry))
+        elif entry.is_file():
+            kind = _kind(entry.name)
+            passed[f"{kind} outside the class folders" if kind in SUFFIXES else kind] += 1
+
+
+def _counted(passed: Counter[str]) -> str:
+    """Files passed over, the most frequent kinds first."""
+    return ", ".join(f"{count} × {kind}" for kind, count in passed.most_common())
 
 
 def _decode(file: Path, mode: str, size: int) -> Tensor:
     """An image as uint8 ``[C, size, size]``."""
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert(mode)
-    except DECODING_ERRORS as error:
-        raise _unreadable(file) from error
+    image = decode(file, mode)
     if image.size != (size, size):
         image = functional.center_crop(functional.resize(image, [size]), [size, size])
     return torch.from_numpy(np.array(image)).view(size, size, len(mode)).permute(2, 0, 1)
@@ -271,7 +307,3 @@ def _common_size(files: list[Path], sizes: list[tuple[int, int]]) -> int:
                 "set dataset.image_size to bring all images to one square size"
             )
     return first[0]
-
-
-def _unreadable(file: Path) -> DataError:
-    return DataError(f"{file.absolute()} cannot be read as an image: repair it, or remove it")

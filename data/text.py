@@ -23,6 +23,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from data.base import DataError, DataModule
 from data.memory import ImageStore, InMemoryLoader
+from data.reading import read_lines
 from data.vision import DOWNLOAD_SILENCE, UNLOADABLE, Loading, limited, socket_timeout
 
 Level = Literal["word", "character"]
@@ -277,9 +278,8 @@ wikitext103 = _wikitext(
 def _read(path: Path, level: Level, option: str) -> list[str]:
     """The tokens of a file."""
     try:
-        with path.open(encoding="utf-8") as file:
-            return [token for line in file for token in tokenise(line, level)]
-    except (OSError, UnicodeDecodeError) as error:
+        return [token for line in read_lines(path) for token in tokenise(line, level)]
+    except (OSError, ValueError) as error:
         reason = shorten(str(error), 120)
         raise DataError(
             f"{path.absolute()} cannot be read as text ({reason}): name a UTF-8 file with {option}"

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data.reading import read_lines
 from models.checks import check_rates
+from models.pretrained import read_pickled
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +173,7 @@ def _load_embeddings(weight: Tensor, words: Sequence[str], path: Path) -> None:
         found = _read_embeddings(path, rows)
         vectors = torch.from_numpy(np.stack(list(found.values()))) if found else weight[:0]
     except UNREADABLE as error:
-        reason = shorten(str(error), 120)
+        reason = shorten(str(error), 300)
         raise ValueError(
             f"embeddings must be a .npz, .pt or word2vec text file, and {path} is none ({reason})"
         ) from error
@@ -195,13 +197,12 @@ def _read_embeddings(path: Path, wanted: dict[str, int]) -> dict[str, np.ndarray
             pairs = zip(content["words"].tolist(), np.asarray(content["vectors"], np.float32), strict=True)
             return {word: vector for word, vector in pairs if word in wanted}
     if path.suffix in (".pt", ".pth"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_pickled(path)
         pairs = zip(content["words"], content["vectors"].float().numpy(), strict=True)
         return {word: vector for word, vector in pairs if word in wanted}
     found = {}
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            word, _, numbers = line.rstrip().partition(" ")
-            if word in wanted and " " in numbers:  # word2vec begins with a line of two numbers
-                found[word] = np.array(numbers.split(), np.float32)
+    for line in read_lines(path):
+        word, _, numbers = line.rstrip().partition(" ")
+        if word in wanted and " " in numbers:  # word2vec begins with a line of two numbers
+            found[word] = np.array(numbers.split(), np.float32)
     return found

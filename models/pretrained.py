@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import math
 import pickle
+import pickletools
+import re
+import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +22,45 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-# Where programs put the weights inside a checkpoint: ours, Lightning's, many scripts'.
-WRAPPERS = ("model", "state_dict", "model_state_dict")
-# What DistributedDataParallel and torch.compile put before a name.
-PREFIXES = ("module.", "_orig_mod.")
+log = logging.getLogger(__name__)
+
+# Where programs put the weights inside a checkpoint, the first one that is there first: ours, Lightning's, many
+# scripts'. Averaged copies come last: they are what is wanted only where there is nothing else.
+WRAPPERS = (
+    "model", "state_dict", "model_state_dict", "model_state", "net", "network", "module", "params", "weights",
+    "model_weights", "model_params", "net_state_dict", "state", "student", "backbone", "encoder", "generator",
+    "ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "params_ema",
+    "teacher",
+)  # fmt: skip
+DEEPEST = 4  # wrappers within each other
+# What torch.compile, FSDP and activation checkpoints put into names, wherever the module is that they wrap.
+INSERTED = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+# An averaged copy is named by such a part of its prefix.
+AVERAGED = re.compile(r"ema|average|avg|swa|teacher|target|shadow|momentum|key_encoder|encoder_k")
+# What ``torch.load`` raises at a file that it does not read, by the kind of damage.
+UNREADABLE = (
+    OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    zlib.error, zipfile.BadZipFile, pickle.UnpicklingError,
+)  # fmt: skip
+LONGEST_PREFIX = 4  # parts
+# The beginnings of files that people give in place of weights, and what to say of them.
+FOREIGN = (
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: fetch that with git lfs pull"),
+    (b"\x89HDF", "is an HDF5 file, as Keras writes: save its weights as a state dict of torch"),
+    (b"\x1f\x8b", "is compressed with gzip: unpack it and give the file inside"),
+    (b"7z\xbc\xaf", "is a 7z archive: unpack it and give the file inside"),
+    (b"\x93NUMPY", "is a file of numpy: save its arrays as a state dict of torch"),
+    (b"GGUF", "is a GGUF file: give the weights as torch or safetensors has them"),
+)
+# What the pickle of a state dict asks for.
+OF_TENSORS = re.compile(
+    r"collections\.(?:OrderedDict|Counter)|_codecs\.encode|(?:builtins|__builtin__)\.(?:set|bytearray|complex)|"
+    r"torch\._utils\._rebuild_\w+|torch\.\w+Storage|torch\.storage\.\w+Storage|torch\.Size|"
+    r"torch\.device|torch\.(?:bfloat16|bool|u?int\d+|q?u?int\d+|float\d\w*|complex\d+|strided)|"
+    r"torch\.(?:Tensor|nn\.parameter\.\w+|_tensor\.\w+)|torch\.serialization\._get_layout"
+)
+SAFETENSORS_MOST = 100_000_000  # bytes of a header, by the format
+
 EXTRA_TOKENS = 8  # at most so many class and register tokens stand before the positions of a grid
 
 # Mean and std a channel, in units of 0..1, of the pixels that weights were trained on.
@@ -39,6 +81,7 @@ class Loaded:
         replaced: those that stayed fresh because they have another shape (a head, a stem), described.
         fresh: names of those that the source does not have.
         unused: names of those that the model does not have.
+        prefix: what the source has in front of the model's names, as a wrapper of it puts there.
     """
 
     source: str
@@ -48,6 +91,7 @@ class Loaded:
     replaced: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    prefix: str = ""
 
     def __str__(self) -> str:
         parts = {
@@ -62,7 +106,9 @@ class Loaded:
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Path]:
-    """The state dict in a file, names without wrappers' prefixes.
+    """The state dict in a file, names without what torch.compile, FSDP and checkpointing put into them.
+
+    Nothing that comes with a file is run: of a pickle, tensors and plain containers are read and nothing else.
 
     Args:
         path: a state dict or a checkpoint that holds one (.pt, .pth), a .safetensors file, or a run folder (its best
@@ -79,14 +125,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], Path]:
     if not file.is_file():
         what = "no checkpoints/best.pt in this folder" if path.is_dir() else "there is no such file"
         raise ValueError(f"{path}: {what}; give a checkpoint, a state dict or a run folder")
-    content = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{file} holds no state dict (a mapping from names to tensors)")
-    return {_bare(name): value for name, value in content.items() if isinstance(value, Tensor)}, file
+    content = _unwrapped(_content(file), file)
+    return {INSERTED.sub(r"\1", str(name)): value for name, value in content.items() if isinstance(value, Tensor)}, file
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> Loaded:
@@ -96,6 +136,9 @@ def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> Loaded
     convolution's input channels, summed up for one channel and else repeated at the same expected response; and the
     positions of a grid, resampled (Dosovitskiy et al., 2021, section 3.2). All others, a head for other classes among
     them, stay fresh.
+
+    Where the names fit better without a prefix (``model.`` of Lightning, ``module.``, ``backbone.``, ``net.``, several
+    of them, ...), it is taken off; whatever has another one, a loss or an averaged copy, is not used.
 
     Args:
         model: changed in place.
@@ -108,13 +151,11 @@ def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> Loaded
     Raises:
         ValueError: nothing that is trained fits.
     """
-    weights = dict(weights)
-    for prefix, module in model.named_modules():
-        if rename := getattr(module, "rename", None):
-            rename(weights, f"{prefix}." if prefix else "")
+    given_names = weights
     own = model.state_dict()
+    weights, prefix = _fitted(weights, model, own)
     stem = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
-    account = Loaded(source, len(own), unused=[name for name in weights if name not in own])
+    account = Loaded(source, len(own), unused=[name for name in weights if name not in own], prefix=prefix)
     new: dict[str, Tensor] = {}
     for name, mine in own.items():
         if name not in weights:
@@ -132,8 +173,10 @@ def load(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> Loaded
     if not any(name in new for name, _ in model.named_parameters()):
         raise ValueError(
             f"{source}: none of its {len(weights)} tensors fits this model by name and shape: "
-            "choose the model that the file is of"
+            f"choose the model that the file is of (it has {_shapes(given_names)}; the model has {_shapes(own)})"
         )
+    if prefix:
+        log.info("%s: its names begin with %r, which is left out", source, prefix)
     own.update(new)  # keeps the versions of its layers' formats, which some ask for
     model.load_state_dict(own)
     return account
@@ -216,6 +259,82 @@ def _is_square(count: int) -> bool:
     return count > 0 and math.isqrt(count) ** 2 == count
 
 
+def read_pickled(file: Path) -> Any:
+    """What ``torch.save`` wrote to a file: tensors and plain containers, on the CPU; nothing else is unpickled.
+
+    Args:
+        file: it.
+
+    Returns:
+        The content.
+
+    Raises:
+        ValueError: it is damaged, of another kind, or holds other objects; the sentence says which.
+    """
+    try:
+        kind = _archive(file)
+    except (OSError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+        raise _damaged(file) from error
+    if kind:
+        raise ValueError(f"{file} {kind}")
+    try:
+        with file.open("rb") as opened:  # a name would be read for its suffix
+            return torch.load(opened, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        if others := _other_objects(file):
+            raise ValueError(
+                f"{file} holds other objects than tensors ({_few(others)}), and to read these could run what came with "
+                "it: where you trust it, write its state dict alone to a new file, "
+                'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW), with the key that it has there, '
+                "or .state_dict() of it if it is a whole model"
+            ) from error
+        if zipfile.is_zipfile(file) and "operand" in str(error):
+            raise ValueError(
+                f"{file} was written with a protocol of pickle that is not read without running it: where you trust "
+                "it, write it anew, torch.save(torch.load(FILE, weights_only=False), NEW)"
+            ) from error
+        raise _damaged(file) from error
+
+
+def _archive(file: Path) -> str:
+    """What to say of a zip archive that is damaged, or that is none of a state dict; else ""."""
+    if not zipfile.is_zipfile(file):
+        return ""
+    with zipfile.ZipFile(file) as archive:
+        if (broken := archive.testzip()) is not None:
+            return f"is damaged (checksum of {broken!r})"
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "is a TorchScript archive, a program and not weights: save the state_dict() of the model"
+    if not any(name.endswith("data.pkl") for name in names):
+        held = _few(names)
+        return f"is a zip archive that torch.save did not write (it holds {held}): give the file of weights inside"
+    return ""
+
+
+def _content(file: Path) -> Any:
+    """What a file holds; which of the two formats it has is told by its first bytes, not by its name."""
+    with file.open("rb") as opened:
+        begin = opened.read(512)
+    if not begin:
+        raise ValueError(f"{file} is empty: download or save it anew")
+    for mark, sentence in FOREIGN:
+        if begin.startswith(mark):
+            raise ValueError(f"{file} {sentence}")
+    if begin[257:262] == b"ustar":
+        raise ValueError(f"{file} is a tar archive: unpack it and give the file of weights inside")
+    text = begin.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")):
+        raise ValueError(f"{file} is a web page, not weights: download the file itself")
+    if text.startswith(b"{") and b'"' in text[:40]:
+        raise ValueError(f"{file} is JSON, an index or a message, not weights: give the file of the tensors themselves")
+    if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= SAFETENSORS_MOST:
+        return _safetensors(file)
+    if file.suffix == ".safetensors" and not zipfile.is_zipfile(file) and not begin.startswith((b"\x80", b"PK")):
+        return _safetensors(file)
+    return read_pickled(file)
+
+
 def _safetensors(file: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -226,24 +345,131 @@ def _safetensors(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read: it is damaged, or no safetensors file") from error
 
 
-def _pickled(file: Path) -> Any:
+def _damaged(file: Path) -> ValueError:
+    with file.open("rb") as opened:
+        begin = opened.read(4)
+    if begin.startswith(b"PK") and not zipfile.is_zipfile(file):
+        return ValueError(f"{file} is damaged: its end is missing, so copy or download it anew")
+    return ValueError(f"{file} cannot be read: it is damaged, or no file of tensors that torch.save wrote")
+
+
+def _other_objects(file: Path) -> list[str]:
+    """The functions and classes that a pickle asks for and that are none of a state dict; nothing is unpickled."""
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"{file} is damaged (checksum of {broken!r})")
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{file} cannot be read: it is damaged, or no file of tensors that torch.save wrote"
-        ) from error
+                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                found = set(_globals(io.BytesIO(archive.read(name)), 1))
+        else:  # of old: number, protocol and system in a pickle each, then the object
+            with file.open("rb") as opened:
+                found = set(_globals(opened, 4))
+    except (OSError, StopIteration, ValueError):  # damaged, or the end of the last pickle
+        return []
+    known = torch.serialization.get_safe_globals()
+    named = {f"{kind.__module__}.{kind.__qualname__}" for kind in known if isinstance(kind, type)}
+    return sorted(name for name in found if name not in named and not OF_TENSORS.fullmatch(name))
 
 
-def _bare(name: Any) -> str:
-    text = str(name)
-    while text.startswith(PREFIXES):
-        text = text.split(".", 1)[1]
-    return text
+def _globals(stream: Any, pickles: int) -> Iterator[str]:
+    """The names of what pickles import, read off their instructions."""
+    for _ in range(pickles):
+        strings: list[str] = []
+        try:
+            for code, argument, _ in pickletools.genops(stream):
+                if code.name == "GLOBAL":
+                    yield str(argument).replace(" ", ".")
+                elif code.name == "STACK_GLOBAL":
+                    yield ".".join(strings[-2:])
+                elif isinstance(argument, str):
+                    strings.append(argument)
+        except (ValueError, EOFError, IndexError):
+            return
+
+
+def _unwrapped(content: Any, file: Path) -> Mapping[Any, Any]:
+    """The mapping from names to tensors inside a checkpoint."""
+    for _ in range(DEEPEST):
+        if not isinstance(content, Mapping):
+            break
+        parts = {key: part for key, part in content.items() if isinstance(part, Mapping) and _has_tensors(part)}
+        wrapped = [key for key in WRAPPERS if key in parts]
+        if not wrapped and not _is_state_dict(content):
+            wrapped = list(parts)  # under a name of its own
+            if len(wrapped) > 1:
+                raise ValueError(
+                    f"{file} holds several sets of tensors ({_few([repr(key) for key in wrapped])}): save the state "
+                    "dict that is wanted alone"
+                )
+        if not wrapped:
+            break
+        if others := [repr(key) for key in wrapped[1:]]:
+            log.warning("%s: the weights are those under %r; %s hold some, too", file, wrapped[0], _few(others))
+        content = parts[wrapped[0]]
+    if not _is_state_dict(content):
+        raise ValueError(f"{file} holds no state dict (a mapping from names to tensors)")
+    return content
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values())
+
+
+def _has_tensors(content: Mapping[Any, Any], depth: int = DEEPEST) -> bool:
+    """Whether a mapping is a state dict, or holds one."""
+    return _is_state_dict(content) or (
+        depth > 0 and any(isinstance(part, Mapping) and _has_tensors(part, depth - 1) for part in content.values())
+    )
+
+
+def _fitted(
+    weights: Mapping[str, Tensor], model: nn.Module, own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """Weights under the model's names, and the prefix that was taken off for it, "" for most."""
+    renaming = [
+        (rename, f"{where}." if where else "")
+        for where, module in model.named_modules()
+        if (rename := getattr(module, "rename", None))
+    ]
+
+    def without(prefix: str) -> dict[str, Tensor]:
+        bare = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        # Others keep their names, and are no match for what has the prefix: a copy, a loss; or a head that has none.
+        found = {**{name: value for name, value in weights.items() if not name.startswith(prefix)}, **bare}
+        for rename, where in renaming:
+            rename(found, where)
+        return found
+
+    def fit(found: Mapping[str, Tensor]) -> tuple[int, int]:
+        same = [name for name in found if name in own]
+        return sum(found[name].shape == own[name].shape for name in same), len(same)
+
+    counts: Counter[str] = Counter()
+    ends = Counter(name.split(".", 1)[0] for name in own)
+    for name in weights:
+        parts = name.split(".")
+        for length in range(1, min(LONGEST_PREFIX, len(parts) - 1) + 1):
+            # What is left has to begin as a name of the model does.
+            if parts[length] in ends:
+                counts[".".join(parts[:length]) + "."] += 1
+    best, prefix = without(""), ""
+    score = fit(best)
+    # In the order of the file, averaged copies last: of equals, the first one is taken.
+    for candidate in sorted(counts, key=lambda text: bool(AVERAGED.search(text.lower()))):
+        if counts[candidate] <= score[0]:
+            continue  # cannot be better
+        found = without(candidate)
+        # A few names fit by chance, as those of a block fit a smaller model: half of the model has to be there, or half
+        # of what has the prefix, if that is half of the file.
+        new = fit(found)
+        much = 2 * new[1] >= len(own) or 2 * new[1] >= counts[candidate] >= len(weights) / 2
+        if new > score and much:
+            best, prefix, score = found, candidate, new
+    return best, prefix
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> str:
+    """Examples of names, with their shapes."""
+    return _few([f"{name} {list(value.shape)}" for name, value in weights.items()], most=2)
 
 
 def _first_line(error: Exception) -> str:

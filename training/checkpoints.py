@@ -83,7 +83,12 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no checkpoint {path}.") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # with every checksum right
+        raise CheckpointError(
+            f"{path} holds other objects than tensors and is not a checkpoint of a Curvlab run: give a file of its "
+            "checkpoints/ folder."
+        ) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise CheckpointError(
             f"The checkpoint {path} is damaged ({str(error).splitlines()[0]}): use an earlier one."
         ) from error

@@ -118,7 +118,7 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     path = folder / "config.yaml"
     try:
-        saved = yaml.safe_load(path.read_text())
+        saved = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({error}): give the folder of a run of train.py") from error
     if not isinstance(saved, dict) or CHOICES not in saved:

@@ -416,3 +416,13 @@ def test_from_a_sweep_to_its_comparison(command: Callable[..., Outcome], work: P
     assert [row["group"] for row in rows] == ["optimizer=adam", "optimizer=sgd"]
     assert all(row["runs"] == "2" and float(row["epoch 2"]) < float(row["epoch 1"]) for row in rows)
     assert float(rows[1]["s/step / baseline"]) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_reference_may_be_written_by_any_system(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "curves.json"
+    path.write_bytes('{"größe": {"train": [1.0]}}\r\n'.encode(encoding))
+    assert Reference.parse(f"{path}:größe=sgd")[0].name == "größe"
+    path.write_bytes('{"größe": {}}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"curves.json cannot be read as JSON \(.*byte 0xf6 in position 4"):
+        Reference.parse(f"{path}:größe=sgd")

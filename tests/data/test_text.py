@@ -259,6 +259,58 @@ def test_what_is_no_text_ends_in_a_sentence(tmp_path: Path) -> None:
             data.text_file(str(tmp_path / name))
 
 
+# ------------------------------------------------------------------------------------------- as other systems write it
+
+POEM = "the cat sat\non the mat\n\nthe café\n" * 8
+
+
+@pytest.mark.parametrize("level", ["word", "character"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_marks_and_line_ends_of_any_system_change_no_token(
+    tmp_path: Path, level: Any, mark: bytes, end: bytes
+) -> None:
+    (tmp_path / "plain").write_bytes(POEM.encode())
+    (tmp_path / "other").write_bytes(mark + POEM.encode().replace(b"\n", end))
+    plain, other = (data.text_file(str(tmp_path / name), level, **SMALL) for name in ("plain", "other"))
+    assert other.facts == plain.facts
+    assert served(other.train) == served(plain.train) and served(other.test) == served(plain.test)
+
+
+def test_marks_of_texts_that_were_put_together_are_no_characters(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfone two\n" * 20)
+    assert data.text_file(str(tmp_path / "text"), **SMALL).facts["vocabulary"] == 4  # one two <eos> <unk>
+
+
+def test_a_published_set_with_marks_has_the_same_vocabulary(tmp_path: Path) -> None:
+    plain, marked = write_wikitext(tmp_path / "plain"), write_wikitext(tmp_path / "marked")
+    for file in marked.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    one, two = (data.wikitext2(str(folder), download=False, **SMALL) for folder in (plain, marked))
+    assert one.facts == two.facts and served(one.test) == served(two.test)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (POEM.encode("latin-1"), r"byte 31, in line 4, is 0xe9 and no UTF-8"),
+        (b"x" * 100_000 + b"\n" + POEM.encode("cp1252"), r"byte 100032, in line 5, is 0xe9 and no UTF-8"),
+        (b"cut in two \xe2\x82", r"byte 11, in line 1, is 0xe2 and no UTF-8"),
+        (POEM.encode("utf-16"), r"it is in UTF-16, byte 0 is 0xff"),
+        (b"\xfe\xff" + POEM.encode("utf-16-be"), r"it is in UTF-16, byte 0 is 0xfe"),
+        (POEM.encode("utf-32"), r"it is in UTF-32, byte 0 is 0xff"),
+        ("the cat".encode("utf-16-le"), r"byte 1, in line 1, is 0x00: it is in UTF-16, or no text"),
+        (b"\x7fELF\x02\0\0", r"byte 5, in line 1, is 0x00: it is in UTF-16, or no text"),
+    ],
+)
+@pytest.mark.parametrize("level", ["word", "character"])
+def test_another_encoding_is_named_with_its_byte(tmp_path: Path, content: bytes, reason: str, level: Any) -> None:
+    (tmp_path / "text").write_bytes(content)
+    sentence = rf"^{tmp_path}/text cannot be read as text \({reason}\): name a UTF-8 file with dataset.path$"
+    with pytest.raises(data.DataError, match=sentence):
+        data.text_file(str(tmp_path / "text"), level)
+
+
 # ------------------------------------------------------------------------------------------------ options and YAML
 
 

@@ -197,6 +197,27 @@ def test_pretrained_embeddings_are_found_by_their_words(
     assert small(embeddings=str(path), freeze=True, tie=False).head.weight.requires_grad
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_embeddings_in_text_may_come_from_any_system(tmp_path: Path, mark: bytes, end: bytes) -> None:
+    path, _ = write_embeddings(tmp_path, "txt")
+    plain = small(embeddings=str(path)).tokens.weight
+    content = b"".join(line + b"\n" for line in path.read_bytes().splitlines()[::-1] if line.count(b" ") > 1)
+    path.write_bytes(mark + content.replace(b"\n", end))
+    found = small(embeddings=str(path)).tokens.weight
+    same = (found == plain).all(1).sum()
+    assert same == 3
+    path.write_bytes(content + b"caf\xe9 1 2\n")
+    with pytest.raises(ValueError, match=rf"byte {len(content) + 3}, in line \d+, is 0xe9 and no UTF-8"):
+        small(embeddings=str(path))
+
+
+def test_embeddings_beside_other_objects_are_told_from_damage(tmp_path: Path) -> None:
+    torch.save({"words": ["a"], "vectors": torch.ones(1, 8), "at": np.float64(1)}, tmp_path / "words.pt")
+    with pytest.raises(ValueError, match=r"holds other objects than tensors \(numpy.*scalar"):
+        small(embeddings=str(tmp_path / "words.pt"))
+
+
 def test_embeddings_that_do_not_fit_end_in_a_sentence(tmp_path: Path) -> None:
     path, _ = write_embeddings(tmp_path, "npz")
     with pytest.raises(ValueError, match=r"^embeddings must be vectors of the model's width.* set model.width=8"):

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import gzip
+import io
+import os
+import pickle
+import re
+import tarfile
 import urllib.request
-from pathlib import Path
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -256,3 +267,254 @@ def test_published_weights_are_loaded_like_a_file(tmp_path: Path, monkeypatch: p
     assert [change.split()[0] for change in account.replaced] == ["classifier.1.weight", "classifier.1.bias"]
     assert torch.equal(net.get_parameter("features.3.squeeze.weight"), source.features[3].squeeze.weight)
     assert net.statistics == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "what its pixels were normalised by"
+
+
+# ------------------------------------------------------------------------------------------ files of other programs
+
+
+def small() -> nn.Module:
+    """Names of two levels, with buffers."""
+    features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    return nn.ModuleDict({"features": features, "fc": nn.Linear(4 * 36, 5)})
+
+
+def prefixed(weights: dict[str, Tensor], prefix: str, shift: float = 0.0) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value + shift for name, value in weights.items()}
+
+
+def assert_loaded(path: Path, weights: dict[str, Tensor]) -> Loaded:
+    """All of a model's tensors come out of the file."""
+    model = small()
+    account = load(model, read_weights(path)[0], str(path))
+    assert len(account.loaded) == len(weights) and not account.fresh
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    return account
+
+
+PREFIXES = [
+    "model.", "backbone.", "module.", "net.", "encoder.", "module.model.", "_orig_mod.", "model._orig_mod.",
+    "_orig_mod.module.", "module._orig_mod.model.", "student.backbone.", "network.module.model.net.", "features.",
+    "_fsdp_wrapped_module.model.", "classifier.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["state dict", "safetensors", "checkpoint"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_that_all_names_share_is_left_out(kind: str, prefix: str, tmp_path: Path) -> None:
+    weights = small().state_dict()
+    account = assert_loaded(write(tmp_path, kind, prefixed(weights, prefix)), weights)
+    assert not account.unused and account.prefix == re.sub("_orig_mod.|_fsdp_wrapped_module.", "", prefix)
+
+
+@pytest.mark.parametrize("kind", ["state dict", "safetensors"])
+@pytest.mark.parametrize(
+    "prefix, others",
+    [
+        ("model.", lambda weights: {"loss.weight": torch.ones(5), "criterion.pos_weight": torch.ones(5)}),
+        ("model.", lambda weights: prefixed(weights, "model_ema.", 1.0)),
+        ("net.", lambda weights: prefixed(weights, "ema.", 1.0) | {"ema.decay": torch.tensor(0.9)}),
+        ("student.", lambda weights: prefixed(weights, "teacher.", 1.0) | {"loss.center": torch.ones(3)}),
+        ("online_model.", lambda weights: prefixed(weights, "ema_model.", 1.0) | {"step": torch.tensor(4)}),
+        ("backbone.", lambda weights: {f"neck.{i}.weight": torch.ones(2) for i in range(30)}),
+        ("", lambda weights: prefixed(weights, "model_ema.", 1.0) | {"loss.weight": torch.ones(5)}),
+        ("", lambda weights: prefixed(weights, "module.", 1.0)),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_names_beside_those_of_the_model_are_not_used(
+    kind: str, prefix: str, others: Callable[[dict[str, Tensor]], dict[str, Tensor]], first: bool, tmp_path: Path
+) -> None:
+    weights = small().state_dict()
+    parts = [prefixed(weights, prefix), others(weights)]
+    both = {name: value for part in (parts if first else parts[::-1]) for name, value in part.items()}
+    account = assert_loaded(write(tmp_path, kind, both), weights)
+    assert sorted(account.unused) == sorted(parts[1]) and account.prefix == prefix
+
+
+@pytest.mark.parametrize("name", ["module", "model", "net"])
+def test_names_of_the_model_itself_are_no_prefix(name: str, tmp_path: Path) -> None:
+    source, target = (nn.ModuleDict({name: small()}) for _ in range(2))
+    path = write(tmp_path, "state dict", source.state_dict())
+    account = load(target, read_weights(path)[0], "here")
+    assert len(account.loaded) == account.total and not account.prefix
+
+
+def test_a_backbone_without_its_head_and_one_of_replaced_layers(tmp_path: Path) -> None:
+    source = timm.create_model("test_vit")
+    weights = {f"model.{name}": value for name, value in source.state_dict().items() if not name.startswith("head.")}
+    path = write(tmp_path, "state dict", weights)
+    net = build("timm_model", CIFAR, name="test_vit", pretrained=str(path))
+    assert sorted(loaded(net).fresh) == ["head.bias", "head.weight"] and not loaded(net).unused
+    for seed, name in enumerate(("focalnet", "torchvision_model")):  # the layers of these are replaced by plain ones
+        theirs = timm.create_model("focalnet_tiny_srf", num_classes=10) if not seed else torchvision.models.vit_b_32(
+            num_classes=10, image_size=32)  # fmt: skip
+        path = write(tmp_path, "safetensors", {f"net.model.{key}": value for key, value in theirs.state_dict().items()})
+        options = {"patch_size": 4} if not seed else {"name": "vit_b_32"}
+        account = loaded(build(name, CIFAR, **options, pretrained=str(path)))
+        assert len(account.loaded) == account.total and not account.unused
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        *({key: 0} for key in ("state_dict", "model", "net", "ema", "module", "params", "network", "model_state")),
+        {"mine": 0},
+        {"state_dict": {"model": 0}}, {"model": {"state_dict": 0}}, {"ckpt": {"module": {"net": 0}}},
+    ],
+)  # fmt: skip
+def test_wrappers_are_opened(wrap: dict[str, Any], tmp_path: Path) -> None:
+    weights = small().state_dict()
+
+    def filled(part: Any) -> Any:
+        return {key: filled(inner) for key, inner in part.items()} if isinstance(part, dict) else weights
+
+    torch.save(filled(wrap) | {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": 1.0}}}}, tmp_path / "weights.pt")
+    assert_loaded(tmp_path / "weights.pt", weights)
+
+
+def test_of_several_sets_the_averaged_one_is_not_taken_silently(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights, path = small().state_dict(), tmp_path / "weights.pt"
+    torch.save({"ema": prefixed(weights, "", 1.0), "net": weights}, path)
+    assert_loaded(path, weights)
+    assert f"{path}: the weights are those under 'net'; 'ema' hold some, too" in caplog.text
+    torch.save({"first": weights, "second": weights}, path)
+    with pytest.raises(ValueError, match=r"holds several sets of tensors \('first', 'second'\): save the state dict"):
+        read_weights(path)
+
+
+RAN: list[str] = []
+
+
+def ran(text: str) -> str:
+    RAN.append(text)
+    return text
+
+
+class Evil:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ran, ("evil",)
+
+
+OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "numpy": (lambda: np.float64(1.0), r"numpy\S+scalar"),
+    "array": (lambda: np.ones(3), r"numpy\S+_reconstruct"),
+    "arguments": (lambda: argparse.Namespace(lr=1), r"argparse\.Namespace"),
+    "path": (lambda: PurePosixPath("a"), r"pathlib\.PurePosixPath"),
+    "configuration": (lambda: OmegaConf.create({"lr": 1.0}), r"omegaconf\S+"),
+    "module": (lambda: nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
+    "class": (lambda: Loaded("here", 1), r"models\.pretrained\.Loaded"),
+    "call": (Evil, r"tests\.models\.test_pretrained\.ran"),
+    "system": (lambda: os.getcwd, r"posix\.getcwd"),
+}
+
+
+@pytest.mark.parametrize("written", ["zip", "old", "protocol 4", "pickle"])
+@pytest.mark.parametrize("name", OBJECTS)
+def test_other_objects_are_named_told_from_damage_and_not_run(name: str, written: str, tmp_path: Path) -> None:
+    make, expected = OBJECTS[name]
+    content = {"state_dict": small().state_dict(), "best": make()}
+    path = tmp_path / "weights.pt"
+    if written == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=written != "old",
+                   pickle_protocol=4 if written == "protocol 4" else 2)  # fmt: skip
+    with pytest.raises(ValueError, match=rf"weights.pt holds other objects than tensors \(.*{expected}.*torch.save\("):
+        read_weights(path)
+    assert not RAN
+
+
+def test_the_advice_for_other_objects_helps(tmp_path: Path) -> None:
+    weights = small().state_dict()
+    torch.save({"state_dict": weights, "best": np.float64(1.0)}, tmp_path / "old.pt")
+    torch.save(torch.load(tmp_path / "old.pt", weights_only=False)["state_dict"], tmp_path / "new.pt")
+    assert_loaded(tmp_path / "new.pt", weights)
+
+
+def archived(kind: str) -> bytes:
+    """A file in an archive of some kind."""
+    made = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(made, "w") as archive:
+            archive.writestr("weights.pth", b"x")
+    else:
+        with tarfile.open(fileobj=made, mode="w") as tar:
+            tar.addfile(tarfile.TarInfo("weights.pth"), io.BytesIO())
+    return made.getvalue()
+
+
+def scripted() -> bytes:
+    made = io.BytesIO()
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), made)
+    return made.getvalue()
+
+
+def saved(content: Any, old: bool = False) -> bytes:
+    made = io.BytesIO()
+    torch.save(content, made, _use_new_zipfile_serialization=not old)
+    return made.getvalue()
+
+
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "is empty: download or save it anew"),
+    "page": (lambda: b"<!DOCTYPE html><html>404</html>", "is a web page, not weights"),
+    "page in capitals": (lambda: b"\n  <HTML><body>sign in</body>", "is a web page, not weights"),
+    "pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "is a pointer of Git"),
+    "index": (lambda: b'{"weight_map": {}}', "is JSON"),
+    "keras": (lambda: b"\x89HDF\r\n\x1a\n" + b"\0" * 90, "is an HDF5 file"),
+    "gzip": (lambda: gzip.compress(b"x"), "is compressed with gzip"),
+    "zip": (lambda: archived("zip"), r"is a zip archive that torch.save did not write \(it holds weights.pth\)"),
+    "tar": (lambda: archived("tar"), "is a tar archive"),
+    "script": (scripted, "is a TorchScript archive"),
+    "cut": (lambda: saved({"a": torch.ones(999)})[:-300], "is damaged: its end is missing"),
+    "cut by half": (lambda: saved({"a": torch.ones(999)})[:2000], "is damaged: its end is missing"),
+    "old and cut": (lambda: saved({"a": torch.ones(999)}, old=True)[:-300], "cannot be read: it is damaged, or no"),
+    "old and cut early": (lambda: saved({"a": torch.ones(999)}, old=True)[:100], "cannot be read: it is damaged, or"),
+    "text": (lambda: b"hello", "cannot be read: it is damaged, or no"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_damaged_or_no_file_of_weights_is_told_apart(name: str, suffix: str, tmp_path: Path) -> None:
+    make, sentence = BAD[name]
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(make())
+    with pytest.raises(ValueError, match=f"weights{suffix} {sentence}") as caught:
+        read_weights(path)
+    assert "other objects" not in str(caught.value)
+
+
+def test_the_format_is_told_by_the_content(tmp_path: Path) -> None:
+    weights = small().state_dict()
+    save_file(weights, tmp_path / "safe.pt")
+    torch.save(weights, tmp_path / "pickled.safetensors")
+    for name in ("safe.pt", "pickled.safetensors"):
+        assert_loaded(tmp_path / name, weights)
+    content = (tmp_path / "safe.pt").read_bytes()
+    (tmp_path / "safe.pt").write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=r"safe.pt cannot be read: it is damaged, or no safetensors file"):
+        read_weights(tmp_path / "safe.pt")
+
+
+def test_where_nothing_fits_both_sides_are_shown() -> None:
+    given = {"model.stage.weight": torch.ones(3, 2), "model.stage.bias": torch.ones(3), "model.x": torch.ones(1)}
+    sentence = (
+        r"^here: none of its 3 tensors fits this model by name and shape: choose the model that the file is of "
+        r"\(it has model.stage.weight \[3, 2\], model.stage.bias \[3\] and 1 more; the model has "
+        r"features.0.weight \[4, 3, 3, 3\], features.0.bias \[4\] and \d more\)$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load(small(), given, "here")
+
+
+def test_a_few_names_that_fit_by_chance_are_no_reason_to_leave_out_a_prefix() -> None:
+    given = {f"stage{i}.{name}": value for i in range(9) for name, value in nn.ModuleDict(
+        {"fc": nn.Linear(4 * 36, 5), "other": nn.Linear(3, 3)}).state_dict().items()}  # fmt: skip
+    with pytest.raises(ValueError, match="none of its 36 tensors fits this model"):
+        load(small(), given, "here")
