@@ -93,6 +93,11 @@ class AdaFisher(CurvatureOptimizer):
         super()._watch_layers()
         self._owner = {p: b for b in self.blocks.values() for p in b.layer.parameters}
 
+    def _forget(self, block: Approximation) -> None:
+        super()._forget(block)
+        for p in block.layer.parameters:
+            self._fisher.pop(p, None)
+
     @staticmethod
     def _block(layer: Layer) -> Approximation:
         return KroneckerDiagonal(layer) if isinstance(layer, AffineLayer) else Diagonal(layer)
@@ -132,7 +137,12 @@ class AdaFisher(CurvatureOptimizer):
         moments, corrections = self._moments(params, grads, beta)
         if decay and not self.decoupled_decay:  # m of (g + decay * theta), without a copy of g
             torch._foreach_add_(moments, params, alpha=decay * (1 - beta))
-        bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._fisher]
+        coupled = 0.0 if self.decoupled_decay else decay  # a part of the gradient, in the denominator too
+        bare = [
+            (p, g.add(p, alpha=coupled) if coupled else g)
+            for p, g in zip(params, grads, strict=True)
+            if p not in self._fisher
+        ]
         fallback = self._fallback(bare)
         fisher = [self._fisher[p][1] if p in self._fisher else fallback[p] for p in params]
         if decay and self.decoupled_decay:

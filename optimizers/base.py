@@ -281,7 +281,8 @@ class CurvatureOptimizer(Optimizer):
         if not self._saw:
             warnings.warn(
                 "no backward pass came through the model in training mode since the last step, so its curvature was "
-                "not updated: call model.train(), and the whole model rather than its parts, before the forward pass.",
+                "not updated: call model.train(), and the whole model rather than its parts, before the forward pass "
+                "(a batch without examples shows nothing, either).",
                 stacklevel=4,
             )
             return {}
@@ -306,6 +307,14 @@ class CurvatureOptimizer(Optimizer):
         """Drop what is kept of a layer whose curvature cannot be trusted."""
         block.factors.clear()
         block.reset()
+
+    def _forget_replaced(self) -> None:
+        """Drop the curvature of layers whose weights are computed from other tensors now."""
+        for name, block in self.blocks.items():
+            if block.factors and _is_replaced(block.layer):
+                self._forget(block)
+                self._reasons[name] = COMPUTED
+                self._tell()
 
     def _tell(self) -> None:
         """Warn of layers without curvature, once each."""
@@ -454,6 +463,7 @@ class CurvatureOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._forget_replaced()
         if self._due():
             with record_function(CURVATURE):
                 if self._update_curvature():  # what saw nothing stays due
@@ -511,12 +521,18 @@ class CurvatureOptimizer(Optimizer):
         if not bare:
             return {}
         params, grads = [p for p, _ in bare], [g for _, g in bare]
-        squares = [self.state[p].setdefault("fallback_sq", torch.zeros_like(p)) for p in params]
+        for p in params:
+            state = self.state[p]
+            if "fallback_sq" not in state:  # what a momentum from before brings along counts as a gradient
+                known = "exp_avg" in state and state["step"] > 1
+                state["fallback_sq"] = state["exp_avg"].square() * (1 - decay) if known else torch.zeros_like(p)
+                state["fallback_step"] = int(known)
+        squares = [self.state[p]["fallback_sq"] for p in params]
         torch._foreach_mul_(squares, decay)
         torch._foreach_addcmul_(squares, grads, grads, value=1 - decay)
         corrections = []
         for p in params:
-            self.state[p]["fallback_step"] = self.state[p].get("fallback_step", 0) + 1
+            self.state[p]["fallback_step"] += 1
             corrections.append((1 - decay ** self.state[p]["fallback_step"]) ** 0.5)
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_div_(denominators, corrections)

@@ -403,6 +403,9 @@ class FishLeg(CurvatureOptimizer):
         assert self._recorder is not None
         self._recorder.close()  # Q is learned from whole passes, not from what flows through a layer
 
+    def _forget_replaced(self) -> None:
+        """Nothing: the auxiliary passes go through the model as it is."""
+
     def _block(self, layer: Layer) -> LearnedInverse:
         block: LearnedInverse
         if isinstance(layer, AffineLayer):

@@ -105,22 +105,39 @@ def judged(energies: Sequence[Tensor], parts: Sequence[Tensor], examples: int, l
         return DEAD
     if examples == 1:
         return fitting[0]
-    leaks = []
+    leaks, checked = [], []
     for layout in fitting:
+        if layout.split != "whole" and not _offsets_covered(energies, layout, examples):
+            continue
+        checked.append(layout)
         others = energies[0].new_zeros(())
         for energy, part in zip(energies, parts, strict=True):
             by_index = energy.movedim(layout.axis, 0).flatten(1).sum(1) if energy.dim() > 1 else energy
             owners = layout.labels(len(by_index), examples).to(by_index.device)
             others = others + (by_index * ~part.to(by_index.device)[owners]).sum()
         leaks.append(float(others / total))
-    clean = [layout for layout, leak in zip(fitting, leaks, strict=True) if leak <= LEAK]
+    if not checked:
+        return UNFIT
+    clean = [layout for layout, leak in zip(checked, leaks, strict=True) if leak <= LEAK]
     if len(clean) > 1:
         return AMBIGUOUS
     if clean:
         return clean[0]
     best = min(range(len(leaks)), key=leaks.__getitem__)
     # Chance puts half of the gradient on rows of the examples without seeds.
-    return fitting[best] if lenient and leaks[best] < 0.25 and sorted(leaks)[1:2] != [leaks[best]] else MIXED
+    return checked[best] if lenient and leaks[best] < 0.25 and sorted(leaks)[1:2] != [leaks[best]] else MIXED
+
+
+def _offsets_covered(energies: Sequence[Tensor], layout: Layout, examples: int) -> bool:
+    """Whether every place in an example has a gradient in some example.
+
+    Where a few rows of many were chosen, as many as there are examples, the others could be read as theirs by chance.
+    """
+    size = energies[0].shape[layout.axis]
+    total = sum((energy for energy in energies), start=torch.zeros_like(energies[0])).movedim(layout.axis, 0)
+    by_row = total.reshape(size, -1).sum(1)
+    by_place = by_row.view(examples, -1).sum(0) if layout.split == "slow" else by_row.view(-1, examples).sum(1)
+    return bool((by_place > 0).all())
 
 
 def energy(g: Tensor, leading: int) -> Tensor:

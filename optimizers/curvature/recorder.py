@@ -229,7 +229,8 @@ class _Watch(TorchFunctionMode):
         """Intercept one call of a torch function."""
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
-            with self:
+            query = args[0] if args else kwargs["query"]
+            with self, self._recorder.folded(query.shape[:-1]):
                 return _attention(*args, **kwargs)
         if func is Tensor.register_hook:
             return func(args[0], _quiet(args[1] if len(args) > 1 else kwargs["hook"]))
@@ -303,6 +304,7 @@ class Recorder:
         self._weights: dict[int, Layer] = {}
         self._by_module = {layer.module: layer for layer in layers}
         self._calls: list[int] = []  # how often layers under way had been seen when they were entered
+        self._folded: torch.Size | None = None
         self._probing = False
         self._verdicts: dict[Layer, _Verdict] = {}
         self._reading: tuple[Layout, int] | None = None  # of the outputs, as last found
@@ -410,6 +412,15 @@ class Recorder:
         """Take note of a tensor that keeps its gradient."""
         self._pass.retained.append(weakref.ref(tensor))
 
+    @contextmanager
+    def folded(self, shape: torch.Size) -> Iterator[None]:
+        """Within it, matrices with a row for each of ``shape`` are recorded in that shape: nobody else can tell."""
+        before, self._folded = self._folded, shape if len(shape) > 1 else None
+        try:
+            yield
+        finally:
+            self._folded = before
+
     def operation(self, function: Any, given: dict[str, Any], output: Any) -> None:
         """Take note of an operation with a weight."""
         weight, x = given.get("weight"), given.get("input")
@@ -434,8 +445,10 @@ class Recorder:
             return
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
-        made = _made(output)
-        record = _Record(layer, x.detach(), output.shape, get_gradient_edge(made), rows)
+        made, shape, x = _made(output), output.shape, x.detach()
+        if self._folded is not None and x.dim() == 2 and len(x) == self._folded.numel():
+            x, shape = x.unflatten(0, self._folded), torch.Size([*self._folded, *shape[1:]])
+        record = _Record(layer, x, shape, get_gradient_edge(made), rows)
         now.records.setdefault(layer, []).append(record)
         if not self._deferred:
             made.register_hook(_Arrival(self, now, record))
@@ -587,6 +600,8 @@ class Recorder:
         for part in parts:
             wanted = edges if passes else [*edges, *weights]
             seeds = [(root.edge, seed) for root in roots if (seed := _seed(root, layout, part, generator)) is not None]
+            if not seeds:
+                return {layer: ([], probe.UNFIT) for layer in records}
             self._probing = True
             try:
                 with _set_aside(now.retained):
@@ -724,6 +739,10 @@ class Recorder:
         if record is None:
             return
         layer = record.layer
+        if layer in now.unseen and layer not in self._verdicts:  # a checkpoint computes it anew: a graph of its own
+            recomputed = [other for other in now.records if other in now.unseen and other not in self._verdicts]
+            root = _Root(record.edge, gradient, max(1, gradient.dim() - 1))
+            self._probe(now, recomputed, [root], [(Layout(0, "whole"), cast("int", now.examples))])
         if layer in now.shown:
             self.refused[layer.name] = TWICE
             return
