@@ -136,9 +136,8 @@ class AdaFisher(CurvatureOptimizer):
     def _cache_bytes(self, block: Approximation) -> int:
         return sum(p.numel() * p.element_size() for p in block.layer.parameters)  # F~
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See CurvatureOptimizer."""
-        super().load_state_dict(state_dict)
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         self._fisher.clear()
 
     def diagnostics(self) -> dict[str, float]:

@@ -276,9 +276,8 @@ class AdaHessian(CurvatureOptimizer):
         super()._reset()
         self._pending.clear()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See CurvatureOptimizer."""
-        super().load_state_dict(state_dict)
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         self._denominators.clear()
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import Layer, adapt, layer_kinds
-from optimizers.curvature.recorder import Recorder
+from optimizers.curvature.recorder import Recorder, remove_dead_hooks
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -56,6 +56,20 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError with a sentence unless ``value`` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def adopted(tensors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies of a layer's tensors where its weight is.
+
+    Args:
+        tensors: by name.
+        weight: the layer's.
+        dtype: of floating-point ones; None: that of statistics of such a weight.
+    """
+    dtype = dtype or statistics_dtype(weight)
+    return {
+        key: t.to(weight.device, dtype if t.is_floating_point() else None, copy=True) for key, t in tensors.items()
+    }
 
 
 @dataclass
@@ -147,6 +161,7 @@ class CurvatureOptimizer(Optimizer):
                 raise ValueError("params must be given where there is no model")
             params = self.model.parameters()
         super().__init__(params, defaults)
+        self._places = self._where()
 
     # -- curvature of layers -----------------------------------------------------------------------------------------
 
@@ -328,6 +343,12 @@ class CurvatureOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_model()
+        self._advance()
+        return loss
+
+    def _advance(self) -> None:
+        """A step on the gradients that there are."""
         if self._due():
             with record_function(CURVATURE):
                 self._update_curvature()
@@ -341,7 +362,6 @@ class CurvatureOptimizer(Optimizer):
                 self._update_parameters(group, params, [p.grad for p in params])
         self._reset()
         self.steps += 1
-        return loss
 
     def _update_curvature(self) -> None:
         """Fold what this step gathered into the running averages."""
@@ -408,40 +428,68 @@ class CurvatureOptimizer(Optimizer):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Torch's optimizer state and ``"curvature"``: {"steps", "layers": {name: {factor: tensor}}}; plain tensors."""
-        state = super().state_dict()
-        state["curvature"] = {
+    def _curvature(self) -> dict[str, Any]:
+        """What is known of the curvature: plain tensors and values. ``_restore`` takes it back."""
+        return {
             "steps": self.steps,
             "updated_at": self._updated_at,
             "layers": {name: dict(block.factors) for name, block in self.blocks.items() if block.factors},
             "kinds": {name: type(block).__name__ for name, block in self.blocks.items() if block.factors},
         }
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        """Raise ValueError with a sentence if this is the curvature of another method or of another model."""
+        if unknown := sorted(set(saved["layers"]) - set(self.blocks)):
+            raise ValueError(f"the state holds curvature of {unknown[0]!r}, which is not a layer of this model.")
+        for name, kind in saved.get("kinds", {}).items():
+            if kind != (here := type(self.blocks[name]).__name__):
+                raise ValueError(f"the state holds {kind} of {name!r}, where {here} belong: another method saved it.")
+        for name, factors in saved["layers"].items():
+            shapes = self.blocks[name].shapes()
+            for key, tensor in factors.items():
+                if tuple(tensor.shape) != tuple(shapes[key]):
+                    raise ValueError(
+                        f"factor {key} of {name!r} is {list(tensor.shape)} in the state but {list(shapes[key])} here."
+                    )
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take over what ``_curvature`` returned, copied, in the precision and on the device of the layers here."""
+        self.steps = int(saved["steps"])
+        self._updated_at = int(saved.get("updated_at", LONG_AGO))
+        for name, block in self.blocks.items():
+            block.factors = adopted(saved["layers"].get(name, {}), block.layer.parameters[0])
+
+    def _where(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(p.dtype, p.device) for group in self.param_groups for p in group["params"]]
+
+    def _follow_model(self) -> None:
+        """Bring the state into the precision and to the device of the parameters, where they have changed."""
+        if (places := self._where()) == self._places:
+            return
+        self._places = places
+        for p, entry in self.state.items():
+            for key, value in entry.items():
+                if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                    entry[key] = value.to(p.device, p.dtype if value.is_complex() else p.dtype.to_real())
+        self._restore(self._curvature())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's optimizer state and ``"curvature"``: {"steps", "layers": {name: {factor: tensor}}}; plain tensors."""
+        state = super().state_dict()
+        state["curvature"] = self._curvature()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; the argument is neither changed nor aliased.
+
+        Curvature comes in the precision of the layers here, whatever it was saved in.
 
         Raises:
             ValueError: if the state is not of this kind of optimizer or of another model.
         """
         if "curvature" not in state_dict:
             raise ValueError(f"this state has no curvature: it was not saved by {type(self).__name__}.")
-        layers = state_dict["curvature"]["layers"]
-        if unknown := sorted(set(layers) - set(self.blocks)):
-            raise ValueError(f"the state holds curvature of {unknown[0]!r}, which is not a layer of this model.")
-        for name, kind in state_dict["curvature"].get("kinds", {}).items():
-            if kind != (here := type(self.blocks[name]).__name__):
-                raise ValueError(f"the state holds {kind} of {name!r}, where {here} belong: another method saved it.")
+        self._check(state_dict["curvature"])
         super().load_state_dict(copy.deepcopy({k: state_dict[k] for k in ("state", "param_groups")}))
-        self.steps = int(state_dict["curvature"]["steps"])
-        self._updated_at = int(state_dict["curvature"].get("updated_at", LONG_AGO))
-        for name, block in self.blocks.items():
-            saved, shapes = layers.get(name, {}), block.shapes()
-            for key, tensor in saved.items():
-                if tuple(tensor.shape) != tuple(shapes[key]):
-                    raise ValueError(
-                        f"factor {key} of {name!r} is {list(tensor.shape)} in the state but {list(shapes[key])} here."
-                    )
-            block.factors = {k: t.to(block.layer.parameters[0].device, copy=True) for k, t in saved.items()}
+        self._restore(state_dict["curvature"])
         self._reset()

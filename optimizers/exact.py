@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, Params, check_choice
+from optimizers.base import CURVATURE, Params, adopted, check_choice
 from optimizers.curvature import linalg
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import Options
@@ -67,21 +67,17 @@ class SampledFisher(NaturalGradient):
         weight = layer.parameters[0]
         return next(float(g["damping"]) for g in self.param_groups if any(p is weight for p in g["params"]))
 
-    def state_dict(self) -> dict[str, Any]:
+    def _curvature(self) -> dict[str, Any]:
         """See NaturalGradient; also the samples in use, whose shapes are those of the last update's batch."""
-        state = super().state_dict()
-        curvature = state["curvature"]
+        curvature = super()._curvature()
         curvature["samples"] = {name: dict(samples.factors) for name, samples in self.samples.items()}
         curvature["layers"] = {n: f for n, f in curvature["layers"].items() if not isinstance(self.blocks[n], Samples)}
-        return state
+        return curvature
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See NaturalGradient."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["curvature"]["samples"]
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         for name, samples in self.samples.items():
-            device = samples.layer.parameters[0].device
-            samples.factors = {key: t.to(device, copy=True) for key, t in saved.get(name, {}).items()}
+            samples.factors = adopted(saved["samples"].get(name, {}), samples.layer.parameters[0])
 
 
 class ExactNaturalGradient(SampledFisher):
@@ -221,16 +217,12 @@ class ExactNaturalGradient(SampledFisher):
     def _cache_bytes(self, block: Approximation) -> int:
         return self._root.numel() * self._root.element_size() // max(len(self._stacks), 1) if block.factors else 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def _curvature(self) -> dict[str, Any]:
         """See SampledFisher; also the decomposition."""
-        state = super().state_dict()
-        state["curvature"] |= {"inverses": {}, "gram": {"root": self._root, "dampings": self._dampings}}
-        return state
+        return super()._curvature() | {"inverses": {}, "gram": {"root": self._root, "dampings": self._dampings}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See SampledFisher."""
-        super().load_state_dict(state_dict)
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         self._stack()
-        gram = state_dict["curvature"]["gram"]
         devices = [block.layer.parameters[0].device for block in self.blocks.values()] or [torch.device("cpu")]
-        self._root, self._dampings = (gram[key].to(devices[0], copy=True) for key in ("root", "dampings"))
+        self._root, self._dampings = (saved["gram"][key].to(devices[0], copy=True) for key in ("root", "dampings"))

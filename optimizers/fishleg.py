@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_choice, check_range
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params, adopted, check_choice, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import AffineLayer, Layer
@@ -675,10 +675,9 @@ class FishLeg(CurvatureOptimizer):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def _curvature(self) -> dict[str, Any]:
         """See CurvatureOptimizer; also the moments of λ, and what a warm-up under way has gathered."""
-        state = super().state_dict()
-        state["curvature"]["inner"] = {
+        inner = {
             name: {
                 "updates": block.updates,
                 "first": dict(block.first),
@@ -687,23 +686,22 @@ class FishLeg(CurvatureOptimizer):
             }
             for name, block in self.blocks.items()
         }
-        state["curvature"]["updates"] = self.updates
-        return state
+        return super()._curvature() | {"inner": inner, "updates": self.updates}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See CurvatureOptimizer."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["curvature"]
+    def _check(self, saved: dict[str, Any]) -> None:
+        super()._check(saved)
         if "inner" not in saved:
             raise ValueError(f"this state has no learned inverse: it was not saved by {type(self).__name__}.")
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         self.updates = int(saved["updates"])
         for name, inner in saved["inner"].items():
             block = self.blocks[name]
-            device = block.layer.parameters[0].device
+            weight = block.layer.parameters[0]
             block.updates = int(inner["updates"])
-            block.first = {key: t.to(device, copy=True) for key, t in inner["first"].items()}
-            block.second = {key: t.to(device, copy=True) for key, t in inner["second"].items()}
-            block.squares = None if inner["squares"] is None else inner["squares"].to(device, copy=True)
+            block.first, block.second = adopted(inner["first"], weight), adopted(inner["second"], weight)
+            block.squares = None if inner["squares"] is None else adopted({"": inner["squares"]}, weight)[""]
             block.refresh()
         self._directions.clear()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, LONG_AGO, CurvatureOptimizer, Params, check_choice, check_range
+from optimizers.base import CURVATURE, LONG_AGO, CurvatureOptimizer, Params, adopted, check_choice, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
@@ -422,10 +422,9 @@ class NaturalGradient(CurvatureOptimizer):
             "curvature/kl_scale": float(self._kl_scale),
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def _curvature(self) -> dict[str, Any]:
         """See CurvatureOptimizer; also the inverses in use, which may be older than the factors, and all counters."""
-        state = super().state_dict()
-        state["curvature"] |= {
+        return super()._curvature() | {
             "inverses": {block.layer.name: part for stack in self._stacks for block, part in stack.members()},
             "block_updates": dict(self._block_updates),
             "counters": {
@@ -436,14 +435,14 @@ class NaturalGradient(CurvatureOptimizer):
                 "floored": int(self._counts.floored),
             },
         }
-        return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See CurvatureOptimizer."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["curvature"]
+    def _check(self, saved: dict[str, Any]) -> None:
+        super()._check(saved)
         if "inverses" not in saved:
             raise ValueError(f"this state has no inverses: it was not saved by {type(self).__name__}.")
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         counters = saved["counters"]
         self.updates, self.refreshes = int(counters["updates"]), int(counters["refreshes"])
         self._refreshed_at = int(counters["refreshed_at"])
@@ -452,14 +451,22 @@ class NaturalGradient(CurvatureOptimizer):
         alike: dict[Any, list[tuple[Block, Factors]]] = {}
         for name, block in self.blocks.items():
             if name in saved["inverses"]:
-                device = block.layer.parameters[0].device
-                part = {key: t.to(device, copy=True) for key, t in saved["inverses"][name].items()}
+                part = self._adopted_inverse(block, saved["inverses"][name])
                 alike.setdefault((_kind(block, block.factors), _kind(block, part)), []).append((block, part))
         self._stacks = [
             Stack([b for b, _ in members], {k: stacked([part[k] for _, part in members]) for k in members[0][1]})
             for members in alike.values()
         ]
         self._directions.clear()
+
+    def _adopted_inverse(self, block: Block, part: Factors) -> Factors:
+        """An inverse as this optimizer would have made it; diagonals (W) keep the precision of the statistics."""
+        weight, narrow = block.layer.parameters[0], None
+        if not isinstance(block, ExactDiagonal):
+            narrow = self.options.solve_dtype
+        wide = adopted({key: t for key, t in part.items() if key[0] == "W"}, weight)
+        rest = adopted({key: t for key, t in part.items() if key[0] != "W"}, weight, narrow)
+        return {key: wide[key] if key in wide else rest[key] for key in part}
 
 
 def _kind(block: Block, tensors: Factors) -> Any:

@@ -324,36 +324,42 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         shared = self._space.images.numel() // max(len(self._names), 1)
         return size + own * self._space.vectors[0][0].element_size() + shared * self._space.images.element_size()
 
-    def state_dict(self) -> dict[str, Any]:
+    def _curvature(self) -> dict[str, Any]:
         """See SampledFisher; also the coarse space in use."""
-        state = super().state_dict()
         space = self._space
-        state["curvature"]["coarse"] = {
-            "layers": list(self._names),
-            "dampings": self._dampings,
-            "averaged": self._averaged,
-            "uphill": int(self._uphill),
-            "vectors": [] if space is None else [self._apart(vectors) for vectors in space.vectors],
-            "matrix": {} if space is None else {"images": space.images, "root": space.root, "scale": space.scale},
+        return super()._curvature() | {
+            "coarse": {
+                "layers": list(self._names),
+                "dampings": self._dampings,
+                "averaged": self._averaged,
+                "uphill": int(self._uphill),
+                "vectors": [] if space is None else [self._apart(vectors) for vectors in space.vectors],
+                "matrix": {} if space is None else {"images": space.images, "root": space.root, "scale": space.scale},
+            }
         }
-        return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See SampledFisher."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["curvature"]["coarse"]
-        devices = [block.layer.parameters[0].device for block in self.blocks.values()] or [torch.device("cpu")]
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
+        coarse = saved["coarse"]
+        weights: list[Tensor] = [block.layer.parameters[0] for block in self.blocks.values()] or [torch.empty(0)]
 
         def own(tensor: Tensor) -> Tensor:
-            return tensor.to(devices[0], copy=True)
+            return tensor.to(weights[0].device, copy=True)  # of double precision, whatever the layers are
 
-        self._names, self._dampings, self._uphill = list(saved["layers"]), own(saved["dampings"]), int(saved["uphill"])
-        self._averaged = None if saved["averaged"] is None else own(saved["averaged"])
+        self._names, self._uphill = list(coarse["layers"]), int(coarse["uphill"])
+        self._dampings = own(coarse["dampings"])
+        self._averaged = None if coarse["averaged"] is None else own(coarse["averaged"])
         self._space = None
-        if saved["vectors"] and self._names == [block.layer.name for stack in self._stacks for block in stack.blocks]:
-            parts = [iter(vectors) for vectors in saved["vectors"]]
-            vectors = [[stacked([own(next(t)) for _ in stack.blocks]) for stack in self._stacks] for t in parts]
-            self._space = CoarseSpace(vectors, **{key: own(t) for key, t in saved["matrix"].items()})
+        if coarse["vectors"] and self._names == [block.layer.name for stack in self._stacks for block in stack.blocks]:
+            parts = [iter(vectors) for vectors in coarse["vectors"]]
+            vectors = [
+                [
+                    stacked([own(next(t)).to(statistics_dtype(block.layer.parameters[0])) for block in stack.blocks])
+                    for stack in self._stacks
+                ]
+                for t in parts
+            ]
+            self._space = CoarseSpace(vectors, **{key: own(t) for key, t in coarse["matrix"].items()})
 
     def _apart(self, tensors: list[Tensor]) -> list[Tensor]:
         return [part for stack, t in zip(self._stacks, tensors, strict=True) for part in t.chunk(len(stack.blocks))]

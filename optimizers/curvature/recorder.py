@@ -56,11 +56,34 @@ class _Hook:
         if method is not None:
             method(*self._context, *args)
 
+    @property
+    def dead(self) -> bool:
+        """Whether calling it does nothing, now and for ever."""
+        return self._method is None or self._method() is None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
         return _Hook, (None,)  # a pickled model does not take its optimizer along
+
+
+def remove_dead_hooks(model: nn.Module) -> None:
+    """Remove what a deep copy took along of another model's hooks, and what optimizers that are gone have left.
+
+    Args:
+        model: its modules are all looked at.
+    """
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook) and hook.dead]:
+                del hooks[key]
+                for flags in (
+                    module._forward_hooks_with_kwargs,
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    flags.pop(key, None)
 
 
 def _made(output: Tensor) -> Tensor:

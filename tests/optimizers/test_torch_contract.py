@@ -1,0 +1,145 @@
+"""What torch promises of its own optimizers, of all twelve here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optimizers import (
+    EKFAC,
+    KFAC,
+    KPSVD,
+    AdaFisher,
+    AdaFisherW,
+    AdaHessian,
+    Categorical,
+    CurvatureOptimizer,
+    Deflation,
+    ExactNaturalGradient,
+    FishLeg,
+    KFACCorrected,
+    Lanczos,
+    TwoLevelKFAC,
+)
+from tests.optimizers.test_contract import same_state
+
+FISHER: dict[str, Any] = {"lr": 0.05, "damping": 0.1, "weight_decay": 0.01, "likelihood": Categorical()}
+KRONECKER: dict[str, Any] = FISHER | {"update_every": 2, "refresh_every": 3, "batch_fraction": 1.0}
+
+BUILDERS: dict[str, Callable[..., CurvatureOptimizer]] = {
+    "AdaFisher": partial(AdaFisher, lr=1e-2, update_every=2, weight_decay=0.01),
+    "AdaFisherW": partial(AdaFisherW, lr=1e-2, update_every=2, weight_decay=0.01),
+    "AdaHessian": partial(AdaHessian, lr=0.05, hessian_every=2, weight_decay=0.01),
+    "FishLeg": partial(FishLeg, lr=0.02, aux_every=2, aux_lr=1e-3, likelihood=Categorical()),
+    "ExactNaturalGradient": partial(ExactNaturalGradient, **FISHER, update_every=2),
+    "TwoLevelKFAC": partial(TwoLevelKFAC, **KRONECKER),
+} | {kind.__name__: partial(kind, **KRONECKER) for kind in (KFAC, EKFAC, KPSVD, Deflation, KFACCorrected, Lanczos)}
+
+KRONECKER_METHODS = [name for name in BUILDERS if name not in ("AdaFisher", "AdaFisherW", "AdaHessian", "FishLeg")]
+
+every = pytest.mark.parametrize("name", BUILDERS)
+
+
+class Net(nn.Module):
+    """Affine layers, a norm and a free parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.norm = nn.LayerNorm(6)
+        self.shift = nn.Parameter(torch.zeros(6))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x)) + self.shift))
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(12, 5, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(0, 3, (12,), generator=generator)
+
+
+def advance(
+    model: nn.Module,
+    optimizer: CurvatureOptimizer,
+    steps: range,
+    dtype: torch.dtype = torch.float32,
+    sign: float = 1.0,
+) -> None:
+    for step in steps:
+        x, y = batch(step, dtype)
+        optimizer.zero_grad()
+        outputs = model(x)
+        optimizer.backward(sign * F.cross_entropy(outputs, y), outputs)
+        optimizer.step()
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trained(name: str, steps: int = 5, **options: Any) -> tuple[Net, CurvatureOptimizer]:
+    model = net()
+    optimizer = BUILDERS[name](model, **options)
+    advance(model, optimizer, range(steps))
+    return model, optimizer
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("way", ["up", "down", "half"])
+def test_a_state_of_another_precision_is_cast(name: str, way: str) -> None:
+    """Loaded and carried on, it takes nearly the steps that the precision it was saved in takes."""
+    saved, here = {
+        "up": (torch.float32, torch.float64), "down": (torch.float64, torch.float32), "half": (torch.float32, torch.bfloat16),
+    }[way]  # fmt: skip
+    sure = {"fisher": "exact"} if name in KRONECKER_METHODS else {}  # draws depend on the precision
+    model = net().to(saved)
+    optimizer = BUILDERS[name](model, **sure)
+    advance(model, optimizer, range(5), saved)
+    other = net().to(here)
+    second = BUILDERS[name](other, **sure)
+    other.load_state_dict(model.state_dict())
+    second.load_state_dict(optimizer.state_dict())
+    wanted = torch.float64 if here == torch.float64 else torch.float32
+    for block in second.blocks.values():
+        assert {t.dtype for t in block.factors.values() if t.is_floating_point()} <= {wanted}
+    advance(model, optimizer, range(5, 9), saved)
+    advance(other, second, range(5, 9), here)
+    assert bool(weights(other).isfinite().all())
+    if way != "half":
+        torch.testing.assert_close(weights(other).double(), weights(model).double(), rtol=2e-2, atol=2e-3)
+
+
+@every
+@pytest.mark.parametrize("steps", [0, 1, 4, 5])
+def test_a_model_may_change_its_precision_under_way(name: str, steps: int) -> None:
+    """As a copy in the new precision does that loads the state."""
+    model, optimizer = trained(name, steps)
+    other = net().double()
+    second = BUILDERS[name](other)
+    other.load_state_dict(model.state_dict())
+    second.load_state_dict(optimizer.state_dict())
+    model.double()
+    advance(model, optimizer, range(steps, steps + 5), torch.float64)
+    advance(other, second, range(steps, steps + 5), torch.float64)
+    assert torch.equal(weights(model), weights(other))
+    assert same_state(optimizer.state_dict(), second.state_dict())
+    model.float()
+    advance(model, optimizer, range(20, 23))
+    assert bool(weights(model).isfinite().all())
