@@ -53,6 +53,8 @@ class AdaFisher(CurvatureOptimizer):
 
     decoupled_decay: ClassVar[bool] = False
 
+    _bound = CurvatureOptimizer._bound | {"_owner"}
+
     def __init__(
         self,
         model: nn.Module,
@@ -85,6 +87,10 @@ class AdaFisher(CurvatureOptimizer):
         self.decay, self.ema, self.normalize, self.damping_mode = decay, ema, normalize, damping_mode
         # F~ by parameter, and the Lambda it was made with (a schedule may change it between updates).
         self._fisher: dict[Tensor, tuple[float, Tensor]] = {}
+        self._attach()
+
+    def _attach(self) -> None:
+        super()._attach()
         self._watch(self._block)
         self._owner: dict[Tensor, Approximation] = {p: b for b in self.blocks.values() for p in b.layer.parameters}
 

@@ -134,6 +134,7 @@ class AdaHessian(CurvatureOptimizer):
     """
 
     needs_graph = True
+    _bound = CurvatureOptimizer._bound | {"_passes"}
 
     def __init__(
         self,
@@ -172,6 +173,10 @@ class AdaHessian(CurvatureOptimizer):
         self.samples, self.block_size, self.seed = samples, block_size, seed
         self._pending: dict[Tensor, Tensor] = {}  # z * (H z) of this step, summed over micro-batches
         self._denominators: dict[Tensor, tuple[Tensor, float]] = {}
+        self._attach()
+
+    def _attach(self) -> None:
+        super()._attach()
         self._passes = None if self.model is None else TwiceDifferentiable(self.model, self._due)
 
     @property

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,9 @@ class CurvatureOptimizer(Optimizer):
     #: Whether gradients must be differentiable (no torch.compile, no fused attention on due steps).
     needs_graph: ClassVar[bool] = False
 
+    #: Attributes that ``_attach`` and ``_restore`` make: a copy makes its own.
+    _bound: ClassVar[frozenset[str]] = frozenset({"blocks", "_recorder", "_uncovered"})
+
     def __init__(
         self,
         model: nn.Module | None,
@@ -162,6 +165,11 @@ class CurvatureOptimizer(Optimizer):
             params = self.model.parameters()
         super().__init__(params, defaults)
         self._places = self._where()
+
+    def _attach(self) -> None:
+        """Give the layers their blocks and the model its hooks: the last thing in building, and again in a copy."""
+        if self.model is not None:
+            remove_dead_hooks(self.model)
 
     # -- curvature of layers -----------------------------------------------------------------------------------------
 
@@ -343,6 +351,7 @@ class CurvatureOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._come_alive()
         self._follow_model()
         self._advance()
         return loss
@@ -376,6 +385,7 @@ class CurvatureOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and whatever curvature was gathered since the last step (an overflowed AMP step, say)."""
+        self._come_alive()
         super().zero_grad(set_to_none)
         self._reset()
 
@@ -458,6 +468,43 @@ class CurvatureOptimizer(Optimizer):
         self._updated_at = int(saved.get("updated_at", LONG_AGO))
         for name, block in self.blocks.items():
             block.factors = adopted(saved["layers"].get(name, {}), block.layer.parameters[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the hooks, on the model and on this optimizer; and curvature as ``state_dict`` has it.
+
+        So ``copy.deepcopy((model, optimizer))`` and pickling give a pair that trains like this one, and a copy of the
+        optimizer alone brings its own copy of the model. What a step under way has gathered stays behind.
+        """
+        self._come_alive()
+        # "step" is among them where a scheduler has wrapped it; torch's own copies do without hooks, too.
+        left = {n for n in self.__dict__ if n in self._bound or n == "step" or n.startswith("_optimizer_")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in left}
+        return kept | {"_brought": self._curvature()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Torch's, which loading a state calls, too; a copy then gets blocks and hooks of its own."""
+        super().__setstate__(state)
+        # A model that holds its optimizer is not whole yet when the copy of the optimizer is.
+        if "_brought" in state and (self.model is None or "_modules" in self.model.__dict__):
+            self._come_alive()
+
+    if not TYPE_CHECKING:  # to whom every attribute would be there
+
+        def __getattr__(self, name: str) -> Any:
+            """What a copy that is not attached yet has not made."""
+            if name in self._bound and "_brought" in self.__dict__:
+                self._come_alive()
+                return getattr(self, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _come_alive(self) -> None:
+        """What a copy still has to do: attach itself to its model."""
+        if (brought := self.__dict__.pop("_brought", None)) is None:
+            return
+        self.blocks, self._recorder, self._uncovered = {}, None, {}
+        self._attach()
+        self._restore(brought)
+        self._reset()
 
     def _where(self) -> list[tuple[torch.dtype, torch.device]]:
         return [(p.dtype, p.device) for group in self.param_groups for p in group["params"]]

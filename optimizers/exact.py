@@ -31,11 +31,16 @@ class SampledFisher(NaturalGradient):
         samples: by layer name; all of the same observations. The next update replaces them: they are not averaged.
     """
 
+    _bound = NaturalGradient._bound | {"samples", "_observations"}
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.samples: dict[str, Samples] = {}
-        self._observations = Observations()
         self._pass = 0
         super().__init__(*args, **kwargs)
+
+    def _attach(self) -> None:
+        self.samples: dict[str, Samples] = {}
+        self._observations = Observations()
+        super()._attach()
 
     def _block(self, layer: Layer) -> Approximation:
         self.samples[layer.name] = Samples(layer, self._observations)

@@ -299,6 +299,8 @@ class FishLeg(CurvatureOptimizer):
         ValueError: for a hyper-parameter out of its range.
     """
 
+    _bound = CurvatureOptimizer._bound | {"_inputs"}
+
     def __init__(
         self,
         model: nn.Module,
@@ -365,11 +367,9 @@ class FishLeg(CurvatureOptimizer):
         self._last: dict[str, Tensor] = {}  # what the last auxiliary update found
         self._directions: Vector = {}
         self._stream = None if aux_loader is None else _cycle(aux_loader)
-        self._watch(cast("Callable[[Layer], Approximation]", self._block), skip=skip)
-        assert self._recorder is not None
-        self._recorder.close()  # Q is learned from whole passes, not from what flows through a layer
+        self.skip = skip
+        self._attach()
         self.blocks: dict[str, LearnedInverse]  # type: ignore[assignment]
-        self._inputs = RootInputs(self.model, self._due)
         if product == "antithetic" and any(
             p.dtype in (torch.float16, torch.bfloat16) for block in self.blocks.values() for p in block.layer.parameters
         ):
@@ -378,6 +378,14 @@ class FishLeg(CurvatureOptimizer):
                 "the weights in float32 and compute under autocast.",
                 stacklevel=2,
             )
+
+    def _attach(self) -> None:
+        super()._attach()
+        assert self.model is not None
+        self._watch(cast("Callable[[Layer], Approximation]", self._block), skip=self.skip)
+        assert self._recorder is not None
+        self._recorder.close()  # Q is learned from whole passes, not from what flows through a layer
+        self._inputs = RootInputs(self.model, self._due)
 
     @property
     def aux_every(self) -> int:
@@ -674,6 +682,19 @@ class FishLeg(CurvatureOptimizer):
         return super().diagnostics() | {"fishleg/updates": float(self.updates)} | found
 
     # -- state ---------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See CurvatureOptimizer.
+
+        Raises:
+            TypeError: with an ``aux_loader``, which cannot be copied where it stands.
+        """
+        if self._stream is not None:
+            raise TypeError(
+                "FishLeg with an aux_loader cannot be copied or pickled, as its place in the loader cannot: build "
+                "another one and give it state_dict(), or go without aux_loader."
+            )
+        return super().__getstate__()
 
     def _curvature(self) -> dict[str, Any]:
         """See CurvatureOptimizer; also the moments of λ, and what a warm-up under way has gathered."""

@@ -115,6 +115,8 @@ class NaturalGradient(CurvatureOptimizer):
         ValueError: for a hyper-parameter out of its range.
     """
 
+    _bound = CurvatureOptimizer._bound | {"_stacks", "_generator"}
+
     def __init__(
         self,
         model: nn.Module,
@@ -175,8 +177,13 @@ class NaturalGradient(CurvatureOptimizer):
         self._directions: dict[Tensor, Tensor] = {}
         self._kl_scale: Tensor | float = 1.0
         self._generator: torch.Generator | None = None
-        self._watch(self._block, skip=skip, deferred=fisher != "empirical", fraction=batch_fraction)
+        self.skip = skip
+        self._attach()
         self.blocks: dict[str, Block]  # type: ignore[assignment]
+
+    def _attach(self) -> None:
+        super()._attach()
+        self._watch(self._block, skip=self.skip, deferred=self.fisher != "empirical", fraction=self.batch_fraction)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See torch.optim.Optimizer."""

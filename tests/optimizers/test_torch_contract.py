@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -106,8 +108,10 @@ def trained(name: str, steps: int = 5, **options: Any) -> tuple[Net, CurvatureOp
 def test_a_state_of_another_precision_is_cast(name: str, way: str) -> None:
     """Loaded and carried on, it takes nearly the steps that the precision it was saved in takes."""
     saved, here = {
-        "up": (torch.float32, torch.float64), "down": (torch.float64, torch.float32), "half": (torch.float32, torch.bfloat16),
-    }[way]  # fmt: skip
+        "up": (torch.float32, torch.float64),
+        "down": (torch.float64, torch.float32),
+        "half": (torch.float32, torch.bfloat16),
+    }[way]
     sure = {"fisher": "exact"} if name in KRONECKER_METHODS else {}  # draws depend on the precision
     model = net().to(saved)
     optimizer = BUILDERS[name](model, **sure)
@@ -143,3 +147,91 @@ def test_a_model_may_change_its_precision_under_way(name: str, steps: int) -> No
     model.float()
     advance(model, optimizer, range(20, 23))
     assert bool(weights(model).isfinite().all())
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+def together(model: nn.Module, optimizer: CurvatureOptimizer) -> tuple[nn.Module, CurvatureOptimizer]:
+    return copy.deepcopy((model, optimizer))
+
+
+def optimizer_first(model: nn.Module, optimizer: CurvatureOptimizer) -> tuple[nn.Module, CurvatureOptimizer]:
+    return copy.deepcopy((optimizer, model))[::-1]
+
+
+def pickled(model: nn.Module, optimizer: CurvatureOptimizer) -> tuple[nn.Module, CurvatureOptimizer]:
+    return pickle.loads(pickle.dumps((model, optimizer)))
+
+
+def saved_whole(model: nn.Module, optimizer: CurvatureOptimizer) -> tuple[nn.Module, CurvatureOptimizer]:
+    buffer = io.BytesIO()
+    torch.save({"m": model, "o": optimizer}, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    return loaded["m"], loaded["o"]
+
+
+def held_by_its_model(model: nn.Module, optimizer: CurvatureOptimizer) -> tuple[nn.Module, CurvatureOptimizer]:
+    model.trainer = {"optimizer": optimizer}  # type: ignore[assignment]
+    twin = copy.deepcopy(model)
+    del model.trainer
+    return twin, twin.trainer["optimizer"]  # type: ignore[index]
+
+
+COPIES = [together, optimizer_first, pickled, saved_whole, held_by_its_model]
+
+
+@every
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("steps", [0, 5])
+def test_a_copy_trains_like_the_original_and_apart_from_it(name: str, way: Callable[..., Any], steps: int) -> None:
+    model, optimizer = trained(name, steps)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)  # which wraps step
+    twin, second = way(model, optimizer)
+    assert same_state(second.state_dict(), optimizer.state_dict())
+    before = weights(model)
+    advance(twin, second, range(steps, steps + 6))
+    assert torch.equal(weights(model), before)
+    advance(model, optimizer, range(steps, steps + 6))
+    assert torch.equal(weights(twin), weights(model)) and not torch.equal(before, weights(model))
+    assert same_state(second.state_dict(), optimizer.state_dict())
+    assert second.coverage().rows == optimizer.coverage().rows
+
+
+@every
+def test_a_copy_of_the_optimizer_alone_brings_its_own_model(name: str) -> None:
+    model, optimizer = trained(name)
+    if name == "AdaHessian":
+        optimizer = AdaHessian(model.parameters(), model=model, lr=0.05)
+    second = copy.deepcopy(optimizer)
+    assert second.model is not None and second.model is not model
+    before = weights(model)
+    advance(second.model, second, range(5, 10))
+    assert torch.equal(weights(model), before)
+    assert {id(p) for p in second.model.parameters()} == {id(p) for g in second.param_groups for p in g["params"]}
+    advance(model, optimizer, range(5, 10))
+    assert torch.equal(weights(model), weights(second.model))
+
+
+@every
+def test_a_new_optimizer_takes_away_dead_hooks(name: str) -> None:
+    model, _ = trained(name)
+
+    def hooks(m: nn.Module) -> int:
+        return sum(len(k._forward_hooks) + len(k._forward_pre_hooks) for k in m.modules())
+
+    count = hooks(model)
+    twin = copy.deepcopy(model)
+    assert hooks(twin) == count
+    optimizer = BUILDERS[name](twin)
+    assert hooks(twin) == count
+    optimizer.close()
+    assert hooks(twin) == 0
+
+
+def test_a_copy_of_a_stream_is_refused_with_a_sentence() -> None:
+    optimizer = FishLeg(net(), likelihood=Categorical(), aux_loader=[torch.randn(4, 5)])
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"aux_loader cannot be copied or pickled.*state_dict\(\)"):
+            attempt(optimizer)
