@@ -146,6 +146,10 @@ class AdaFisher(CurvatureOptimizer):
         super()._restore(saved)
         self._fisher.clear()
 
+    def _initial(self, p: Tensor) -> dict[str, Any]:
+        """See CurvatureOptimizer."""
+        return {"step": 0, "exp_avg": torch.zeros_like(p)} | self._initial_fallback(p)
+
     def diagnostics(self) -> dict[str, float]:
         """Adds ``curvature/above_damping``: the share of covered directions whose curvature exceeds Lambda."""
         damping = {p: g["damping"] for g in self.param_groups for p in g["params"]}

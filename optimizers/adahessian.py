@@ -246,7 +246,7 @@ class AdaHessian(CurvatureOptimizer):
     def _from_graph(self) -> None:
         """Curvature from the gradients of ``loss.backward(create_graph=True)``; breaks their reference cycle."""
         params = [p for p in self._trainable() if p.grad is not None]
-        if not any(p.grad.requires_grad for p in params):  # type: ignore[union-attr]
+        if params and not any(p.grad.requires_grad for p in params):  # type: ignore[union-attr]
             raise RuntimeError(
                 "AdaHessian has no second derivatives for this step: call optimizer.backward(loss) in place of "
                 "loss.backward() (or loss.backward(create_graph=True))."
@@ -260,7 +260,7 @@ class AdaHessian(CurvatureOptimizer):
         """``(d, c)`` with ``v_hat^(k/2) + eps = d / c``: the bias correction c costs no pass over the parameter."""
         if p not in self._denominators:
             state, power = self.state[p], group["hessian_power"]
-            if "exp_hessian_sq" not in state:  # never in a differentiated loss
+            if not state.get("hessian_step"):  # never in a differentiated loss
                 return torch.ones_like(p), 1.0
             correction = (1 - group["betas"][1] ** state["hessian_step"]) ** (power / 2)
             square = state["exp_hessian_sq"]
@@ -280,6 +280,11 @@ class AdaHessian(CurvatureOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self._pending.clear()
+
+    def _initial(self, p: Tensor) -> dict[str, Any]:
+        """See CurvatureOptimizer."""
+        square = torch.zeros_like(block_mean(p.detach(), self.block_size))
+        return {"step": 0, "exp_avg": torch.zeros_like(p), "hessian_step": 0, "exp_hessian_sq": square}
 
     def _restore(self, saved: dict[str, Any]) -> None:
         super()._restore(saved)

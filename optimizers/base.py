@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -24,6 +24,12 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 #: A step before all others.
 LONG_AGO = -(10**12)
+
+#: Parts of ``state_dict()["curvature"]`` that have an entry for each layer.
+BY_LAYER = ("layers", "kinds", "inverses", "block_updates", "samples", "inner")
+
+#: Where a parameter's state has a layer's curvature.
+ENTRY = "curvature"
 
 #: Name under which a profiler finds the time that goes into curvature.
 CURVATURE = "curvature"
@@ -70,6 +76,64 @@ def adopted(tensors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype | 
     return {
         key: t.to(weight.device, dtype if t.is_floating_point() else None, copy=True) for key, t in tensors.items()
     }
+
+
+def encoded(value: Any) -> Any:
+    """Nested values as tensors, numbers and dicts of them, which is all that a distributed checkpoint flattens."""
+    if isinstance(value, str):
+        return {"text": torch.tensor(list(value.encode()), dtype=torch.uint8)}
+    # Marks are tensors, which torch takes in from a checkpoint even where the state here has none.
+    if value is None:
+        return {"none": torch.zeros(1, dtype=torch.int64)}
+    if isinstance(value, (list, tuple)):
+        length = torch.tensor([len(value)])
+        return {"list": length} | {str(i): encoded(item) for i, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return value
+    if not value:
+        return {"empty": torch.zeros(1, dtype=torch.int64)}
+    found = {key: encoded(item) for key, item in value.items()}
+    return value if all(found[key] is value[key] for key in value) else found
+
+
+def decoded(value: Any) -> Any:
+    """Inverse of ``encoded``."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"text"}:
+        return bytes(value["text"].tolist()).decode()
+    if value.keys() == {"none"}:
+        return None
+    if value.keys() == {"empty"}:
+        return {}
+    if "list" in value:
+        return [decoded(value[str(i)]) for i in range(int(value["list"]))]
+    # Torch adds what a checkpoint holds to what was there: an empty dictionary may have been filled.
+    return {key: decoded(item) for key, item in value.items() if key != "empty"}
+
+
+def _tensors_in(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(_tensors_in(item) for item in value.values())
+    return int(isinstance(value, Tensor))
+
+
+def _first_trained(params: Sequence[Tensor]) -> Tensor:
+    return next((p for p in params if p.requires_grad), params[0])
+
+
+def _add_curvature(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """A hook on torch's state, before all others."""
+    assert isinstance(optimizer, CurvatureOptimizer)
+    curvature = optimizer._curvature()
+    entries = optimizer._by_parameter(curvature)
+    packed = {index: {k: v for k, v in entry.items() if k != ENTRY} for index, entry in state["state"].items()}
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for p, index in zip(group["params"], saved["params"], strict=True):
+            if p in entries:
+                packed.setdefault(index, {})[ENTRY] = entries[p]
+    state["state"] = packed
+    state["curvature"] = curvature
 
 
 @dataclass
@@ -165,6 +229,8 @@ class CurvatureOptimizer(Optimizer):
             params = self.model.parameters()
         super().__init__(params, defaults)
         self._places = self._where()
+        self._marked = 0  # entries of the state that have a place for curvature
+        self._asked = False  # whether the state was wanted before the first step
 
     def _attach(self) -> None:
         """Give the layers their blocks and the model its hooks: the last thing in building, and again in a copy."""
@@ -352,8 +418,11 @@ class CurvatureOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._come_alive()
-        self._follow_model()
-        self._advance()
+        if not self._idle():
+            self._follow_model()
+            self._advance()
+            if len(self.state) != self._marked:
+                self._mark()
         return loss
 
     def _advance(self) -> None:
@@ -521,10 +590,110 @@ class CurvatureOptimizer(Optimizer):
         self._restore(self._curvature())
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's optimizer state and ``"curvature"``: {"steps", "layers": {name: {factor: tensor}}}; plain tensors."""
-        state = super().state_dict()
-        state["curvature"] = self._curvature()
-        return state
+        """Torch's optimizer state and ``"curvature"``: {"steps", "layers": {name: {factor: tensor}}}; plain tensors.
+
+        What belongs to a layer is also in its weight's entry of ``"state"``, the rest in the first one, where
+        ``torch.distributed.checkpoint`` finds it. These are the same tensors, not more of them. Hooks see it all.
+        """
+        handle = self.register_state_dict_post_hook(_add_curvature, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _carriers(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The parameters in whose state curvature is kept: of the whole model, and of each layer.
+
+        Those that are trained: the others' state does not come back from a distributed checkpoint.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        layers = {name: block.layer.parameters for name, block in self.blocks.items()}
+        return _first_trained(params), {name: _first_trained(own) for name, own in layers.items()}
+
+    def _by_parameter(self, curvature: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """Curvature as entries of the parameters' state; ``_joined`` is the inverse."""
+        whole, layers = self._carriers()
+        rest = {key: value for key, value in curvature.items() if key not in BY_LAYER}
+        entries: dict[Tensor, dict[str, Any]] = {whole: {"whole": encoded(rest)}}
+        for name, carrier in layers.items():
+            own = {key: curvature[key][name] for key in BY_LAYER if name in curvature.get(key, {})}
+            count = _tensors_in(own)
+            if count == 0 and self._asked:
+                own = self._template(name)
+            if own or self._asked:
+                entries.setdefault(carrier, {})["layer"] = {"tensors": count} | {key: encoded(value) for key, value in own.items()}
+        return entries
+
+    def _joined(self, entries: dict[Tensor, dict[str, Any]]) -> dict[str, Any]:
+        """Curvature from entries of the parameters' state.
+
+        Raises:
+            ValueError: if some of it is missing.
+        """
+        whole = [entry["whole"] for entry in entries.values() if entry.get("whole")]
+        if not whole:
+            raise ValueError(f"this state has no curvature: it was not saved by {type(self).__name__}.")
+        curvature = {key: {} for key in BY_LAYER if key in self._curvature()} | decoded(whole[0])
+        for name, block in self.blocks.items():
+            for entry in [entries[p]["layer"] for p in block.layer.parameters if entries.get(p, {}).get("layer")]:
+                own = decoded({key: value for key, value in entry.items() if key != "tensors"})
+                if not (count := int(entry["tensors"])):
+                    continue  # a mere template
+                if (found := _tensors_in(own)) != count:
+                    raise ValueError(
+                        f"the state holds {found} of the {count} tensors of the curvature of {name!r}: where a "
+                        "checkpoint fills in a state that was there before, take a step of training before asking for "
+                        "that state, or save optimizer.state_dict() with torch.save."
+                    )
+                for key, value in own.items():
+                    curvature.setdefault(key, {})[name] = value
+        return curvature
+
+    def _template(self, name: str) -> dict[str, Any]:
+        """What a layer without curvature will have, in zeros, for a checkpoint to be read into."""
+        weight, block = self.blocks[name].layer.parameters[0], self.blocks[name]
+        dtype = statistics_dtype(weight)
+        shapes = block.shapes()
+        layer = {key: torch.zeros(shape, dtype=dtype, device=weight.device) for key, shape in shapes.items()}
+        return {"layers": layer, "kinds": type(block).__name__} if layer else {}
+
+    def _initial(self, p: Tensor) -> dict[str, Any]:
+        """The state that a parameter will have from its first step on, before it."""
+        raise NotImplementedError
+
+    def _initial_fallback(self, p: Tensor) -> dict[str, Any]:
+        covered = any(p is q for block in self.blocks.values() for q in block.layer.parameters)
+        return {} if covered else {"fallback_sq": torch.zeros_like(p), "fallback_step": 0}
+
+    def _initialise(self) -> None:
+        """Make the state that ``torch.distributed.checkpoint`` asks for before the first step."""
+        self._asked = True
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self.state[p].update(self._initial(p))
+        self._mark()
+
+    def _mark(self) -> None:
+        """Torch reads from flattened checkpoints what is in the state already, by name: so the name is there."""
+        for entry in self.state.values():
+            entry.setdefault(ENTRY, {})
+        self._marked = len(self.state)
+
+    def _idle(self) -> bool:
+        """Whether there is nothing to do: no gradient; or all are zero, and so are rates, before the first step.
+
+        The latter is how ``torch.distributed.checkpoint`` makes optimizers create their state.
+        """
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return communication.world_size() == 1
+        if self.steps or self.state or any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        if any(p.grad.is_sparse or bool(p.grad.any()) for p in params):
+            return False
+        self._initialise()
+        return True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; the argument is neither changed nor aliased.
@@ -534,9 +703,40 @@ class CurvatureOptimizer(Optimizer):
         Raises:
             ValueError: if the state is not of this kind of optimizer or of another model.
         """
-        if "curvature" not in state_dict:
-            raise ValueError(f"this state has no curvature: it was not saved by {type(self).__name__}.")
-        self._check(state_dict["curvature"])
-        super().load_state_dict(copy.deepcopy({k: state_dict[k] for k in ("state", "param_groups")}))
-        self._restore(state_dict["curvature"])
-        self._reset()
+        taken: list[dict[str, Any]] = []
+
+        def take(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            """After all others: what torch gets is its own half."""
+            curvature, rest = self._apart_from_torch(state)
+            self._check(curvature)
+            taken.append(curvature)
+            return rest
+
+        def give_back(optimizer: Optimizer) -> None:
+            """Before all others."""
+            self._restore(taken[0])
+            self._reset()
+            self._mark()
+
+        before = self.register_load_state_dict_pre_hook(take)
+        after = self.register_load_state_dict_post_hook(give_back, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _apart_from_torch(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A state's curvature, and a copy of the rest."""
+        entries: dict[Tensor, dict[str, Any]] = {}
+        for group, saved in zip(self.param_groups, state["param_groups"], strict=False):  # torch will say so
+            for p, index in zip(group["params"], saved["params"], strict=False):
+                if isinstance(entry := state["state"].get(index), dict):
+                    entries[p] = entry.get(ENTRY, {})
+        curvature = state["curvature"] if "curvature" in state else self._joined(entries)
+        rest = {
+            # Reading a flattened checkpoint leaves {} of what was not in it.
+            index: {k: v for k, v in entry.items() if k != ENTRY and v != {}} if isinstance(entry, dict) else entry
+            for index, entry in state["state"].items()
+        }
+        return curvature, copy.deepcopy({"state": rest, "param_groups": state["param_groups"]})

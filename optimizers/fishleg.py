@@ -696,6 +696,10 @@ class FishLeg(CurvatureOptimizer):
             )
         return super().__getstate__()
 
+    def _initial(self, p: Tensor) -> dict[str, Any]:
+        """See CurvatureOptimizer."""
+        return {"momentum_buffer": torch.zeros_like(p)} | self._initial_fallback(p)
+
     def _curvature(self) -> dict[str, Any]:
         """See CurvatureOptimizer; also the moments of λ, and what a warm-up under way has gathered."""
         inner = {

@@ -466,6 +466,22 @@ class NaturalGradient(CurvatureOptimizer):
         ]
         self._directions.clear()
 
+    def _initial(self, p: Tensor) -> dict[str, Any]:
+        """See CurvatureOptimizer."""
+        return {"momentum_buffer": torch.zeros_like(p)} | self._initial_fallback(p)
+
+    def _template(self, name: str) -> dict[str, Any]:
+        """See CurvatureOptimizer."""
+        template, block = super()._template(name), self.blocks[name]
+        device = block.layer.parameters[0].device
+        if template:
+            shapes = block.cache_shapes()
+            template["inverses"] = {k: torch.zeros(s, dtype=dtype, device=device) for k, (s, dtype) in shapes.items()}
+            bases = {k: torch.zeros_like(t) for k, t in template["layers"].items() if k.startswith("U_")}
+            template["inverses"] = bases | template["inverses"]  # which serve in the solve as they are
+            template["block_updates"] = 0
+        return template
+
     def _adopted_inverse(self, block: Block, part: Factors) -> Factors:
         """An inverse as this optimizer would have made it; diagonals (W) keep the precision of the statistics."""
         weight, narrow = block.layer.parameters[0], None
