@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_range
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_range, descend_scaled, rate
 from optimizers.curvature import communication
 from optimizers.curvature.recorder import TwiceDifferentiable
 
@@ -131,6 +131,7 @@ class AdaHessian(CurvatureOptimizer):
         block_size: length of the blocks that curvature of matrices is averaged over (32 in the paper's translation
             runs); None: no averaging for matrices. Convolution kernels always average over their positions.
         seed: of the probes.
+        flags: torch's; see CurvatureOptimizer.
     """
 
     needs_graph = True
@@ -150,6 +151,7 @@ class AdaHessian(CurvatureOptimizer):
         samples: int = 1,
         block_size: int | None = None,
         seed: int = 0,
+        **flags: Any,
     ) -> None:
         check_range("lr", lr, 0)
         for i, beta in enumerate(betas):
@@ -169,7 +171,8 @@ class AdaHessian(CurvatureOptimizer):
             "weight_decay": weight_decay,
             "hessian_power": hessian_power,
         }
-        super().__init__(model, None if isinstance(params, nn.Module) else params, defaults, update_every=hessian_every)
+        given = None if isinstance(params, nn.Module) else params
+        super().__init__(model, given, defaults, update_every=hessian_every, flags=flags)
         self.samples, self.block_size, self.seed = samples, block_size, seed
         self._pending: dict[Tensor, Tensor] = {}  # z * (H z) of this step, summed over micro-batches
         self._denominators: dict[Tensor, tuple[Tensor, float]] = {}
@@ -269,13 +272,13 @@ class AdaHessian(CurvatureOptimizer):
         return self._denominators[p]
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        lr, (beta, _), decay = group["lr"], group["betas"], group["weight_decay"]
+        lr, (beta, _), decay = rate(group), group["betas"], group["weight_decay"]
         moments, corrections = self._moments(params, grads, beta)
         denominators = [self._denominator(p, group) for p in params]
-        sizes = [-lr * scale / c for (_, scale), c in zip(denominators, corrections, strict=True)]
+        sizes = [scale / c for (_, scale), c in zip(denominators, corrections, strict=True)]
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_addcdiv_(params, moments, [d for d, _ in denominators], sizes)
+        descend_scaled(params, moments, [d for d, _ in denominators], sizes, lr)
 
     def _reset(self) -> None:
         super()._reset()

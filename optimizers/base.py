@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,9 @@ BY_LAYER = ("layers", "kinds", "inverses", "block_updates", "samples", "inner")
 #: Where a parameter's state has a layer's curvature.
 ENTRY = "curvature"
 
+#: Flags of torch's optimizers that ask for nothing here.
+UNUSED_FLAGS = ("foreach", "capturable", "fused", "differentiable")
+
 #: Name under which a profiler finds the time that goes into curvature.
 CURVATURE = "curvature"
 
@@ -51,6 +55,8 @@ def check_range(
     name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False, open_high: bool = False
 ) -> None:
     """Raise ValueError with a sentence unless ``value`` is in the interval (ends included unless open)."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be one number, got a tensor of {value.numel()}")
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
     if not (above and below):  # also catches NaN
@@ -136,6 +142,49 @@ def _add_curvature(optimizer: Optimizer, state: dict[str, Any]) -> None:
     state["curvature"] = curvature
 
 
+class OfGroups:
+    """An attribute whose value groups may differ in: reading gives the default, setting sets it in all groups."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Optimizer, owner: type | None = None) -> Any:
+        return self if optimizer is None else optimizer.defaults[self._name]
+
+    def __set__(self, optimizer: Optimizer, value: Any) -> None:
+        optimizer.defaults[self._name] = value
+        for group in optimizer.param_groups:
+            group[self._name] = value
+
+
+def rate(group: Mapping[str, Any]) -> float | Tensor:
+    """A group's learning rate: a number, or a tensor of no dimension on an accelerator, to read which would wait."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return lr
+    return float(lr) if lr.device.type == "cpu" else lr.reshape(())
+
+
+def descend(params: list[Tensor], directions: list[Tensor], lr: float | Tensor) -> None:
+    """``params -= lr * directions``, in place."""
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(params, torch._foreach_mul(directions, lr))
+    else:
+        torch._foreach_add_(params, directions, alpha=-lr)
+
+
+def descend_scaled(
+    params: list[Tensor], moments: list[Tensor], denominators: list[Tensor], sizes: list[float], lr: float | Tensor
+) -> None:
+    """``params -= lr * sizes * moments / denominators``, in place."""
+    if isinstance(lr, Tensor):
+        steps = torch._foreach_div(moments, denominators)
+        torch._foreach_mul_(steps, sizes)
+        descend(params, list(steps), lr)
+    else:
+        torch._foreach_addcdiv_(params, moments, denominators, [-lr * size for size in sizes])
+
+
 @dataclass
 class Coverage:
     """Which parameters have which curvature, as a table (``str(coverage)``).
@@ -189,9 +238,13 @@ class CurvatureOptimizer(Optimizer):
         defaults: hyper-parameters of a group.
         update_every: curvature is gathered every so many steps, starting with the first.
         loss_reduction: how the loss sums over examples; the gradient of the per-example loss is worked out from it.
+        flags: what torch's optimizers take besides: ``maximize`` (climb the loss; may differ between groups), and those
+            in ``UNUSED_FLAGS``, at the values that ask for nothing.
 
     Raises:
-        ValueError: for a hyper-parameter out of its range.
+        ValueError: for a hyper-parameter out of its range, a flag that asks for what there is not, or a group with a
+            value of its own for what is the whole optimizer's.
+        TypeError: for an argument that is none.
     """
 
     #: Whether gradients must be differentiable (no torch.compile, no fused attention on due steps).
@@ -208,7 +261,9 @@ class CurvatureOptimizer(Optimizer):
         *,
         update_every: int = 1,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        flags: Mapping[str, Any] | None = None,
     ) -> None:
+        defaults = defaults | self._checked_flags(flags or {})
         check_range("update_every", update_every, 1)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
@@ -236,6 +291,45 @@ class CurvatureOptimizer(Optimizer):
         """Give the layers their blocks and the model its hooks: the last thing in building, and again in a copy."""
         if self.model is not None:
             remove_dead_hooks(self.model)
+        for group in self.param_groups:
+            self._check_group(group)
+
+    def _checked_flags(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """What groups get of torch's flags."""
+        for name, value in flags.items():
+            if name not in ("maximize", *UNUSED_FLAGS):
+                raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
+            if name != "maximize" and value not in (None, False):
+                raise ValueError(
+                    f"{name} must be false or left out, got {value!r}: it chooses among implementations of torch's "
+                    f"own optimizers, and {type(self).__name__} has one."
+                )
+        return {"maximize": bool(flags.get("maximize", False))}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a group with a value of its own for what is the whole optimizer's."""
+        self._checked_flags({name: group[name] for name in UNUSED_FLAGS if name in group})
+        for name in inspect.signature(type(self).__init__).parameters:
+            if name in group and name not in self.defaults and name not in ("params", "model"):
+                mine = getattr(self, name, getattr(getattr(self, "options", None), name, None))
+                if mine is not group[name] and mine != group[name]:
+                    raise ValueError(
+                        f"{name} is the whole optimizer's and cannot differ between groups: got {group[name]!r} for a "
+                        f"group where {type(self).__name__} has {mine!r}."
+                    )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer. What is the whole optimizer's, such as ``update_every``, cannot differ."""
+        if "loss_reduction" in self.__dict__ and self.__dict__.get("param_groups"):  # else _attach checks them all
+            self._check_group(param_group)
+        super().add_param_group(param_group)
+        self._complete(self.param_groups[-1])
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Fill in what a group lacks: a state of an earlier version may not have it."""
+        for name, value in self.defaults.items():
+            if name != "differentiable":  # which torch has put there
+                group.setdefault(name, value)
 
     # -- curvature of layers -----------------------------------------------------------------------------------------
 
@@ -420,10 +514,27 @@ class CurvatureOptimizer(Optimizer):
         self._come_alive()
         if not self._idle():
             self._follow_model()
-            self._advance()
+            with self._climbing():
+                self._advance()
             if len(self.state) != self._marked:
                 self._mark()
+        else:
+            self._reset()
         return loss
+
+    @contextmanager
+    def _climbing(self) -> Iterator[None]:
+        """Within it, gradients of groups that maximize are those of the negated loss."""
+        params = [p for g in self.param_groups if g["maximize"] for p in g["params"] if p.grad is not None]
+        own = [p.grad for p in params]
+        try:
+            with torch.enable_grad():  # AdaHessian may need their graph
+                for p, g in zip(params, own, strict=True):
+                    p.grad = -g
+            yield
+        finally:
+            for p, g in zip(params, own, strict=True):
+                p.grad = g.detach()
 
     def _advance(self) -> None:
         """A step on the gradients that there are."""
@@ -553,6 +664,8 @@ class CurvatureOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Torch's, which loading a state calls, too; a copy then gets blocks and hooks of its own."""
         super().__setstate__(state)
+        for group in self.param_groups:
+            self._complete(group)
         # A model that holds its optimizer is not whole yet when the copy of the optimizer is.
         if "_brought" in state and (self.model is None or "_modules" in self.model.__dict__):
             self._come_alive()
@@ -621,7 +734,8 @@ class CurvatureOptimizer(Optimizer):
             if count == 0 and self._asked:
                 own = self._template(name)
             if own or self._asked:
-                entries.setdefault(carrier, {})["layer"] = {"tensors": count} | {key: encoded(value) for key, value in own.items()}
+                own = {key: encoded(value) for key, value in own.items()}
+                entries.setdefault(carrier, {})["layer"] = {"tensors": count} | own
         return entries
 
     def _joined(self, entries: dict[Tensor, dict[str, Any]]) -> dict[str, Any]:

@@ -122,6 +122,8 @@ class ExactNaturalGradient(SampledFisher):
         likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
         seed: of the sampled targets.
         loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+        decoupled_decay: as in AdamW: ``theta *= 1 - lr weight_decay``, apart from the preconditioned gradient.
+        flags: torch's; see CurvatureOptimizer.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -147,6 +149,8 @@ class ExactNaturalGradient(SampledFisher):
         likelihood: Likelihood | None = None,
         seed: int = 0,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        decoupled_decay: bool = False,
+        **flags: Any,
     ) -> None:
         check_choice("damping_mode", damping_mode, ("standard", "heuristic"))
         check_choice("blocks", blocks, ("full", "layer"))
@@ -157,7 +161,7 @@ class ExactNaturalGradient(SampledFisher):
             model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
             batch_fraction=batch_fraction, decay=0.0, update_every=update_every, refresh_every=1,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=Options(), likelihood=likelihood,
-            seed=seed, loss_reduction=loss_reduction,
+            seed=seed, loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, flags=flags,
         )  # fmt: skip
 
     def _block(self, layer: Layer) -> Approximation:

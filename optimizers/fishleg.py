@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, adopted, check_choice, check_range
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params, adopted, check_choice, check_range, descend, rate
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import AffineLayer, Layer
@@ -294,6 +294,7 @@ class FishLeg(CurvatureOptimizer):
         aux_loader: of batches for the auxiliary updates (inputs, or a sequence that begins with them; targets are
             sampled), started again when it ends; None: the training batches. Where it stands is not in ``state_dict``.
         seed: of sampled targets and of gaussian u.
+        flags: torch's; see CurvatureOptimizer.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -327,6 +328,7 @@ class FishLeg(CurvatureOptimizer):
         likelihood: Likelihood | None = None,
         aux_loader: Iterable[Any] | None = None,
         seed: int = 0,
+        **flags: Any,
     ) -> None:
         check_range("lr", lr, 0)
         check_range("momentum", momentum, 0, 1, open_high=True)
@@ -356,7 +358,7 @@ class FishLeg(CurvatureOptimizer):
             "weight_decay": weight_decay,
             "fallback_lr": fallback_lr,
         }
-        super().__init__(model, params, defaults, update_every=aux_every)
+        super().__init__(model, params, defaults, update_every=aux_every, flags=flags)
         assert self.model is not None
         self.aux_lr, self.aux_betas, self.aux_eps, self.aux_steps = aux_lr, tuple(aux_betas), aux_eps, aux_steps
         self.u, self.product, self.eps, self.precondition_aux = u, product, eps, precondition_aux
@@ -396,11 +398,9 @@ class FishLeg(CurvatureOptimizer):
     def aux_every(self, value: int) -> None:
         self.update_every = value
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group.setdefault("fallback_ratio", group["fallback_lr"] / group["lr"] if group["lr"] else 0.0)
+    def _complete(self, group: dict[str, Any]) -> None:
+        super()._complete(group)
+        group.setdefault("fallback_ratio", float(group["fallback_lr"]) / float(group["lr"]) if group["lr"] else 0.0)
 
     def _block(self, layer: Layer) -> LearnedInverse:
         block: LearnedInverse
@@ -638,7 +638,7 @@ class FishLeg(CurvatureOptimizer):
                     block.squares = None
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        lr, beta, decay = group["lr"], group["momentum"], group["weight_decay"]
+        lr, beta, decay = rate(group), group["momentum"], group["weight_decay"]
         bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._directions]
         for (p, g), denominator in zip(bare, self._fallback(bare).values(), strict=True):
             self._directions[p] = g / denominator * group["fallback_ratio"]
@@ -649,7 +649,7 @@ class FishLeg(CurvatureOptimizer):
         torch._foreach_lerp_(buffers, [self._directions.pop(p) for p in params], 1 - beta)
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_add_(params, buffers, alpha=-lr)
+        descend(params, buffers, lr)
 
     def _reset(self) -> None:
         self._inputs.reset()

@@ -101,6 +101,8 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
         seed: of the sampled targets.
         loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+        decoupled_decay: as in AdamW: ``theta *= 1 - lr weight_decay``, apart from the preconditioned gradient.
+        flags: torch's; see CurvatureOptimizer.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -133,6 +135,8 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         likelihood: Likelihood | None = None,
         seed: int = 0,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        decoupled_decay: bool = False,
+        **flags: Any,
     ) -> None:
         check_choice("coarse", coarse, ("nicolaides", "residual", "tselepidis", "spectral"))
         if krylov and coarse not in ("nicolaides", "residual"):
@@ -149,7 +153,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             fisher=fisher, batch_fraction=batch_fraction, decay=decay, update_every=update_every,
             refresh_every=refresh_every, sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=solve_dtype,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, likelihood=likelihood, seed=seed,
-            loss_reduction=loss_reduction,
+            loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, **flags,
         )  # fmt: skip
 
     # -- statistics ----------------------------------------------------------------------------------------------------
@@ -209,17 +213,21 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         rows = next(len(t) for samples in self.samples.values() for t in samples.factors.values())
         return torch.stack([s.dots(d) if s.factors else d[0].new_zeros(rows) for s, d in self._shares(tensors)])
 
-    def _clip(self, gradients: list[Tensor], directions: list[Tensor], kl_clip: float) -> None:
+    def _clip(self, gradients: list[Tensor], directions: list[Tensor]) -> None:
         """See NaturalGradient. Of a projection ``vᵀ (F + L) v`` is not ``vᵀ g``, but known."""
         if self._seen is None:
-            super()._clip(gradients, directions, kl_clip)
+            super()._clip(gradients, directions)
             return
-        rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        lrs = [rates[block.layer.parameters[0]] for stack in self._stacks for block in stack.blocks]
-        lr = torch.tensor(lrs, dtype=torch.float64).to(self._seen.device)
+        settings = self._clip_settings()
+        own = [settings[block.layer.parameters[0]] for stack in self._stacks for block in stack.blocks]
+        device = self._seen.device
+        lrs = torch.stack([torch.as_tensor(lr, dtype=torch.float64, device=device) for _, lr in own])
         squares = self._inner(directions, directions)
-        total = (lr @ self._seen.double()).square().sum() + (lr.square() * self._dampings * squares).sum()
-        self._kl_scale = (kl_clip / total).sqrt().clamp(max=1.0).to(self._seen.dtype)
+        self._kl_scales = {}
+        for kl_clip in {clip for clip, _ in own if clip is not None}:
+            lr = lrs * torch.tensor([clip == kl_clip for clip, _ in own], device=device)
+            total = (lr @ self._seen.double()).square().sum() + (lr.square() * self._dampings * squares).sum()
+            self._kl_scales[kl_clip] = (kl_clip / total).sqrt().clamp(max=1.0).to(self._seen.dtype)
 
     def _shares(self, tensors: list[Tensor]) -> Iterator[tuple[Samples, list[Tensor]]]:
         """Each layer's samples, and its share of the stacks' tensors in the shape of its parameters."""

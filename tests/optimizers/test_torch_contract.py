@@ -38,6 +38,7 @@ from optimizers import (
     Lanczos,
     TwoLevelKFAC,
 )
+from optimizers.base import descend, descend_scaled
 from tests.optimizers.test_contract import same_state
 
 FISHER: dict[str, Any] = {"lr": 0.05, "damping": 0.1, "weight_decay": 0.01, "likelihood": Categorical()}
@@ -331,8 +332,8 @@ def test_a_step_at_rate_zero_is_a_step(name: str) -> None:
 
 @every
 def test_state_hooks_see_and_change_everything(name: str) -> None:
-    model, optimizer = trained(name)
-    seen = []
+    _, optimizer = trained(name)
+    seen: list[Any] = []
     optimizer.register_state_dict_pre_hook(lambda o: seen.append("before"))
 
     def mark(o: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -378,3 +379,242 @@ def test_a_state_with_curvature_at_the_top_alone_is_loaded(name: str) -> None:
     for twin, one in ((model, optimizer), (other, second)):
         advance(twin, one, range(5, 9))
     assert torch.equal(weights(model), weights(other))
+
+
+# -- steps with nothing to do ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+@every
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_step_without_gradients_does_nothing(name: str, steps: int) -> None:
+    model, optimizer = trained(name, steps)
+    optimizer.zero_grad()
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    assert optimizer.step() is None
+    assert optimizer.step(lambda: 0.1) == 0.1  # a closure that does not call backward
+    assert optimizer.step(lambda: model(batch(0)[0]).sum().item()) is not None  # nor does this one
+    assert torch.equal(weights(model), before) and same_state(optimizer.state_dict(), state)
+    twin, second = trained(name, steps)
+    for one, other in ((model, optimizer), (twin, second)):
+        advance(one, other, range(steps, steps + 4))
+    assert torch.equal(weights(model), weights(twin))
+
+
+# -- groups and flags --------------------------------------------------------------------------------------------------
+
+
+@every
+def test_what_a_loaded_group_lacks_comes_from_the_defaults(name: str) -> None:
+    model, optimizer = trained(name)
+    state = copy.deepcopy(optimizer.state_dict())
+    for key in set(state["param_groups"][0]) - {"params"}:
+        other, second = trained(name, 0)
+        other.load_state_dict(model.state_dict())
+        missing = copy.deepcopy(state)
+        del missing["param_groups"][0][key]
+        second.load_state_dict(missing)
+        assert same_state(second.state_dict(), state), key
+        twin, first = copy.deepcopy((model, optimizer))
+        for one, it in ((twin, first), (other, second)):
+            advance(one, it, range(5, 8))
+        assert torch.equal(weights(twin), weights(other)), key
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_learning_rate_may_be_a_tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Scheduled in place, too."""
+    results = []
+    for as_tensor in (False, True):
+        model = net().to(dtype)
+        lr: Any = torch.full(shape, 0.0625, dtype=torch.float32) if as_tensor else 0.0625
+        optimizer = BUILDERS[name](model, lr=lr)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for step in range(5):
+            advance(model, optimizer, range(step, step + 1), dtype)
+            scheduler.step()
+        assert not as_tensor or optimizer.param_groups[0]["lr"] is lr
+        assert float(lr) == (0.0625 / 32 if as_tensor else 0.0625)
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_a_tensor_on_an_accelerator_is_multiplied_with_rather_than_read() -> None:
+    torch.manual_seed(0)
+    params, moments = [torch.randn(3, 2), torch.randn(4)], [torch.randn(3, 2), torch.randn(4)]
+    for sizes in ([0.5, 2.0], [1.0, 1.0]):
+        results = []
+        for lr in (0.125, torch.tensor(0.125)):
+            moved = [p.clone() for p in params]
+            descend_scaled(moved, moments, [m.abs() + 1 for m in moments], sizes, lr)
+            descend(moved, moments, lr)
+            results.append(torch.cat([p.flatten() for p in moved]))
+        torch.testing.assert_close(*results)
+
+
+def test_a_learning_rate_of_many_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match="lr must be one number, got a tensor of 3"):
+        AdaFisher(net(), lr=torch.ones(3))  # type: ignore[arg-type]
+
+
+@every
+@pytest.mark.parametrize("way", ["all", "groups", "group option"])
+def test_to_maximize_is_to_minimise_the_negated_loss(name: str, way: str) -> None:
+    results = []
+    for sign in (1.0, -1.0):
+        model = net()
+        groups: Any = None if way == "all" else [{"params": [p]} for p in model.parameters()]
+        flag = {"maximize": True} if sign < 0 else {}
+        if way == "group option":
+            groups, flag = [group | flag for group in groups], {}
+        given = {} if groups is None else {"params": groups} if name != "AdaHessian" else {"model": model}
+        first = groups if name == "AdaHessian" and groups is not None else model
+        optimizer = BUILDERS[name](first, **given, **flag)
+        advance(model, optimizer, range(6), sign=sign)
+        results.append(weights(model))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(results[0], weights(net()))
+
+
+@every
+def test_gradients_are_as_they_were_after_a_step_that_maximizes(name: str) -> None:
+    model = net()
+    optimizer = BUILDERS[name](model, maximize=True)
+    x, y = batch(0)
+    outputs = model(x)
+    loss = F.cross_entropy(outputs, y)
+    wanted = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    if name == "AdaHessian":
+        with pytest.warns(UserWarning, match="create_graph"):
+            loss.backward(create_graph=True)
+    else:
+        optimizer.backward(loss, outputs)
+    optimizer.step()
+    for p, g in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, g)
+        assert p.grad is not None and not p.grad.requires_grad
+
+
+@every
+def test_flags_of_torch_that_ask_for_nothing_are_taken(name: str) -> None:
+    nothing = {"foreach": None, "capturable": False, "fused": None, "differentiable": False, "maximize": False}
+    model = net()
+    optimizer = BUILDERS[name](model, **nothing)
+    advance(model, optimizer, range(3))
+    twin, _ = trained(name, 3)
+    assert torch.equal(weights(model), weights(twin))
+    for flag in ("foreach", "capturable", "fused", "differentiable"):
+        BUILDERS[name](net(), **{flag: False})
+        with pytest.raises(ValueError, match=f"{flag} must be false or left out, got True"):
+            BUILDERS[name](net(), **{flag: True})
+        with pytest.raises(ValueError, match=f"{flag} must be false or left out, got True"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], flag: True})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'momentun'"):
+        BUILDERS[name](net(), momentun=0.9)
+
+
+@every
+def test_what_is_the_whole_optimizers_cannot_differ_between_groups(name: str) -> None:
+    interval = {"AdaHessian": "hessian_every", "FishLeg": "aux_every"}.get(name, "update_every")
+    model = net()
+    params = list(model.parameters())
+
+    def built(**options: Any) -> CurvatureOptimizer:
+        groups = [{"params": params[:2]}, {"params": params[2:], **options}]
+        if name == "AdaHessian":
+            return BUILDERS[name](groups, model=model)
+        return BUILDERS[name](model, groups)
+
+    mine = getattr(built(), interval)
+    built(**{interval: mine}).close()
+    with pytest.raises(ValueError, match=f"{interval} is the whole optimizer's and cannot differ.*: got 7"):
+        built(**{interval: 7})
+    if name in KRONECKER_METHODS and name != "ExactNaturalGradient":
+        with pytest.raises(ValueError, match="refresh_every is the whole optimizer's"):
+            built(refresh_every=7)
+    optimizer = built()
+    with pytest.raises(ValueError, match=f"{interval} is the whole optimizer's"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], interval: 7})
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("name", KRONECKER_METHODS)
+def test_groups_have_clips_of_their_own(name: str) -> None:
+    """Layers of one clip are held to it together, those of another apart; equal clips are one."""
+    options: dict[str, Any] = {"weight_decay": 0.0, "momentum": 0.0, "fisher": "exact"}
+
+    def step(first: float | None, last: float | None, lr: tuple[float, float] = (0.05, 0.05)) -> list[Tensor]:
+        model = net().double()
+        groups = [
+            {"params": [p for n, p in model.named_parameters() if "last" not in n], "kl_clip": first, "lr": lr[0]},
+            {"params": list(model.last.parameters()), "kl_clip": last, "lr": lr[1]},
+        ]
+        optimizer = BUILDERS[name](model, groups, **options)
+        before = [p.detach().clone() for p in model.parameters()]
+        advance(model, optimizer, range(1), torch.float64)
+        moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+        shift = next(i for i, (n, _) in enumerate(model.named_parameters()) if n == "shift")
+        return [m for i, m in enumerate(moved) if i != shift]
+
+    free, apart, one = step(None, None), step(1e-4, None), step(1e-4, 1e-6)
+    torch.testing.assert_close(apart[-2:], free[-2:])
+    ratios = [float(a.norm() / f.norm()) for a, f in zip(apart, free, strict=True)]
+    assert 0 < ratios[0] < 0.9 and max(ratios[:-2]) - min(ratios[:-2]) < 1e-9
+    torch.testing.assert_close(one[:-2], apart[:-2])
+    assert float(one[-1].norm() / free[-1].norm()) < 0.9
+    # Alone in its clip, a group's nu is what it would be if the others stood still.
+    still = step(1e-4, 1e-4, (0.05, 0.0))
+    torch.testing.assert_close(still[:-2], apart[:-2])
+    joint = step(1e-4, 1e-4)
+    ratios = [float(a.norm() / f.norm()) for a, f in zip(joint, free, strict=True)]
+    assert max(ratios) - min(ratios) < 1e-9
+
+
+@pytest.mark.parametrize("name", [n for n in BUILDERS if n in KRONECKER_METHODS or "AdaFisher" in n])
+def test_groups_have_averages_of_their_own(name: str) -> None:
+    if name == "ExactNaturalGradient":
+        return  # which keeps none
+    extra: dict[str, Any] = {"ema": "average"} if "AdaFisher" in name else {"fisher": "exact"}
+    matrices = []
+    for decays in ((0.5, 0.5), (0.2, 0.2), (0.5, 0.2)):
+        model = net()
+        parts = [[p for n, p in model.named_parameters() if ("last" in n) == last] for last in (False, True)]
+        groups = [{"params": part, "decay": decay} for part, decay in zip(parts, decays, strict=True)]
+        optimizer = BUILDERS[name](model, groups, lr=0.0, **extra)
+        advance(model, optimizer, range(6))
+        matrices.append(optimizer.curvature_matrices())
+    for layer in ("first", "norm"):
+        assert torch.equal(matrices[2][layer], matrices[0][layer])
+        assert not torch.equal(matrices[2][layer], matrices[1][layer])
+    assert torch.equal(matrices[2]["last"], matrices[1]["last"])
+
+
+@pytest.mark.parametrize("name", KRONECKER_METHODS)
+def test_setting_a_value_of_groups_sets_it_in_all(name: str) -> None:
+    model = net()
+    optimizer: Any = BUILDERS[name](model, [{"params": [p]} for p in model.parameters()])
+    optimizer.kl_clip = 1e-5
+    assert optimizer.kl_clip == 1e-5 and all(group["kl_clip"] == 1e-5 for group in optimizer.param_groups)
+    with pytest.raises(ValueError, match="kl_clip must be in"):
+        BUILDERS[name](model, [{"params": list(model.parameters()), "kl_clip": 0.0}])
+
+
+@pytest.mark.parametrize("name", KRONECKER_METHODS)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_decoupled_decay_shrinks_weights_before_the_step(name: str, momentum: float) -> None:
+    """As AdamW: the step is that without decay, from weights times ``1 - lr weight_decay``."""
+    lr, decay = 0.05, 0.3
+    model, plain = net().double(), net().double()
+    optimizer = BUILDERS[name](model, lr=lr, weight_decay=decay, decoupled_decay=True, momentum=momentum)
+    other = BUILDERS[name](plain, lr=lr, weight_decay=0.0, momentum=momentum)
+    for step in range(4):
+        before = [p.detach().clone() for p in model.parameters()]
+        advance(model, optimizer, range(step, step + 1), torch.float64)
+        advance(plain, other, range(step, step + 1), torch.float64)
+        shrunk = [q.detach() - lr * decay * b for q, b in zip(plain.parameters(), before, strict=True)]
+        torch.testing.assert_close([p.detach() for p in model.parameters()], shrunk)
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                q.copy_(p)  # the next step starts from the same weights
