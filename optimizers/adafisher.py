@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from optimizers.base import CurvatureOptimizer, OfGroups, Params, check_choice, check_range, descend_scaled, rate
+from optimizers.base import CurvatureOptimizer, OfGroups, Params, check_choice, check_range, descend_scaled, rate, real
 from optimizers.curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
 from optimizers.curvature.layers import AffineLayer, Layer
 
@@ -137,13 +137,13 @@ class AdaFisher(CurvatureOptimizer):
         self._refresh(params, group["damping"])
         moments, corrections = self._moments(params, grads, beta)
         if decay and not self.decoupled_decay:  # m of (g + decay * theta), without a copy of g
-            torch._foreach_add_(moments, params, alpha=decay * (1 - beta))
+            torch._foreach_add_(moments, real(params), alpha=decay * (1 - beta))
         bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._fisher]
         fallback = self._fallback(bare)
         fisher = [self._fisher[p][1] if p in self._fisher else fallback[p] for p in params]
         if decay and self.decoupled_decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        descend_scaled(params, moments, fisher, [1 / c for c in corrections], lr)
+        descend_scaled(real(params), moments, fisher, [1 / c for c in corrections], lr)
 
     def _cache_bytes(self, block: Approximation) -> int:
         return sum(p.numel() * p.element_size() for p in block.layer.parameters)  # F~

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_range, descend_scaled, rate
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_range, descend_scaled, rate, real
 from optimizers.curvature import communication
 from optimizers.curvature.recorder import TwiceDifferentiable
 
@@ -48,21 +48,26 @@ def hutchinson(
         samples: how many probes are averaged.
 
     Returns:
-        None for a parameter that the gradients do not depend on (its Hessian is zero).
+        None for a parameter that the gradients do not depend on (its Hessian is zero). Complex parameters count as
+        real ones of two channels, and so does their diagonal.
     """
+    gradients = real(gradients)
+    probed = real(p.detach() for p in params)
     curved = [g.requires_grad for g in gradients]
     roots = [g for g, c in zip(gradients, curved, strict=True) if c]
     result: list[Tensor | None] = [None] * len(params)
     if not roots:
         return result
     for sample in range(samples):
-        probes = rademacher(params, seed + sample)
+        probes = rademacher(probed, seed + sample)
         chosen = [z for z, c in zip(probes, curved, strict=True) if c]
         products = torch.autograd.grad(
             roots, params, grad_outputs=chosen, retain_graph=sample + 1 < samples, allow_unused=True
         )
         for i, (z, hz) in enumerate(zip(probes, products, strict=True)):
-            if hz is not None:  # out of place: what autograd returns may be an expanded view, or shared
+            if hz is not None:
+                (hz,) = real([hz])
+                # Out of place: what autograd returns may be an expanded view, or shared.
                 previous = result[i]
                 result[i] = z * hz if previous is None else torch.addcmul(previous, z, hz)
     if samples > 1:
@@ -203,6 +208,7 @@ class AdaHessian(CurvatureOptimizer):
         try:
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
             found = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+            self._refuse_sparse([g for _, g in found])
             del grads
             self._collect([p for p, _ in found], [g for _, g in found], scale)
         except RuntimeError as error:
@@ -212,8 +218,8 @@ class AdaHessian(CurvatureOptimizer):
                 "AdaHessian needs second derivatives and an operation of this model has none (fused attention is the "
                 f"usual one: give AdaHessian the whole module, not its parameters). PyTorch says: {error}"
             ) from error
-        gradients = _owned([g.detach() for _, g in found])
-        communication.average_(gradients)
+        gradients = _owned([g.detach().resolve_conj() for _, g in found])
+        communication.average_(real(gradients))
         for (p, _), g in zip(found, gradients, strict=True):
             p.grad = g if p.grad is None else p.grad + g
 
@@ -221,7 +227,7 @@ class AdaHessian(CurvatureOptimizer):
         with record_function(CURVATURE):
             terms = hutchinson(grads, params, self._probe_seed(), self.samples)
         for p, term in zip(params, terms, strict=True):
-            term = torch.zeros_like(p) if term is None else term if scale == 1.0 else term / scale
+            term = torch.zeros_like(*real([p.detach()])) if term is None else term if scale == 1.0 else term / scale
             self._pending[p] = self._pending[p] + term if p in self._pending else term
 
     def _probe_seed(self) -> int:
@@ -254,6 +260,7 @@ class AdaHessian(CurvatureOptimizer):
                 "AdaHessian has no second derivatives for this step: call optimizer.backward(loss) in place of "
                 "loss.backward() (or loss.backward(create_graph=True))."
             )
+        self._refuse_sparse([p.grad for p in params])  # type: ignore[misc]
         with torch.enable_grad():
             self._collect(params, [p.grad for p in params], 1.0)  # type: ignore[misc]
         for p in params:
@@ -264,17 +271,18 @@ class AdaHessian(CurvatureOptimizer):
         if p not in self._denominators:
             state, power = self.state[p], group["hessian_power"]
             if not state.get("hessian_step"):  # never in a differentiated loss
-                return torch.ones_like(p), 1.0
+                return torch.ones_like(*real([p])), 1.0
             correction = (1 - group["betas"][1] ** state["hessian_step"]) ** (power / 2)
             square = state["exp_hessian_sq"]
             root = (square.sqrt() if power == 1 else square ** (power / 2)).add_(group["eps"] * correction)
-            self._denominators[p] = block_expand(root, p.shape, self.block_size).contiguous(), correction
+            self._denominators[p] = block_expand(root, real([p])[0].shape, self.block_size).contiguous(), correction
         return self._denominators[p]
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr, (beta, _), decay = rate(group), group["betas"], group["weight_decay"]
         moments, corrections = self._moments(params, grads, beta)
         denominators = [self._denominator(p, group) for p in params]
+        params = real(params)
         sizes = [scale / c for (_, scale), c in zip(denominators, corrections, strict=True)]
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
@@ -286,7 +294,7 @@ class AdaHessian(CurvatureOptimizer):
 
     def _initial(self, p: Tensor) -> dict[str, Any]:
         """See CurvatureOptimizer."""
-        square = torch.zeros_like(block_mean(p.detach(), self.block_size))
+        square = torch.zeros_like(block_mean(real([p.detach()])[0], self.block_size))
         return {"step": 0, "exp_avg": torch.zeros_like(p), "hessian_step": 0, "exp_hessian_sq": square}
 
     def _restore(self, saved: dict[str, Any]) -> None:

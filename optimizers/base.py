@@ -157,6 +157,11 @@ class OfGroups:
             group[self._name] = value
 
 
+def real(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Views of complex tensors as real ones of two channels, behind which they are optimized; others as they are."""
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+
+
 def rate(group: Mapping[str, Any]) -> float | Tensor:
     """A group's learning rate: a number, or a tensor of no dimension on an accelerator, to read which would wait."""
     lr = group["lr"]
@@ -513,6 +518,7 @@ class CurvatureOptimizer(Optimizer):
                 loss = closure()
         self._come_alive()
         if not self._idle():
+            self._refuse_sparse([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None])
             self._follow_model()
             with self._climbing():
                 self._advance()
@@ -545,12 +551,14 @@ class CurvatureOptimizer(Optimizer):
         self._precondition()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError(f"{type(self).__name__} takes no sparse gradients: use nn.Embedding(sparse=False).")
             if params:
                 self._update_parameters(group, params, [p.grad for p in params])
         self._reset()
         self.steps += 1
+
+    def _refuse_sparse(self, grads: Sequence[Tensor]) -> None:
+        if any(g.is_sparse for g in grads):
+            raise RuntimeError(f"{type(self).__name__} takes no sparse gradients: use nn.Embedding(sparse=False).")
 
     def _update_curvature(self) -> None:
         """Fold what this step gathered into the running averages."""
@@ -576,7 +584,10 @@ class CurvatureOptimizer(Optimizer):
             self._recorder.reset()
 
     def _moments(self, params: list[Tensor], grads: list[Tensor], beta: float) -> tuple[list[Tensor], list[float]]:
-        """Adam's first moments with this step's gradients in them, and their bias corrections ``1 - beta^t``."""
+        """Adam's first moments with this step's gradients in them, and their bias corrections ``1 - beta^t``.
+
+        Those of complex parameters are views as ``real`` has them.
+        """
         moments, corrections = [], []
         for p in params:
             state = self.state[p]
@@ -585,17 +596,21 @@ class CurvatureOptimizer(Optimizer):
             state["step"] += 1
             moments.append(state["exp_avg"])
             corrections.append(1 - beta ** state["step"])
-        torch._foreach_lerp_(moments, grads, 1 - beta)
+        moments = real(moments)
+        torch._foreach_lerp_(moments, real(grads), 1 - beta)
         return moments, corrections
 
     def _fallback(
         self, bare: list[tuple[Tensor, Tensor]], decay: float = 0.999, eps: float = 1e-8
     ) -> dict[Tensor, Tensor]:
-        """Adam's denominators ``sqrt(v_hat) + eps`` of (parameter, gradient) pairs: steps of about lr."""
+        """Adam's denominators ``sqrt(v_hat) + eps`` of (parameter, gradient) pairs: steps of about lr.
+
+        Complex parameters have one for either part, as ``real`` lays them out.
+        """
         if not bare:
             return {}
-        params, grads = [p for p, _ in bare], [g for _, g in bare]
-        squares = [self.state[p].setdefault("fallback_sq", torch.zeros_like(p)) for p in params]
+        params, grads = [p for p, _ in bare], real(g for _, g in bare)
+        squares = real(self.state[p].setdefault("fallback_sq", torch.zeros_like(p)) for p in params)
         torch._foreach_mul_(squares, decay)
         torch._foreach_addcmul_(squares, grads, grads, value=1 - decay)
         corrections = []

@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, adopted, check_choice, check_range, descend, rate
+from optimizers.base import (
+    CURVATURE,
+    CurvatureOptimizer,
+    Params,
+    adopted,
+    check_choice,
+    check_range,
+    descend,
+    rate,
+    real,
+)
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import AffineLayer, Layer
@@ -610,7 +620,7 @@ class FishLeg(CurvatureOptimizer):
         def place(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            return x.to(weight.device, weight.dtype if x.is_floating_point() else None, non_blocking=True)
+            return x.to(weight.device, weight.dtype.to_real() if x.is_floating_point() else None, non_blocking=True)
 
         return cast("Call", tree_map(place, call))
 
@@ -641,12 +651,13 @@ class FishLeg(CurvatureOptimizer):
         lr, beta, decay = rate(group), group["momentum"], group["weight_decay"]
         bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._directions]
         for (p, g), denominator in zip(bare, self._fallback(bare).values(), strict=True):
-            self._directions[p] = g / denominator * group["fallback_ratio"]
+            self._directions[p] = real([g])[0] / denominator * group["fallback_ratio"]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_lerp_(buffers, [self._directions.pop(p) for p in params], 1 - beta)
+        directions = [self._directions.pop(p) for p in params]
+        buffers, params = real(self.state[p]["momentum_buffer"] for p in params), real(params)
+        torch._foreach_lerp_(buffers, directions, 1 - beta)
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
         descend(params, buffers, lr)

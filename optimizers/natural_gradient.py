@@ -22,6 +22,7 @@ from optimizers.base import (
     check_range,
     descend,
     rate,
+    real,
 )
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation
@@ -438,7 +439,7 @@ class NaturalGradient(CurvatureOptimizer):
         bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._directions]
         for (p, g), denominator in zip(bare, self._fallback(bare).values(), strict=True):
             # Momentum adds directions up where Adam averages: hence 1 - momentum.
-            self._directions[p] = g / denominator * ((1 - beta) * group["fallback_ratio"])
+            self._directions[p] = real([g])[0] / denominator * ((1 - beta) * group["fallback_ratio"])
         unclipped = {p for p, _ in bare}
         directions = [self._directions.pop(p) for p in params]
         clipped = self._scale_of()
@@ -447,7 +448,7 @@ class NaturalGradient(CurvatureOptimizer):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        buffers, params = real(self.state[p]["momentum_buffer"] for p in params), real(params)
         torch._foreach_mul_(buffers, beta)
         torch._foreach_addcmul_(buffers, directions, scales)
         if decay and group["decoupled_decay"]:

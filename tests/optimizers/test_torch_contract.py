@@ -618,3 +618,64 @@ def test_decoupled_decay_shrinks_weights_before_the_step(name: str, momentum: fl
         with torch.no_grad():
             for p, q in zip(model.parameters(), plain.parameters(), strict=True):
                 q.copy_(p)  # the next step starts from the same weights
+
+
+# -- complex parameters, sparse gradients ------------------------------------------------------------------------------
+
+
+class Waves(nn.Module):
+    """Complex parameters of one, two and three dimensions, or as many real ones of two channels."""
+
+    def __init__(self, as_complex: bool, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        w = torch.randn(shape, dtype=torch.complex128, generator=generator)
+        self.as_complex = as_complex
+        self.w = nn.Parameter(w if as_complex else torch.view_as_real(w).clone())
+        self.mix = torch.randn(5, w.numel(), dtype=torch.complex128, generator=generator)
+        self.layer = nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w if self.as_complex else torch.view_as_complex(self.w)
+        return self.layer(x * (self.mix @ w.flatten()).abs() + (self.mix @ w.flatten().conj() ** 2).real)
+
+
+@every
+@pytest.mark.parametrize("shape", [(), (4,), (3, 2), (2, 3, 2)])
+def test_complex_parameters_are_real_ones_of_two_channels(name: str, shape: tuple[int, ...]) -> None:
+    results = []
+    for as_complex in (False, True):
+        torch.manual_seed(0)
+        model = Waves(as_complex, shape)
+        before = model.w.detach().clone()
+        optimizer = BUILDERS[name](model, maximize=False)
+        for half in range(2):
+            advance(model, optimizer, range(4 * half, 4 * half + 4), torch.float64)
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = BUILDERS[name](model)
+            optimizer.load_state_dict(state)
+        w = model.w.detach()
+        assert not bool((w == before).any())
+        results.append(torch.view_as_real(w) if as_complex else w)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@every
+@pytest.mark.parametrize("step", [0, 1])
+def test_sparse_gradients_are_refused_with_a_sentence(name: str, step: int) -> None:
+    """On steps that are due and on others."""
+    model = nn.Sequential(nn.Embedding(6, 4, sparse=step == 0), nn.Flatten(), nn.Linear(8, 3))
+    optimizer = BUILDERS[name](model)
+    x, y = torch.tensor([[0, 1], [2, 3], [0, 5]]), torch.tensor([0, 1, 2])
+
+    def run() -> None:
+        optimizer.zero_grad()
+        outputs = model(x)
+        optimizer.backward(F.cross_entropy(outputs, y), outputs)
+        optimizer.step()
+
+    for _ in range(step):
+        run()
+    model[0].sparse = True  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match=r"takes no sparse gradients: use nn.Embedding\(sparse=False\)"):
+        run()
