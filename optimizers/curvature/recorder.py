@@ -53,8 +53,20 @@ class _Hook:
 
     def __call__(self, *args: Any) -> None:
         method = self._method() if self._method is not None else None
-        if method is not None:
+        if method is not None and not torch.jit.is_tracing():  # a trace is no training, and hooks are none of it
             method(*self._context, *args)
+
+    @property
+    def __name__(self) -> str:
+        """What torch.jit.script asks a hook for before it compiles it.
+
+        Raises:
+            AttributeError: for a hook that optimizers need, which TorchScript cannot compile.
+        """
+        raise AttributeError(
+            "torch.jit.script cannot compile the hooks that an optimizer has on this model: call optimizer.close() "
+            "first, or trace the model with torch.jit.trace."
+        )
 
     @property
     def dead(self) -> bool:
