@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
 from optimizers.base import CURVATURE, CurvatureOptimizer, Params, check_range, descend_scaled, rate, real
-from optimizers.curvature import communication
+from optimizers.curvature import communication, second_order
 from optimizers.curvature.recorder import TwiceDifferentiable
 
 
@@ -112,6 +113,41 @@ def _owned(tensors: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
+#: What is said of parameters that only a backward pass within the backward pass reaches.
+UNSEEN = (
+    "AdaHessian finds no second derivatives by {}, which a function of the model differentiates by in a backward pass "
+    "of its own: give torch.utils.checkpoint use_reentrant=False, or compute it without that function."
+)
+
+
+def _graph(*roots: Tensor) -> tuple[list[Any], list[Tensor]]:
+    """The nodes behind some tensors, and the leaves they accumulate gradients of."""
+    seen: set[Any] = set()
+    found, waiting, leaves = [], [root.grad_fn for root in roots], []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.append(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        waiting += [before for before, _ in node.next_functions]
+    return found, leaves
+
+
+def _may_hide(node: Any) -> bool:
+    """Whether a node is a function written in Python, of which this package's own hide nothing."""
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        return False
+    return getattr(type(node), "_forward_cls", type(node)).__module__ != second_order.__name__
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two gradients are not one up to the rounding of half precision."""
+    return bool((a - b).norm() > 0.02 * b.norm())
+
+
 class AdaHessian(CurvatureOptimizer):
     """AdaHessian.
 
@@ -180,6 +216,7 @@ class AdaHessian(CurvatureOptimizer):
         super().__init__(model, given, defaults, update_every=hessian_every, flags=flags)
         self.samples, self.block_size, self.seed = samples, block_size, seed
         self._pending: dict[Tensor, Tensor] = {}  # z * (H z) of this step, summed over micro-batches
+        self._complete_losses: set[Any] = set()  # kinds of losses that hide no parameter
         self._denominators: dict[Tensor, tuple[Tensor, float]] = {}
         self._attach()
 
@@ -207,11 +244,14 @@ class AdaHessian(CurvatureOptimizer):
         params = self._trainable()
         try:
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            self._check_complete(loss, params, grads)
             found = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
             self._refuse_sparse([g for _, g in found])
             del grads
             self._collect([p for p, _ in found], [g for _, g in found], scale)
         except RuntimeError as error:
+            if "use_reentrant" in str(error):  # torch's own guard, with more advice than applies
+                raise RuntimeError(UNSEEN.format("some parameters")) from error
             if "is not implemented" not in str(error):
                 raise
             raise RuntimeError(
@@ -222,6 +262,44 @@ class AdaHessian(CurvatureOptimizer):
         communication.average_(real(gradients))
         for (p, _), g in zip(found, gradients, strict=True):
             p.grad = g if p.grad is None else p.grad + g
+
+    def _check_complete(self, loss: Tensor, params: list[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Raise RuntimeError if ``loss.backward()`` would reach parameters that differentiating by them does not.
+
+        Only a function written in Python can hide parameters, in a backward pass of its own. Where the loss has any,
+        a plain backward pass tells; once for the same functions and the same parameters found.
+        """
+        nodes, leaves = _graph(loss)
+        hiding = [type(node).__name__ for node in nodes if _may_hide(node)]
+        if not hiding:
+            return
+        key = (tuple(sorted(set(hiding))), tuple(g is not None for g in grads))
+        if key in self._complete_losses:
+            return
+        inside = [] if self.model is None else list(self.model.parameters())
+        touched = list({id(p): p for p in (*params, *leaves, *inside)}.values())
+        buffers = [] if self.model is None else list(self.model.buffers())
+        saved, kept = [p.grad for p in touched], [b.clone() for b in buffers]
+        try:
+            for p in touched:
+                p.grad = None
+            loss.backward(retain_graph=True)
+            plain = [p.grad for p in params]
+        finally:
+            for p, g in zip(touched, saved, strict=True):
+                p.grad = g
+            with torch.no_grad():
+                for b, value in zip(buffers, kept, strict=True):
+                    b.copy_(value)
+        for p, g, full in zip(params, grads, plain, strict=True):
+            if full is not None and (g is None or _differ(g.detach(), full)):
+                raise RuntimeError(UNSEEN.format(self._name_of(p)))
+        self._complete_losses.add(key)
+
+    def _name_of(self, p: Tensor) -> str:
+        named = {} if self.model is None else dict(self.model.named_parameters())
+        found = next((name for name, q in named.items() if q is p), None)
+        return f"a parameter of shape {list(p.shape)}" if found is None else f"the parameter {found!r}"
 
     def _collect(self, params: list[Tensor], grads: list[Tensor], scale: float) -> None:
         with record_function(CURVATURE):
@@ -258,9 +336,15 @@ class AdaHessian(CurvatureOptimizer):
         if params and not any(p.grad.requires_grad for p in params):  # type: ignore[union-attr]
             raise RuntimeError(
                 "AdaHessian has no second derivatives for this step: call optimizer.backward(loss) in place of "
-                "loss.backward() (or loss.backward(create_graph=True))."
+                "loss.backward() (or loss.backward(create_graph=True)); a checkpoint in the model must have "
+                "use_reentrant=False."
             )
         self._refuse_sparse([p.grad for p in params])  # type: ignore[misc]
+        bare = [p for p in params if not p.grad.requires_grad]  # type: ignore[union-attr]
+        nodes, _ = _graph(*(p.grad for p in params))  # type: ignore[arg-type]
+        hiding = [type(node)._forward_cls.__module__ for node in nodes if _may_hide(node)]
+        if (bare and hiding) or torch.utils.checkpoint.__name__ in hiding:  # which may hide a part of a gradient, too
+            raise RuntimeError(UNSEEN.format(self._name_of(bare[0]) if bare else "some parameters"))
         with torch.enable_grad():
             self._collect(params, [p.grad for p in params], 1.0)  # type: ignore[misc]
         for p in params:

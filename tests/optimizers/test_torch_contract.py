@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from optimizers import (
     EKFAC,
@@ -679,3 +681,121 @@ def test_sparse_gradients_are_refused_with_a_sentence(name: str, step: int) -> N
     model[0].sparse = True  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match=r"takes no sparse gradients: use nn.Embedding\(sparse=False\)"):
         run()
+
+
+# -- what hides parameters from AdaHessian -----------------------------------------------------------------------------
+
+
+class Recomputed(torch.autograd.Function):
+    """A checkpoint of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor | None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.run(x).backward(g)
+        return None, x.grad
+
+
+class Square(torch.autograd.Function):
+    """An honest function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Hiding(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.unused = nn.Linear(2, 2)
+        self.way = way
+
+    def inner(self, h: Tensor) -> Tensor:
+        return torch.tanh(self.b(torch.tanh(self.a(h))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def whole(h: Tensor) -> Tensor:
+            return self.c(self.inner(h))
+
+        if self.way in ("reentrant", "torch's"):
+            return self.c(torch_checkpoint(self.inner, x, use_reentrant=self.way == "reentrant"))
+        if self.way == "whole":
+            return torch_checkpoint(whole, x, use_reentrant=True)
+        if self.way == "behind a layer":
+            return self.c(torch_checkpoint(lambda h: torch.tanh(self.b(h)), self.a(x), use_reentrant=True))
+        if self.way == "shared":  # found outside, and hidden inside
+            return self.c(Recomputed.apply(self.inner, x) + self.inner(x.detach()))
+        if self.way == "shared reentrant":
+            return self.c(torch_checkpoint(self.inner, x, use_reentrant=True) + self.inner(x.detach()))
+        if self.way == "own":
+            return self.c(Recomputed.apply(self.inner, x))
+        return self.c(Square.apply(self.inner(x)))
+
+
+@pytest.mark.parametrize("way", ["reentrant", "whole", "behind a layer", "shared", "shared reentrant", "own"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_parameters_that_adahessian_cannot_see_are_told(way: str, plain: bool) -> None:
+    if plain and way == "shared":
+        pytest.skip("the gradients are there with a graph, though it is not whole: see backward")
+    torch.manual_seed(0)
+    model = Hiding(way)
+    optimizer = AdaHessian(model)
+    x, y = batch(0)
+    loss = F.cross_entropy(model(x.requires_grad_()), y)
+    with pytest.raises(RuntimeError, match="use_reentrant=False") as told, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if plain:
+            loss.backward(create_graph=True)
+            optimizer.step()
+        else:
+            optimizer.backward(loss)
+    assert "has no second derivatives" not in str(told.value) or (plain and way == "whole")
+    assert plain or (x.grad is None and all(p.grad is None for p in model.parameters()))
+
+
+@pytest.mark.parametrize("way", ["torch's", "honest"])
+def test_functions_that_hide_nothing_are_differentiated_through(way: str) -> None:
+    results = []
+    for other in (way, "honest without"):
+        torch.manual_seed(0)
+        model = Hiding(other)
+        if other == "honest without":
+            model.forward = lambda x, m=model: m.c(m.inner(x) ** 2 if way == "honest" else m.inner(x))  # type: ignore
+        optimizer = AdaHessian(model, lr=0.05)
+        advance(model, optimizer, range(4))
+        results.append(weights(model))
+    torch.testing.assert_close(*results)
+
+
+# -- TorchScript -------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_scripting_says_what_to_do_and_tracing_works(name: str) -> None:
+    model, optimizer = trained(name)
+    x, _ = batch(0)
+    with pytest.raises(AttributeError, match=r"call optimizer.close\(\) first"):
+        torch.jit.script(model)
+    for steps in (range(5, 6), range(6, 7)):  # due or not
+        traced = torch.jit.trace(model, x)
+        torch.testing.assert_close(traced(x), model(x))
+        optimizer.zero_grad()
+        advance(model, optimizer, steps)
+    twin, _ = trained(name, 7)
+    assert torch.equal(weights(model), weights(twin))
+    optimizer.close()
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
