@@ -444,7 +444,7 @@ class FishLeg(CurvatureOptimizer):
         warnings.warn(
             "no forward pass came through the model in training mode between zero_grad() and step(), so its inverse "
             "was not updated: call model.train(), and the whole model rather than its parts.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
     def _learn(self, blocks: list[LearnedInverse], calls: list[Call], index: int) -> None:
