@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from optimizers.base import CurvatureOptimizer, Params
+from optimizers.base import CurvatureOptimizer, OfGroups, Params, descend_scaled, rate, real
 from optimizers.checks import check_choice, check_range
 from optimizers.curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
 from optimizers.curvature.layers import AffineLayer, Layer
@@ -36,7 +36,8 @@ class AdaFisher(CurvatureOptimizer):
 
     Args:
         model: the whole module.
-        params: parameters or groups; default all. ``lr, momentum, damping, weight_decay`` may differ between groups.
+        params: parameters or groups; default all. ``lr, momentum, damping, decay, weight_decay, maximize`` may
+            differ between groups (a layer takes the decay of its weight's).
         lr: learning rate (alpha in the paper).
         momentum: decay of the first moment (beta_1).
         damping: added to every curvature (Lambda). With ``ema="reference"`` curvature settles below 1e-4, so the
@@ -50,9 +51,14 @@ class AdaFisher(CurvatureOptimizer):
         damping_mode: ``"absolute"``, or ``"relative"``: Lambda times the layer's mean curvature.
         weight_decay: L2 coefficient.
         loss_reduction: how the loss sums over examples; matters for ``normalize="none"`` only.
+        flags: torch's; see CurvatureOptimizer.
     """
 
     decoupled_decay: ClassVar[bool] = False
+
+    _bound = CurvatureOptimizer._bound | {"_owner"}
+
+    decay = OfGroups()
 
     def __init__(
         self,
@@ -69,6 +75,7 @@ class AdaFisher(CurvatureOptimizer):
         damping_mode: Literal["absolute", "relative"] = "absolute",
         weight_decay: float = 0.0,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        **flags: Any,
     ) -> None:
         check_range("lr", lr, 0)
         check_range("momentum", momentum, 0, 1, open_high=True)
@@ -81,12 +88,16 @@ class AdaFisher(CurvatureOptimizer):
             ("damping_mode", damping_mode, ("absolute", "relative")),
         ):
             check_choice(name, value, choices)
-        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay}
-        super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction)
-        self.decay, self.ema, self.normalize, self.damping_mode = decay, ema, normalize, damping_mode
+        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "decay": decay}
+        super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction, flags=flags)
+        self.ema, self.normalize, self.damping_mode = ema, normalize, damping_mode
         # F~ by parameter, and the Lambda it was made with (a schedule may change it between updates).
         self._fisher: dict[Tensor, tuple[float, Tensor]] = {}
         self._owner: dict[Tensor, Approximation] = {}
+        self._attach()
+
+    def _attach(self) -> None:
+        super()._attach()
         self._watch(self._block)
 
     def _watch_layers(self) -> None:
@@ -104,14 +115,14 @@ class AdaFisher(CurvatureOptimizer):
 
     def _update_curvature(self) -> bool:
         for name, new in self._estimates().items():
-            factors = self.blocks[name].factors
+            factors, decay = self.blocks[name].factors, self._group(self.blocks[name].layer)["decay"]
             for key, value in new.items():
                 value = minmax(value) if self.normalize == "minmax" else value
                 if self.ema == "reference":
                     old = factors.get(key, torch.ones_like(value))
-                    value = (0.1 * self.decay) * old + (0.01 * self.decay) * value
+                    value = (0.1 * decay) * old + (0.01 * decay) * value
                 elif key in factors:
-                    value = torch.lerp(value, factors[key], self.decay)
+                    value = torch.lerp(value, factors[key], decay)
                 factors[key] = value
         self._fisher.clear()
         return self._saw
@@ -132,11 +143,11 @@ class AdaFisher(CurvatureOptimizer):
                     self._fisher[p] = (damping, (diagonal + damping * unit).to(p.dtype))
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        lr, beta, decay = group["lr"], group["momentum"], group["weight_decay"]
+        lr, beta, decay = rate(group), group["momentum"], group["weight_decay"]
         self._refresh(params, group["damping"])
         moments, corrections = self._moments(params, grads, beta)
         if decay and not self.decoupled_decay:  # m of (g + decay * theta), without a copy of g
-            torch._foreach_add_(moments, params, alpha=decay * (1 - beta))
+            torch._foreach_add_(moments, real(params), alpha=decay * (1 - beta))
         coupled = 0.0 if self.decoupled_decay else decay  # a part of the gradient, in the denominator too
         bare = [
             (p, g.add(p, alpha=coupled) if coupled else g)
@@ -147,15 +158,18 @@ class AdaFisher(CurvatureOptimizer):
         fisher = [self._fisher[p][1] if p in self._fisher else fallback[p] for p in params]
         if decay and self.decoupled_decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_addcdiv_(params, moments, fisher, [-lr / c for c in corrections])
+        descend_scaled(real(params), moments, fisher, [1 / c for c in corrections], lr)
 
     def _cache_bytes(self, block: Approximation) -> int:
         return sum(p.numel() * p.element_size() for p in block.layer.parameters)  # F~
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See CurvatureOptimizer."""
-        super().load_state_dict(state_dict)
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         self._fisher.clear()
+
+    def _initial(self, p: Tensor) -> dict[str, Any]:
+        """See CurvatureOptimizer."""
+        return {"step": 0, "exp_avg": torch.zeros_like(p)} | self._initial_fallback(p)
 
     def diagnostics(self) -> dict[str, float]:
         """Adds ``curvature/above_damping``: the share of covered directions whose curvature exceeds Lambda."""

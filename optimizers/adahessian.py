@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params, descend_scaled, rate, real
 from optimizers.checks import check_range
-from optimizers.curvature import communication
+from optimizers.curvature import communication, second_order
 from optimizers.curvature.recorder import TwiceDifferentiable
 
 
@@ -50,21 +51,26 @@ def hutchinson(
         retain_graph: keep the graph for another backward pass.
 
     Returns:
-        None for a parameter that the gradients do not depend on (its Hessian is zero).
+        None for a parameter that the gradients do not depend on (its Hessian is zero). Complex parameters count as
+        real ones of two channels, and so does their diagonal.
     """
+    gradients = real(gradients)
+    probed = real(p.detach() for p in params)
     curved = [g.requires_grad for g in gradients]
     roots = [g for g, c in zip(gradients, curved, strict=True) if c]
     result: list[Tensor | None] = [None] * len(params)
     if not roots:
         return result
     for sample in range(samples):
-        probes = rademacher(params, seed + sample)
+        probes = rademacher(probed, seed + sample)
         chosen = [z for z, c in zip(probes, curved, strict=True) if c]
         products = torch.autograd.grad(
             roots, params, grad_outputs=chosen, retain_graph=retain_graph or sample + 1 < samples, allow_unused=True
         )
         for i, (z, hz) in enumerate(zip(probes, products, strict=True)):
-            if hz is not None:  # out of place: what autograd returns may be an expanded view, or shared
+            if hz is not None:
+                (hz,) = real([hz])
+                # Out of place: what autograd returns may be an expanded view, or shared.
                 previous = result[i]
                 result[i] = z * hz if previous is None else torch.addcmul(previous, z, hz)
     if samples > 1:
@@ -109,6 +115,41 @@ def _owned(tensors: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
+#: What is said of parameters that only a backward pass within the backward pass reaches.
+UNSEEN = (
+    "AdaHessian finds no second derivatives by {}, which a function of the model differentiates by in a backward pass "
+    "of its own: give torch.utils.checkpoint use_reentrant=False, or compute it without that function."
+)
+
+
+def _graph(*roots: Tensor) -> tuple[list[Any], list[Tensor]]:
+    """The nodes behind some tensors, and the leaves they accumulate gradients of."""
+    seen: set[Any] = set()
+    found, waiting, leaves = [], [root.grad_fn for root in roots], []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.append(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        waiting += [before for before, _ in node.next_functions]
+    return found, leaves
+
+
+def _may_hide(node: Any) -> bool:
+    """Whether a node is a function written in Python, of which this package's own hide nothing."""
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        return False
+    return getattr(type(node), "_forward_cls", type(node)).__module__ != second_order.__name__
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two gradients are not one up to the rounding of half precision."""
+    return bool((a - b).norm() > 0.02 * b.norm())
+
+
 class AdaHessian(CurvatureOptimizer):
     """AdaHessian.
 
@@ -133,9 +174,11 @@ class AdaHessian(CurvatureOptimizer):
         block_size: length of the blocks that curvature of matrices is averaged over (32 in the paper's translation
             runs); None: no averaging for matrices. Convolution kernels always average over their positions.
         seed: of the probes.
+        flags: torch's; see CurvatureOptimizer.
     """
 
     needs_graph = True
+    _bound = CurvatureOptimizer._bound | {"_passes"}
 
     def __init__(
         self,
@@ -151,6 +194,7 @@ class AdaHessian(CurvatureOptimizer):
         samples: int = 1,
         block_size: int | None = None,
         seed: int = 0,
+        **flags: Any,
     ) -> None:
         check_range("lr", lr, 0)
         for i, beta in enumerate(betas):
@@ -170,10 +214,16 @@ class AdaHessian(CurvatureOptimizer):
             "weight_decay": weight_decay,
             "hessian_power": hessian_power,
         }
-        super().__init__(model, None if isinstance(params, nn.Module) else params, defaults, update_every=hessian_every)
+        given = None if isinstance(params, nn.Module) else params
+        super().__init__(model, given, defaults, update_every=hessian_every, flags=flags)
         self.samples, self.block_size, self.seed = samples, block_size, seed
         self._pending: dict[Tensor, Tensor] = {}  # z * (H z) of this step, summed over micro-batches
+        self._complete_losses: set[Any] = set()  # kinds of losses that hide no parameter
         self._denominators: dict[Tensor, tuple[Tensor, float]] = {}
+        self._attach()
+
+    def _attach(self) -> None:
+        super()._attach()
         self._passes = None if self.model is None else TwiceDifferentiable(self.model, self._due)
 
     @property
@@ -208,26 +258,68 @@ class AdaHessian(CurvatureOptimizer):
         params = self._trainable()
         try:
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            self._check_complete(loss, params, grads)
             found = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+            self._refuse_sparse([g for _, g in found])
             del grads
             self._collect([p for p, _ in found], [g for _, g in found], scale, retain_graph)
         except RuntimeError as error:
+            if "use_reentrant" in str(error):  # torch's own guard, with more advice than applies
+                raise RuntimeError(UNSEEN.format("some parameters")) from error
             if "is not implemented" not in str(error):
                 raise
             raise RuntimeError(
                 "AdaHessian needs second derivatives and an operation of this model has none (fused attention is the "
                 f"usual one: give AdaHessian the whole module, not its parameters). PyTorch says: {error}"
             ) from error
-        gradients = _owned([g.detach() for _, g in found])
-        communication.average_(gradients)
+        gradients = _owned([g.detach().resolve_conj() for _, g in found])
+        communication.average_(real(gradients))
         for (p, _), g in zip(found, gradients, strict=True):
             p.grad = g if p.grad is None else p.grad + g
+
+    def _check_complete(self, loss: Tensor, params: list[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Raise RuntimeError if ``loss.backward()`` would reach parameters that differentiating by them does not.
+
+        Only a function written in Python can hide parameters, in a backward pass of its own. Where the loss has any,
+        a plain backward pass tells; once for the same functions and the same parameters found.
+        """
+        nodes, leaves = _graph(loss)
+        hiding = [type(node).__name__ for node in nodes if _may_hide(node)]
+        if not hiding:
+            return
+        key = (tuple(sorted(set(hiding))), tuple(g is not None for g in grads))
+        if key in self._complete_losses:
+            return
+        inside = [] if self.model is None else list(self.model.parameters())
+        touched = list({id(p): p for p in (*params, *leaves, *inside)}.values())
+        buffers = [] if self.model is None else list(self.model.buffers())
+        saved, kept = [p.grad for p in touched], [b.clone() for b in buffers]
+        try:
+            for p in touched:
+                p.grad = None
+            loss.backward(retain_graph=True)
+            plain = [p.grad for p in params]
+        finally:
+            for p, g in zip(touched, saved, strict=True):
+                p.grad = g
+            with torch.no_grad():
+                for b, value in zip(buffers, kept, strict=True):
+                    b.copy_(value)
+        for p, g, full in zip(params, grads, plain, strict=True):
+            if full is not None and (g is None or _differ(g.detach(), full)):
+                raise RuntimeError(UNSEEN.format(self._name_of(p)))
+        self._complete_losses.add(key)
+
+    def _name_of(self, p: Tensor) -> str:
+        named = {} if self.model is None else dict(self.model.named_parameters())
+        found = next((name for name, q in named.items() if q is p), None)
+        return f"a parameter of shape {list(p.shape)}" if found is None else f"the parameter {found!r}"
 
     def _collect(self, params: list[Tensor], grads: list[Tensor], scale: float, retain_graph: bool = False) -> None:
         with record_function(CURVATURE):
             terms = hutchinson(grads, params, self._probe_seed(), self.samples, retain_graph)
         for p, term in zip(params, terms, strict=True):
-            term = torch.zeros_like(p) if term is None else term if scale == 1.0 else term / scale
+            term = torch.zeros_like(*real([p.detach()])) if term is None else term if scale == 1.0 else term / scale
             self._pending[p] = self._pending[p] + term if p in self._pending else term
 
     def _probe_seed(self) -> int:
@@ -256,11 +348,18 @@ class AdaHessian(CurvatureOptimizer):
     def _from_graph(self) -> None:
         """Curvature from the gradients of ``loss.backward(create_graph=True)``; breaks their reference cycle."""
         params = [p for p in self._trainable() if p.grad is not None]
-        if not any(p.grad.requires_grad for p in params):  # type: ignore[union-attr]
+        if params and not any(p.grad.requires_grad for p in params):  # type: ignore[union-attr]
             raise RuntimeError(
                 "AdaHessian has no second derivatives for this step: call optimizer.backward(loss) in place of "
-                "loss.backward() (or loss.backward(create_graph=True))."
+                "loss.backward() (or loss.backward(create_graph=True)); a checkpoint in the model must have "
+                "use_reentrant=False."
             )
+        self._refuse_sparse([p.grad for p in params])  # type: ignore[misc]
+        bare = [p for p in params if not p.grad.requires_grad]  # type: ignore[union-attr]
+        nodes, _ = _graph(*(p.grad for p in params))  # type: ignore[arg-type]
+        hiding = [type(node)._forward_cls.__module__ for node in nodes if _may_hide(node)]
+        if (bare and hiding) or torch.utils.checkpoint.__name__ in hiding:  # which may hide a part of a gradient, too
+            raise RuntimeError(UNSEEN.format(self._name_of(bare[0]) if bare else "some parameters"))
         with torch.enable_grad():
             self._collect(params, [p.grad for p in params], 1.0)  # type: ignore[misc]
         for p in params:
@@ -270,30 +369,35 @@ class AdaHessian(CurvatureOptimizer):
         """``(d, c)`` with ``v_hat^(k/2) + eps = d / c``: the bias correction c costs no pass over the parameter."""
         if p not in self._denominators:
             state, power = self.state[p], group["hessian_power"]
-            if "exp_hessian_sq" not in state:  # never in a differentiated loss
-                return torch.ones_like(p), 1.0
+            if not state.get("hessian_step"):  # never in a differentiated loss
+                return torch.ones_like(*real([p])), 1.0
             correction = (1 - group["betas"][1] ** state["hessian_step"]) ** (power / 2)
             square = state["exp_hessian_sq"]
             root = (square.sqrt() if power == 1 else square ** (power / 2)).add_(group["eps"] * correction)
-            self._denominators[p] = block_expand(root, p.shape, self.block_size).contiguous(), correction
+            self._denominators[p] = block_expand(root, real([p])[0].shape, self.block_size).contiguous(), correction
         return self._denominators[p]
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        lr, (beta, _), decay = group["lr"], group["betas"], group["weight_decay"]
+        lr, (beta, _), decay = rate(group), group["betas"], group["weight_decay"]
         moments, corrections = self._moments(params, grads, beta)
         denominators = [self._denominator(p, group) for p in params]
-        sizes = [-lr * scale / c for (_, scale), c in zip(denominators, corrections, strict=True)]
+        params = real(params)
+        sizes = [scale / c for (_, scale), c in zip(denominators, corrections, strict=True)]
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_addcdiv_(params, moments, [d for d, _ in denominators], sizes)
+        descend_scaled(params, moments, [d for d, _ in denominators], sizes, lr)
 
     def _reset(self) -> None:
         super()._reset()
         self._pending.clear()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _initial(self, p: Tensor) -> dict[str, Any]:
         """See CurvatureOptimizer."""
-        super().load_state_dict(state_dict)
+        square = torch.zeros_like(block_mean(real([p.detach()])[0], self.block_size))
+        return {"step": 0, "exp_avg": torch.zeros_like(p), "hessian_step": 0, "exp_hessian_sq": square}
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         self._denominators.clear()
 
     def close(self) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,21 @@ from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import COMPUTED, Flow, Layer, adapt, layer_kinds
 from optimizers.curvature.losses import stated
-from optimizers.curvature.recorder import NOT_CALLED, NOT_SEEN, Recorder
+from optimizers.curvature.recorder import NOT_CALLED, NOT_SEEN, Recorder, remove_dead_hooks
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 #: A step before all others.
 LONG_AGO = -(10**12)
+
+#: Parts of ``state_dict()["curvature"]`` that have an entry for each layer.
+BY_LAYER = ("layers", "kinds", "inverses", "block_updates", "samples", "inner")
+
+#: Where a parameter's state has a layer's curvature.
+ENTRY = "curvature"
+
+#: Flags of torch's optimizers that ask for nothing here.
+UNUSED_FLAGS = ("foreach", "capturable", "fused", "differentiable")
 
 #: Name under which a profiler finds the time that goes into curvature.
 CURVATURE = "curvature"
@@ -65,6 +75,126 @@ def _is_replaced(layer: Layer) -> bool:
     """Whether other tensors have taken the place of a layer's parameters."""
     own = layer.module._parameters
     return any(own.get(key) is not p for key, p in zip(layer.keys, layer.parameters, strict=True))
+
+
+def adopted(tensors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies of a layer's tensors where its weight is.
+
+    Args:
+        tensors: by name.
+        weight: the layer's.
+        dtype: of floating-point ones; None: that of statistics of such a weight.
+    """
+    dtype = dtype or statistics_dtype(weight)
+    return {
+        key: t.to(weight.device, dtype if t.is_floating_point() else None, copy=True) for key, t in tensors.items()
+    }
+
+
+def encoded(value: Any) -> Any:
+    """Nested values as tensors, numbers and dicts of them, which is all that a distributed checkpoint flattens."""
+    if isinstance(value, str):
+        return {"text": torch.tensor(list(value.encode()), dtype=torch.uint8)}
+    # Marks are tensors, which torch takes in from a checkpoint even where the state here has none.
+    if value is None:
+        return {"none": torch.zeros(1, dtype=torch.int64)}
+    if isinstance(value, (list, tuple)):
+        length = torch.tensor([len(value)])
+        return {"list": length} | {str(i): encoded(item) for i, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return value
+    if not value:
+        return {"empty": torch.zeros(1, dtype=torch.int64)}
+    found = {key: encoded(item) for key, item in value.items()}
+    return value if all(found[key] is value[key] for key in value) else found
+
+
+def decoded(value: Any) -> Any:
+    """Inverse of ``encoded``."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"text"}:
+        return bytes(value["text"].tolist()).decode()
+    if value.keys() == {"none"}:
+        return None
+    if value.keys() == {"empty"}:
+        return {}
+    if "list" in value:
+        return [decoded(value[str(i)]) for i in range(int(value["list"]))]
+    # Torch adds what a checkpoint holds to what was there: an empty dictionary may have been filled.
+    return {key: decoded(item) for key, item in value.items() if key != "empty"}
+
+
+def _tensors_in(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(_tensors_in(item) for item in value.values())
+    return int(isinstance(value, Tensor))
+
+
+def _first_trained(params: Sequence[Tensor]) -> Tensor:
+    return next((p for p in params if p.requires_grad), params[0])
+
+
+def _add_curvature(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """A hook on torch's state, before all others."""
+    assert isinstance(optimizer, CurvatureOptimizer)
+    curvature = optimizer._curvature()
+    entries = optimizer._by_parameter(curvature)
+    packed = {index: {k: v for k, v in entry.items() if k != ENTRY} for index, entry in state["state"].items()}
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for p, index in zip(group["params"], saved["params"], strict=True):
+            if p in entries:
+                packed.setdefault(index, {})[ENTRY] = entries[p]
+    state["state"] = packed
+    state["curvature"] = curvature
+
+
+class OfGroups:
+    """An attribute whose value groups may differ in: reading gives the default, setting sets it in all groups."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Optimizer, owner: type | None = None) -> Any:
+        return self if optimizer is None else optimizer.defaults[self._name]
+
+    def __set__(self, optimizer: Optimizer, value: Any) -> None:
+        optimizer.defaults[self._name] = value
+        for group in optimizer.param_groups:
+            group[self._name] = value
+
+
+def real(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Views of complex tensors as real ones of two channels, behind which they are optimized; others as they are."""
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+
+
+def rate(group: Mapping[str, Any]) -> float | Tensor:
+    """A group's learning rate: a number, or a tensor of no dimension on an accelerator, to read which would wait."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return lr
+    return float(lr) if lr.device.type == "cpu" else lr.reshape(())
+
+
+def descend(params: list[Tensor], directions: list[Tensor], lr: float | Tensor) -> None:
+    """``params -= lr * directions``, in place."""
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(params, torch._foreach_mul(directions, lr))
+    else:
+        torch._foreach_add_(params, directions, alpha=-lr)
+
+
+def descend_scaled(
+    params: list[Tensor], moments: list[Tensor], denominators: list[Tensor], sizes: list[float], lr: float | Tensor
+) -> None:
+    """``params -= lr * sizes * moments / denominators``, in place."""
+    if isinstance(lr, Tensor):
+        steps = torch._foreach_div(moments, denominators)
+        torch._foreach_mul_(steps, sizes)
+        descend(params, list(steps), lr)
+    else:
+        torch._foreach_addcdiv_(params, moments, denominators, [-lr * size for size in sizes])
 
 
 @dataclass
@@ -120,13 +250,20 @@ class CurvatureOptimizer(Optimizer):
         defaults: hyper-parameters of a group.
         update_every: curvature is gathered every so many steps, starting with the first.
         loss_reduction: how the loss sums over examples; the gradient of the per-example loss is worked out from it.
+        flags: what torch's optimizers take besides: ``maximize`` (climb the loss; may differ between groups), and those
+            in ``UNUSED_FLAGS``, at the values that ask for nothing.
 
     Raises:
-        ValueError: for a hyper-parameter out of its range.
+        ValueError: for a hyper-parameter out of its range, a flag that asks for what there is not, or a group with a
+            value of its own for what is the whole optimizer's.
+        TypeError: for an argument that is none.
     """
 
     #: Whether gradients must be differentiable (no torch.compile, no fused attention on due steps).
     needs_graph: ClassVar[bool] = False
+
+    #: Attributes that ``_attach`` and ``_restore`` make: a copy makes its own.
+    _bound: ClassVar[frozenset[str]] = frozenset({"blocks", "_recorder", "_uncovered", "_watching"})
 
     def __init__(
         self,
@@ -136,7 +273,9 @@ class CurvatureOptimizer(Optimizer):
         *,
         update_every: int = 1,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        flags: Mapping[str, Any] | None = None,
     ) -> None:
+        defaults = defaults | self._checked_flags(flags or {})
         check_range("update_every", update_every, 1)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
@@ -161,6 +300,58 @@ class CurvatureOptimizer(Optimizer):
                 raise ValueError("params must be given where there is no model")
             params = self.model.parameters()
         super().__init__(params, defaults)
+        self._places = self._where()
+        self._marked = 0  # entries of the state that have a place for curvature
+        self._asked = False  # whether the state was wanted before the first step
+
+    def _attach(self) -> None:
+        """Give the layers their blocks and the model its hooks: the last thing in building, and again in a copy."""
+        if self.model is not None:
+            remove_dead_hooks(self.model)
+        for group in self.param_groups:
+            self._check_group(group)
+
+    def _checked_flags(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """What groups get of torch's flags."""
+        for name, value in flags.items():
+            if name not in ("maximize", *UNUSED_FLAGS):
+                raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
+            if name != "maximize" and value not in (None, False):
+                raise ValueError(
+                    f"{name} must be false or left out, got {value!r}: it chooses among implementations of torch's "
+                    f"own optimizers, and {type(self).__name__} has one."
+                )
+        return {"maximize": bool(flags.get("maximize", False))}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a group with a value of its own for what is the whole optimizer's."""
+        self._checked_flags({name: group[name] for name in UNUSED_FLAGS if name in group})
+        for name in inspect.signature(type(self).__init__).parameters:
+            if name in group and name not in self.defaults and name not in ("params", "model"):
+                mine = getattr(self, name, getattr(getattr(self, "options", None), name, None))
+                if mine is not group[name] and mine != group[name]:
+                    raise ValueError(
+                        f"{name} is the whole optimizer's and cannot differ between groups: got {group[name]!r} for a "
+                        f"group where {type(self).__name__} has {mine!r}."
+                    )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer. What is the whole optimizer's, such as ``update_every``, cannot differ.
+
+        Layers whose parameters are added have curvature from the next update on.
+        """
+        if "loss_reduction" in self.__dict__ and self.__dict__.get("param_groups"):  # else _attach checks them all
+            self._check_group(param_group)
+        super().add_param_group(param_group)
+        self._complete(self.param_groups[-1])
+        if self._watching is not None:
+            self._watch_layers()
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Fill in what a group lacks: a state of an earlier version may not have it."""
+        for name, value in self.defaults.items():
+            if name != "differentiable":  # which torch has put there
+                group.setdefault(name, value)
 
     # -- curvature of layers -----------------------------------------------------------------------------------------
 
@@ -224,12 +415,6 @@ class CurvatureOptimizer(Optimizer):
         layers = [block.layer for block in self.blocks.values()]
         deferred, fraction = self._watching["deferred"], self._watching["fraction"]
         self._recorder = Recorder(self.model, layers, self._due, self._observe, deferred, fraction)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer. Layers whose parameters are added have curvature from the next update on."""
-        super().add_param_group(param_group)
-        if self._watching is not None:
-            self._watch_layers()
 
     def _group(self, layer: Layer) -> dict[str, Any]:
         """The group of a layer's weight; of its bias, where the weight is frozen and was left out."""
@@ -463,6 +648,34 @@ class CurvatureOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._come_alive()
+        if not self._idle():
+            self._refuse_sparse([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None])
+            self._follow_model()
+            with self._climbing():
+                self._advance()
+            if len(self.state) != self._marked:
+                self._mark()
+        else:
+            self._reset()
+        return loss
+
+    @contextmanager
+    def _climbing(self) -> Iterator[None]:
+        """Within it, gradients of groups that maximize are those of the negated loss."""
+        params = [p for g in self.param_groups if g["maximize"] for p in g["params"] if p.grad is not None]
+        own = [p.grad for p in params]
+        try:
+            with torch.enable_grad():  # AdaHessian may need their graph
+                for p, g in zip(params, own, strict=True):
+                    p.grad = -g
+            yield
+        finally:
+            for p, g in zip(params, own, strict=True):
+                p.grad = g.detach()
+
+    def _advance(self) -> None:
+        """A step on the gradients that there are."""
         self._forget_replaced()
         if self._due():
             with record_function(CURVATURE):
@@ -471,13 +684,14 @@ class CurvatureOptimizer(Optimizer):
         self._precondition()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError(f"{type(self).__name__} takes no sparse gradients: use nn.Embedding(sparse=False).")
             if params:
                 self._update_parameters(group, params, [p.grad for p in params])
         self._reset()
         self.steps += 1
-        return loss
+
+    def _refuse_sparse(self, grads: Sequence[Tensor]) -> None:
+        if any(g.is_sparse for g in grads):
+            raise RuntimeError(f"{type(self).__name__} takes no sparse gradients: use nn.Embedding(sparse=False).")
 
     def _update_curvature(self) -> bool:
         """Fold what this step gathered into the running averages; whether a pass was there to gather from."""
@@ -492,6 +706,7 @@ class CurvatureOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and whatever curvature was gathered since the last step (an overflowed AMP step, say)."""
+        self._come_alive()
         super().zero_grad(set_to_none)
         self._reset()
 
@@ -502,7 +717,10 @@ class CurvatureOptimizer(Optimizer):
             self._recorder.reset()
 
     def _moments(self, params: list[Tensor], grads: list[Tensor], beta: float) -> tuple[list[Tensor], list[float]]:
-        """Adam's first moments with this step's gradients in them, and their bias corrections ``1 - beta^t``."""
+        """Adam's first moments with this step's gradients in them, and their bias corrections ``1 - beta^t``.
+
+        Those of complex parameters are views as ``real`` has them.
+        """
         moments, corrections = [], []
         for p in params:
             state = self.state[p]
@@ -511,23 +729,30 @@ class CurvatureOptimizer(Optimizer):
             state["step"] += 1
             moments.append(state["exp_avg"])
             corrections.append(1 - beta ** state["step"])
-        torch._foreach_lerp_(moments, grads, 1 - beta)
+        moments = real(moments)
+        torch._foreach_lerp_(moments, real(grads), 1 - beta)
         return moments, corrections
 
     def _fallback(
         self, bare: list[tuple[Tensor, Tensor]], decay: float = 0.999, eps: float = 1e-8
     ) -> dict[Tensor, Tensor]:
-        """Adam's denominators ``sqrt(v_hat) + eps`` of (parameter, gradient) pairs: steps of about lr."""
+        """Adam's denominators ``sqrt(v_hat) + eps`` of (parameter, gradient) pairs: steps of about lr.
+
+        Complex parameters have one for either part, as ``real`` lays them out.
+        """
         if not bare:
             return {}
-        params, grads = [p for p, _ in bare], [g for _, g in bare]
+        params, grads = [p for p, _ in bare], real(g for _, g in bare)
         for p in params:
             state = self.state[p]
             if "fallback_sq" not in state:  # what a momentum from before brings along counts as a gradient
                 known = "exp_avg" in state and state["step"] > 1
-                state["fallback_sq"] = state["exp_avg"].square() * (1 - decay) if known else torch.zeros_like(p)
-                state["fallback_step"] = int(known)
-        squares = [self.state[p]["fallback_sq"] for p in params]
+                start = torch.zeros_like(p)
+                if known:
+                    square, past = real([start, state["exp_avg"]])
+                    square.addcmul_(past, past, value=1 - decay)
+                state["fallback_sq"], state["fallback_step"] = start, int(known)
+        squares = real(self.state[p]["fallback_sq"] for p in params)
         torch._foreach_mul_(squares, decay)
         torch._foreach_addcmul_(squares, grads, grads, value=1 - decay)
         corrections = []
@@ -550,40 +775,239 @@ class CurvatureOptimizer(Optimizer):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Torch's optimizer state and ``"curvature"``: {"steps", "layers": {name: {factor: tensor}}}; plain tensors."""
-        state = super().state_dict()
-        state["curvature"] = {
+    def _curvature(self) -> dict[str, Any]:
+        """What is known of the curvature: plain tensors and values. ``_restore`` takes it back."""
+        return {
             "steps": self.steps,
             "updated_at": self._updated_at,
             "layers": {name: dict(block.factors) for name, block in self.blocks.items() if block.factors},
             "kinds": {name: type(block).__name__ for name, block in self.blocks.items() if block.factors},
         }
-        return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; the argument is neither changed nor aliased.
-
-        Raises:
-            ValueError: if the state is not of this kind of optimizer or of another model.
-        """
-        if "curvature" not in state_dict:
-            raise ValueError(f"this state has no curvature: it was not saved by {type(self).__name__}.")
-        layers = state_dict["curvature"]["layers"]
-        if unknown := sorted(set(layers) - set(self.blocks)):
+    def _check(self, saved: dict[str, Any]) -> None:
+        """Raise ValueError with a sentence if this is the curvature of another method or of another model."""
+        if unknown := sorted(set(saved["layers"]) - set(self.blocks)):
             raise ValueError(f"the state holds curvature of {unknown[0]!r}, which is not a layer of this model.")
-        for name, kind in state_dict["curvature"].get("kinds", {}).items():
+        for name, kind in saved.get("kinds", {}).items():
             if kind != (here := type(self.blocks[name]).__name__):
                 raise ValueError(f"the state holds {kind} of {name!r}, where {here} belong: another method saved it.")
-        super().load_state_dict(copy.deepcopy({k: state_dict[k] for k in ("state", "param_groups")}))
-        self.steps = int(state_dict["curvature"]["steps"])
-        self._updated_at = int(state_dict["curvature"].get("updated_at", LONG_AGO))
-        for name, block in self.blocks.items():
-            saved, shapes = layers.get(name, {}), block.shapes()
-            for key, tensor in saved.items():
+        for name, factors in saved["layers"].items():
+            shapes = self.blocks[name].shapes()
+            for key, tensor in factors.items():
                 if tuple(tensor.shape) != tuple(shapes[key]):
                     raise ValueError(
                         f"factor {key} of {name!r} is {list(tensor.shape)} in the state but {list(shapes[key])} here."
                     )
-            block.factors = {k: t.to(block.layer.parameters[0].device, copy=True) for k, t in saved.items()}
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take over what ``_curvature`` returned, copied, in the precision and on the device of the layers here."""
+        self.steps = int(saved["steps"])
+        self._updated_at = int(saved.get("updated_at", LONG_AGO))
+        for name, block in self.blocks.items():
+            block.factors = adopted(saved["layers"].get(name, {}), block.layer.parameters[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the hooks, on the model and on this optimizer; and curvature as ``state_dict`` has it.
+
+        So ``copy.deepcopy((model, optimizer))`` and pickling give a pair that trains like this one, and a copy of the
+        optimizer alone brings its own copy of the model. What a step under way has gathered stays behind.
+        """
+        self._come_alive()
+        # "step" is among them where a scheduler has wrapped it; torch's own copies do without hooks, too.
+        left = {n for n in self.__dict__ if n in self._bound or n == "step" or n.startswith("_optimizer_")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in left}
+        return kept | {"_brought": self._curvature()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Torch's, which loading a state calls, too; a copy then gets blocks and hooks of its own."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            self._complete(group)
+        # A model that holds its optimizer is not whole yet when the copy of the optimizer is.
+        if "_brought" in state and (self.model is None or "_modules" in self.model.__dict__):
+            self._come_alive()
+
+    if not TYPE_CHECKING:  # to whom every attribute would be there
+
+        def __getattr__(self, name: str) -> Any:
+            """What a copy that is not attached yet has not made."""
+            if name in self._bound and "_brought" in self.__dict__:
+                self._come_alive()
+                return getattr(self, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _come_alive(self) -> None:
+        """What a copy still has to do: attach itself to its model."""
+        if (brought := self.__dict__.pop("_brought", None)) is None:
+            return
+        self.blocks, self._recorder, self._uncovered, self._watching = {}, None, {}, None
+        self._attach()
+        self._restore(brought)
         self._reset()
+
+    def _where(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(p.dtype, p.device) for group in self.param_groups for p in group["params"]]
+
+    def _follow_model(self) -> None:
+        """Bring the state into the precision and to the device of the parameters, where they have changed."""
+        if (places := self._where()) == self._places:
+            return
+        self._places = places
+        for p, entry in self.state.items():
+            for key, value in entry.items():
+                if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                    entry[key] = value.to(p.device, p.dtype if value.is_complex() else p.dtype.to_real())
+        self._restore(self._curvature())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's optimizer state and ``"curvature"``: {"steps", "layers": {name: {factor: tensor}}}; plain tensors.
+
+        What belongs to a layer is also in its weight's entry of ``"state"``, the rest in the first one, where
+        ``torch.distributed.checkpoint`` finds it. These are the same tensors, not more of them. Hooks see it all.
+        """
+        handle = self.register_state_dict_post_hook(_add_curvature, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _carriers(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The parameters in whose state curvature is kept: of the whole model, and of each layer.
+
+        Those that are trained: the others' state does not come back from a distributed checkpoint.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        layers = {name: block.layer.parameters for name, block in self.blocks.items()}
+        return _first_trained(params), {name: _first_trained(own) for name, own in layers.items()}
+
+    def _by_parameter(self, curvature: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """Curvature as entries of the parameters' state; ``_joined`` is the inverse."""
+        whole, layers = self._carriers()
+        rest = {key: value for key, value in curvature.items() if key not in BY_LAYER}
+        entries: dict[Tensor, dict[str, Any]] = {whole: {"whole": encoded(rest)}}
+        for name, carrier in layers.items():
+            own = {key: curvature[key][name] for key in BY_LAYER if name in curvature.get(key, {})}
+            count = _tensors_in(own)
+            if count == 0 and self._asked:
+                own = self._template(name)
+            if own or self._asked:
+                own = {key: encoded(value) for key, value in own.items()}
+                entries.setdefault(carrier, {})["layer"] = {"tensors": count} | own
+        return entries
+
+    def _joined(self, entries: dict[Tensor, dict[str, Any]]) -> dict[str, Any]:
+        """Curvature from entries of the parameters' state.
+
+        Raises:
+            ValueError: if some of it is missing.
+        """
+        whole = [entry["whole"] for entry in entries.values() if entry.get("whole")]
+        if not whole:
+            raise ValueError(f"this state has no curvature: it was not saved by {type(self).__name__}.")
+        curvature = {key: {} for key in BY_LAYER if key in self._curvature()} | decoded(whole[0])
+        for name, block in self.blocks.items():
+            for entry in [entries[p]["layer"] for p in block.layer.parameters if entries.get(p, {}).get("layer")]:
+                own = decoded({key: value for key, value in entry.items() if key != "tensors"})
+                if not (count := int(entry["tensors"])):
+                    continue  # a mere template
+                if (found := _tensors_in(own)) != count:
+                    raise ValueError(
+                        f"the state holds {found} of the {count} tensors of the curvature of {name!r}: where a "
+                        "checkpoint fills in a state that was there before, take a step of training before asking for "
+                        "that state, or save optimizer.state_dict() with torch.save."
+                    )
+                for key, value in own.items():
+                    curvature.setdefault(key, {})[name] = value
+        return curvature
+
+    def _template(self, name: str) -> dict[str, Any]:
+        """What a layer without curvature will have, in zeros, for a checkpoint to be read into."""
+        weight, block = self.blocks[name].layer.parameters[0], self.blocks[name]
+        dtype = statistics_dtype(weight)
+        shapes = block.shapes()
+        layer = {key: torch.zeros(shape, dtype=dtype, device=weight.device) for key, shape in shapes.items()}
+        return {"layers": layer, "kinds": type(block).__name__} if layer else {}
+
+    def _initial(self, p: Tensor) -> dict[str, Any]:
+        """The state that a parameter will have from its first step on, before it."""
+        raise NotImplementedError
+
+    def _initial_fallback(self, p: Tensor) -> dict[str, Any]:
+        covered = any(p is q for block in self.blocks.values() for q in block.layer.parameters)
+        return {} if covered else {"fallback_sq": torch.zeros_like(p), "fallback_step": 0}
+
+    def _initialise(self) -> None:
+        """Make the state that ``torch.distributed.checkpoint`` asks for before the first step."""
+        self._asked = True
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self.state[p].update(self._initial(p))
+        self._mark()
+
+    def _mark(self) -> None:
+        """Torch reads from flattened checkpoints what is in the state already, by name: so the name is there."""
+        for entry in self.state.values():
+            entry.setdefault(ENTRY, {})
+        self._marked = len(self.state)
+
+    def _idle(self) -> bool:
+        """Whether there is nothing to do: no gradient; or all are zero, and so are rates, before the first step.
+
+        The latter is how ``torch.distributed.checkpoint`` makes optimizers create their state.
+        """
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return communication.world_size() == 1
+        if self.steps or self.state or any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        if any(p.grad.is_sparse or bool(p.grad.any()) for p in params):
+            return False
+        self._initialise()
+        return True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; the argument is neither changed nor aliased.
+
+        Curvature comes in the precision of the layers here, whatever it was saved in.
+
+        Raises:
+            ValueError: if the state is not of this kind of optimizer or of another model.
+        """
+        taken: list[dict[str, Any]] = []
+
+        def take(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            """After all others: what torch gets is its own half."""
+            curvature, rest = self._apart_from_torch(state)
+            self._check(curvature)
+            taken.append(curvature)
+            return rest
+
+        def give_back(optimizer: Optimizer) -> None:
+            """Before all others."""
+            self._restore(taken[0])
+            self._reset()
+            self._mark()
+
+        before = self.register_load_state_dict_pre_hook(take)
+        after = self.register_load_state_dict_post_hook(give_back, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _apart_from_torch(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A state's curvature, and a copy of the rest."""
+        entries: dict[Tensor, dict[str, Any]] = {}
+        for group, saved in zip(self.param_groups, state["param_groups"], strict=False):  # torch will say so
+            for p, index in zip(group["params"], saved["params"], strict=False):
+                if isinstance(entry := state["state"].get(index), dict):
+                    entries[p] = entry.get(ENTRY, {})
+        curvature = state["curvature"] if "curvature" in state else self._joined(entries)
+        rest = {
+            # Reading a flattened checkpoint leaves {} of what was not in it.
+            index: {k: v for k, v in entry.items() if k != ENTRY and v != {}} if isinstance(entry, dict) else entry
+            for index, entry in state["state"].items()
+        }
+        return curvature, copy.deepcopy({"state": rest, "param_groups": state["param_groups"]})

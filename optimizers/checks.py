@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 
 def check_range(
-    name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False, open_high: bool = False
+    name: str,
+    value: float | Tensor,
+    low: float,
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> None:
     """Raise ValueError with a sentence unless ``value`` is in the interval (ends included unless open)."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must be one number, got a tensor of {value.numel()}")
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
     if not (above and below):  # also catches NaN

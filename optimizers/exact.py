@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, Params
+from optimizers.base import CURVATURE, Params, adopted
 from optimizers.checks import check_choice
 from optimizers.curvature import linalg
 from optimizers.curvature.approximations import Approximation
@@ -31,10 +31,15 @@ class SampledFisher(NaturalGradient):
         samples: by layer name; all of the same observations. The next update replaces them: they are not averaged.
     """
 
+    _bound = NaturalGradient._bound | {"samples", "_observations"}
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    def _attach(self) -> None:
         self.samples: dict[str, Samples] = {}
         self._observations = Observations()
-        super().__init__(*args, **kwargs)
+        super()._attach()
 
     def _block(self, layer: Layer) -> Approximation:
         self.samples[layer.name] = Samples(layer, self._observations)
@@ -55,21 +60,17 @@ class SampledFisher(NaturalGradient):
         """Lambda of the layer's weight's group."""
         return float(self._group(layer)["damping"])
 
-    def state_dict(self) -> dict[str, Any]:
+    def _curvature(self) -> dict[str, Any]:
         """See NaturalGradient; also the samples in use, whose shapes are those of the last update's batch."""
-        state = super().state_dict()
-        curvature = state["curvature"]
+        curvature = super()._curvature()
         curvature["samples"] = {name: dict(samples.factors) for name, samples in self.samples.items()}
         curvature["layers"] = {n: f for n, f in curvature["layers"].items() if not isinstance(self.blocks[n], Samples)}
-        return state
+        return curvature
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See NaturalGradient."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["curvature"]["samples"]
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         for name, samples in self.samples.items():
-            device = samples.layer.parameters[0].device
-            samples.factors = {key: t.to(device, copy=True) for key, t in saved.get(name, {}).items()}
+            samples.factors = adopted(saved["samples"].get(name, {}), samples.layer.parameters[0])
 
 
 class ExactNaturalGradient(SampledFisher):
@@ -109,6 +110,8 @@ class ExactNaturalGradient(SampledFisher):
         likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
         seed: of the sampled targets.
         loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+        decoupled_decay: as in AdamW: ``theta *= 1 - lr weight_decay``, apart from the preconditioned gradient.
+        flags: torch's; see CurvatureOptimizer.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -134,6 +137,8 @@ class ExactNaturalGradient(SampledFisher):
         likelihood: Likelihood | None = None,
         seed: int = 0,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        decoupled_decay: bool = False,
+        **flags: Any,
     ) -> None:
         check_choice("damping_mode", damping_mode, ("standard", "heuristic"))
         check_choice("blocks", blocks, ("full", "layer"))
@@ -144,7 +149,7 @@ class ExactNaturalGradient(SampledFisher):
             model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
             batch_fraction=batch_fraction, decay=0.0, update_every=update_every, refresh_every=1,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=Options(), likelihood=likelihood,
-            seed=seed, loss_reduction=loss_reduction,
+            seed=seed, loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, flags=flags,
         )  # fmt: skip
 
     def _block(self, layer: Layer) -> Approximation:
@@ -210,16 +215,12 @@ class ExactNaturalGradient(SampledFisher):
     def _cache_bytes(self, block: Approximation) -> int:
         return self._root.numel() * self._root.element_size() // max(len(self._stacks), 1) if block.factors else 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def _curvature(self) -> dict[str, Any]:
         """See SampledFisher; also the decomposition."""
-        state = super().state_dict()
-        state["curvature"] |= {"inverses": {}, "gram": {"root": self._root, "dampings": self._dampings}}
-        return state
+        return super()._curvature() | {"inverses": {}, "gram": {"root": self._root, "dampings": self._dampings}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See SampledFisher."""
-        super().load_state_dict(state_dict)
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         self._stack()
-        gram = state_dict["curvature"]["gram"]
         devices = [block.layer.parameters[0].device for block in self.blocks.values()] or [torch.device("cpu")]
-        self._root, self._dampings = (gram[key].to(devices[0], copy=True) for key in ("root", "dampings"))
+        self._root, self._dampings = (saved["gram"][key].to(devices[0], copy=True) for key in ("root", "dampings"))

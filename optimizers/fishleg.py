@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params, adopted, descend, rate, real
 from optimizers.checks import check_choice, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
@@ -299,10 +299,13 @@ class FishLeg(CurvatureOptimizer):
             sampled; if the second entry can be targets, it says what counts and how much. Started again when it ends;
             None: the training batches. Where it stands is not in ``state_dict``.
         seed: of sampled targets and of gaussian u.
+        flags: torch's; see CurvatureOptimizer.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
     """
+
+    _bound = CurvatureOptimizer._bound | {"_inputs"}
 
     def __init__(
         self,
@@ -330,6 +333,7 @@ class FishLeg(CurvatureOptimizer):
         likelihood: Likelihood | None = None,
         aux_loader: Iterable[Any] | None = None,
         seed: int = 0,
+        **flags: Any,
     ) -> None:
         check_range("lr", lr, 0)
         check_range("momentum", momentum, 0, 1, open_high=True)
@@ -359,7 +363,7 @@ class FishLeg(CurvatureOptimizer):
             "weight_decay": weight_decay,
             "fallback_lr": fallback_lr,
         }
-        super().__init__(model, params, defaults, update_every=aux_every)
+        super().__init__(model, params, defaults, update_every=aux_every, flags=flags)
         assert self.model is not None
         self.aux_lr, self.aux_betas, self.aux_eps, self.aux_steps = aux_lr, tuple(aux_betas), aux_eps, aux_steps
         self.u, self.product, self.eps, self.precondition_aux = u, product, eps, precondition_aux
@@ -371,9 +375,9 @@ class FishLeg(CurvatureOptimizer):
         self._directions: Vector = {}
         self._targets: list[Tensor | None] = []  # of each pass; they say what counts and how much
         self._stream = None if aux_loader is None else _cycle(aux_loader)
-        self._watch(cast("Callable[[Layer], Approximation]", self._block), skip=skip)
+        self.skip = skip
+        self._attach()
         self.blocks: dict[str, LearnedInverse]  # type: ignore[assignment]
-        self._inputs = RootInputs(self.model, self._due)
         if product == "antithetic" and any(
             p.dtype in (torch.float16, torch.bfloat16) for block in self.blocks.values() for p in block.layer.parameters
         ):
@@ -382,6 +386,14 @@ class FishLeg(CurvatureOptimizer):
                 "the weights in float32 and compute under autocast.",
                 stacklevel=2,
             )
+
+    def _attach(self) -> None:
+        super()._attach()
+        assert self.model is not None
+        self._watch(cast("Callable[[Layer], Approximation]", self._block), skip=self.skip)
+        assert self._recorder is not None
+        self._recorder.close()  # Q is learned from whole passes, not from what flows through a layer
+        self._inputs = RootInputs(self.model, self._due)
 
     @property
     def aux_every(self) -> int:
@@ -392,11 +404,9 @@ class FishLeg(CurvatureOptimizer):
     def aux_every(self, value: int) -> None:
         self.update_every = value
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group.setdefault("fallback_ratio", group["fallback_lr"] / group["lr"] if group["lr"] else 0.0)
+    def _complete(self, group: dict[str, Any]) -> None:
+        super()._complete(group)
+        group.setdefault("fallback_ratio", float(group["fallback_lr"]) / float(group["lr"]) if group["lr"] else 0.0)
 
     def _watch_layers(self) -> None:
         super()._watch_layers()
@@ -469,7 +479,7 @@ class FishLeg(CurvatureOptimizer):
         warnings.warn(
             "no forward pass came through the model in training mode between zero_grad() and step(), so its inverse "
             "was not updated: call model.train(), and the whole model rather than its parts.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
     def _learn(self, blocks: list[LearnedInverse], calls: list[Call], index: int) -> None:
@@ -669,7 +679,7 @@ class FishLeg(CurvatureOptimizer):
         def place(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            return x.to(weight.device, weight.dtype if x.is_floating_point() else None, non_blocking=True)
+            return x.to(weight.device, weight.dtype.to_real() if x.is_floating_point() else None, non_blocking=True)
 
         return cast("Call", tree_map(place, call))
 
@@ -697,18 +707,19 @@ class FishLeg(CurvatureOptimizer):
                     block.squares = None
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        lr, beta, decay = group["lr"], group["momentum"], group["weight_decay"]
+        lr, beta, decay = rate(group), group["momentum"], group["weight_decay"]
         bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._directions]
         for (p, g), denominator in zip(bare, self._fallback(bare).values(), strict=True):
-            self._directions[p] = g / denominator * group["fallback_ratio"]
+            self._directions[p] = real([g])[0] / denominator * group["fallback_ratio"]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_lerp_(buffers, [self._directions.pop(p) for p in params], 1 - beta)
+        directions = [self._directions.pop(p) for p in params]
+        buffers, params = real(self.state[p]["momentum_buffer"] for p in params), real(params)
+        torch._foreach_lerp_(buffers, directions, 1 - beta)
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_add_(params, buffers, alpha=-lr)
+        descend(params, buffers, lr)
 
     def _reset(self) -> None:
         self._inputs.reset()
@@ -743,10 +754,26 @@ class FishLeg(CurvatureOptimizer):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
+        """See CurvatureOptimizer.
+
+        Raises:
+            TypeError: with an ``aux_loader``, which cannot be copied where it stands.
+        """
+        if self._stream is not None:
+            raise TypeError(
+                "FishLeg with an aux_loader cannot be copied or pickled, as its place in the loader cannot: build "
+                "another one and give it state_dict(), or go without aux_loader."
+            )
+        return super().__getstate__()
+
+    def _initial(self, p: Tensor) -> dict[str, Any]:
+        """See CurvatureOptimizer."""
+        return {"momentum_buffer": torch.zeros_like(p)} | self._initial_fallback(p)
+
+    def _curvature(self) -> dict[str, Any]:
         """See CurvatureOptimizer; also the moments of λ, and what a warm-up under way has gathered."""
-        state = super().state_dict()
-        state["curvature"]["inner"] = {
+        inner = {
             name: {
                 "updates": block.updates,
                 "first": dict(block.first),
@@ -755,23 +782,22 @@ class FishLeg(CurvatureOptimizer):
             }
             for name, block in self.blocks.items()
         }
-        state["curvature"]["updates"] = self.updates
-        return state
+        return super()._curvature() | {"inner": inner, "updates": self.updates}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See CurvatureOptimizer."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["curvature"]
+    def _check(self, saved: dict[str, Any]) -> None:
+        super()._check(saved)
         if "inner" not in saved:
             raise ValueError(f"this state has no learned inverse: it was not saved by {type(self).__name__}.")
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         self.updates = int(saved["updates"])
         for name, inner in saved["inner"].items():
             block = self.blocks[name]
-            device = block.layer.parameters[0].device
+            weight = block.layer.parameters[0]
             block.updates = int(inner["updates"])
-            block.first = {key: t.to(device, copy=True) for key, t in inner["first"].items()}
-            block.second = {key: t.to(device, copy=True) for key, t in inner["second"].items()}
-            block.squares = None if inner["squares"] is None else inner["squares"].to(device, copy=True)
+            block.first, block.second = adopted(inner["first"], weight), adopted(inner["second"], weight)
+            block.squares = None if inner["squares"] is None else adopted({"": inner["squares"]}, weight)[""]
             block.refresh()
         self._directions.clear()
 

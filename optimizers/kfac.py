@@ -9,7 +9,7 @@ Architectures", NeurIPS 2023 (arXiv 2311.00636).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -66,6 +66,8 @@ class KFAC(NaturalGradient):
         likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
         seed: of the sampled targets.
         loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+        decoupled_decay: as in AdamW: ``theta *= 1 - lr weight_decay``, apart from the preconditioned gradient.
+        flags: torch's; see CurvatureOptimizer.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -96,6 +98,8 @@ class KFAC(NaturalGradient):
         likelihood: Likelihood | None = None,
         seed: int = 0,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        decoupled_decay: bool = False,
+        **flags: Any,
     ) -> None:
         dtype = check_options(damping_mode, sharing, max_factor_dim, solve_dtype)
         options = Options(damping_mode, pi, sharing, max_factor_dim, dtype)
@@ -103,7 +107,7 @@ class KFAC(NaturalGradient):
             model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
             batch_fraction=batch_fraction, decay=decay, update_every=update_every, refresh_every=refresh_every,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,
-            seed=seed, loss_reduction=loss_reduction,
+            seed=seed, loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, flags=flags,
         )  # fmt: skip
 
     def affine_block(self, layer: AffineLayer) -> Approximation:
@@ -138,6 +142,8 @@ class EKFAC(NaturalGradient):
         likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
         seed: of the sampled targets.
         loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+        decoupled_decay: as in AdamW: ``theta *= 1 - lr weight_decay``, apart from the preconditioned gradient.
+        flags: torch's; see CurvatureOptimizer.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -166,6 +172,8 @@ class EKFAC(NaturalGradient):
         likelihood: Likelihood | None = None,
         seed: int = 0,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        decoupled_decay: bool = False,
+        **flags: Any,
     ) -> None:
         dtype = check_options("tikhonov", sharing, max_factor_dim, solve_dtype)
         options = Options("tikhonov", sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=dtype)
@@ -173,7 +181,7 @@ class EKFAC(NaturalGradient):
             model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
             batch_fraction=batch_fraction, decay=decay, update_every=update_every, refresh_every=refresh_every,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,
-            seed=seed, loss_reduction=loss_reduction,
+            seed=seed, loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, flags=flags,
         )  # fmt: skip
 
     def affine_block(self, layer: AffineLayer) -> Approximation:

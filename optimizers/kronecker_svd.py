@@ -13,7 +13,7 @@ and ``solver=lanczos``.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -68,6 +68,8 @@ class KPSVD(NaturalGradient):
         likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
         seed: of the sampled targets.
         loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+        decoupled_decay: as in AdamW: ``theta *= 1 - lr weight_decay``, apart from the preconditioned gradient.
+        flags: torch's; see CurvatureOptimizer.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -104,6 +106,8 @@ class KPSVD(NaturalGradient):
         likelihood: Likelihood | None = None,
         seed: int = 0,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        decoupled_decay: bool = False,
+        **flags: Any,
     ) -> None:
         dtype = check_options(damping_mode, sharing, max_factor_dim, solve_dtype)
         solver = solver or self.default_solver
@@ -119,7 +123,7 @@ class KPSVD(NaturalGradient):
             model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
             batch_fraction=batch_fraction, decay=decay, update_every=update_every, refresh_every=refresh_every,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,
-            seed=seed, loss_reduction=loss_reduction,
+            seed=seed, loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, flags=flags,
         )  # fmt: skip
 
     def affine_block(self, layer: AffineLayer) -> Approximation:

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, LONG_AGO, CurvatureOptimizer, Params, placed_mask
+from optimizers.base import (
+    CURVATURE,
+    LONG_AGO,
+    CurvatureOptimizer,
+    OfGroups,
+    Params,
+    adopted,
+    descend,
+    placed_mask,
+    rate,
+    real,
+)
 from optimizers.checks import check_choice, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation
@@ -94,8 +105,9 @@ class NaturalGradient(CurvatureOptimizer):
 
     Args:
         model: the whole module.
-        params: parameters or groups; default all. ``lr, momentum, damping, weight_decay, fallback_lr`` may differ
-            between groups (a layer takes its damping from its weight's).
+        params: parameters or groups; default all. ``lr, momentum, damping, weight_decay, decoupled_decay, fallback_lr,
+            kl_clip, decay, maximize`` may differ between groups (a layer takes damping, clip and the average's decay
+            from its weight's). Layers of one ``kl_clip`` are clipped together.
         lr: learning rate.
         momentum: decay of the sum of past directions.
         damping: lambda.
@@ -113,10 +125,18 @@ class NaturalGradient(CurvatureOptimizer):
         likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
         seed: of the sampled targets.
         loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+        decoupled_decay: decay weights as AdamW does, ``theta *= 1 - lr weight_decay``, apart from the direction and its
+            momentum.
+        flags: torch's; see CurvatureOptimizer.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
     """
+
+    _bound = CurvatureOptimizer._bound | {"_stacks", "_generator"}
+
+    kl_clip = OfGroups()
+    decay = OfGroups()
 
     def __init__(
         self,
@@ -139,6 +159,8 @@ class NaturalGradient(CurvatureOptimizer):
         likelihood: Likelihood | None,
         seed: int,
         loss_reduction: Literal["mean", "sum"],
+        decoupled_decay: bool,
+        flags: dict[str, Any],
     ) -> None:
         check_range("lr", lr, 0)
         check_range("momentum", momentum, 0, 1, open_high=True)
@@ -164,9 +186,12 @@ class NaturalGradient(CurvatureOptimizer):
             "damping": damping,
             "weight_decay": weight_decay,
             "fallback_lr": fallback_lr,
+            "kl_clip": kl_clip,
+            "decay": decay,
+            "decoupled_decay": decoupled_decay,
         }
-        super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction)
-        self.kl_clip, self.fisher, self.batch_fraction, self.decay = kl_clip, fisher, batch_fraction, decay
+        super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction, flags=flags)
+        self.fisher, self.batch_fraction = fisher, batch_fraction
         self.refresh_every, self.likelihood, self.seed = refresh_every, likelihood, seed
         self.options = options
         self.updates = 0  # of the factors
@@ -176,17 +201,26 @@ class NaturalGradient(CurvatureOptimizer):
         self._counts = Counts()
         self._stacks: list[Stack] = []
         self._directions: dict[Tensor, Tensor] = {}
-        self._kl_scale: Tensor | float = 1.0
+        self._kl_scales: dict[float, Tensor] = {}  # nu by kl_clip
         self._generator: torch.Generator | None = None
         self._said: set[str] = set()  # warnings that were given
-        self._watch(self._block, skip=skip, deferred=fisher != "empirical", fraction=batch_fraction)
+        self.skip = skip
+        self._attach()
         self.blocks: dict[str, Block]  # type: ignore[assignment]
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group.setdefault("fallback_ratio", group["fallback_lr"] / group["lr"] if group["lr"] else 0.0)
+    def _attach(self) -> None:
+        super()._attach()
+        self._watch(self._block, skip=self.skip, deferred=self.fisher != "empirical", fraction=self.batch_fraction)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        super()._complete(group)
+        group.setdefault("fallback_ratio", float(group["fallback_lr"]) / float(group["lr"]) if group["lr"] else 0.0)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group.get("kl_clip") is not None:
+            check_range("kl_clip", group["kl_clip"], 0, open_low=True)
+        check_range("decay", group.get("decay", 0), 0, 1, open_high=True)
 
     @abstractmethod
     def affine_block(self, layer: AffineLayer) -> Approximation:
@@ -385,7 +419,8 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _keep(self, name: str) -> float:
         """Weight of the past in the k-th update: the first one replaces, the second is a mean of two, ..."""
-        return min(1 - 1 / (self._block_updates.get(name, 0) + 1), self.decay)
+        decay = self._group(self.blocks[name].layer)["decay"]
+        return min(1 - 1 / (self._block_updates.get(name, 0) + 1), decay)
 
     def _refresh_due(self) -> bool:
         return self.steps - self._refreshed_at >= self.refresh_every
@@ -444,8 +479,7 @@ class NaturalGradient(CurvatureOptimizer):
         """Directions ``(F + damping)^-1 g`` of all covered parameters, and the factor nu that is still to come."""
         gradients = [stacked([block.to_matrix(_grads(block)) for block in stack.blocks]) for stack in self._stacks]
         directions = self._solve_blocks(gradients)
-        if self.kl_clip is not None:
-            self._clip(gradients, directions, self.kl_clip)
+        self._clip(gradients, directions)
         for stack, direction in zip(self._stacks, directions, strict=True):
             for block, part in zip(stack.blocks, direction.chunk(len(stack.blocks)), strict=True):
                 for p, entry in zip(block.layer.parameters, block.from_matrix(part), strict=True):
@@ -464,43 +498,60 @@ class NaturalGradient(CurvatureOptimizer):
         pairs = zip(self._stacks, gradients, strict=True)
         return [stack.blocks[0].solve(stack.cache, gradient) for stack, gradient in pairs]
 
-    def _clip(self, gradients: list[Tensor], directions: list[Tensor], kl_clip: float) -> None:
-        """Set nu from ``lr² vᵀ g`` summed over layers."""
-        products: list[Tensor] = []
+    def _clip(self, gradients: list[Tensor], directions: list[Tensor]) -> None:
+        """Set nu from ``lr² vᵀ g`` summed over the layers of one ``kl_clip``."""
+        products: dict[float, list[Tensor]] = {}
         for stack, gradient, direction in zip(self._stacks, gradients, directions, strict=True):
-            lrs = [float(self._group(block.layer)["lr"]) for block in stack.blocks]
-            if len(set(lrs)) == 1:
-                products.append(lrs[0] ** 2 * torch.dot(direction.flatten(), gradient.flatten()))
-            else:
-                pairs = zip(direction.chunk(len(lrs)), gradient.chunk(len(lrs)), lrs, strict=True)
-                products += [lr**2 * torch.dot(v.flatten(), g.flatten()) for v, g, lr in pairs]
-        self._kl_scale = 1.0
-        if products:
-            scale = (kl_clip / torch.stack(products).sum()).sqrt()
-            self._kl_scale = torch.where(scale < 1, scale, torch.ones_like(scale))  # NaN of a negative sum: 1
+            own = [self._clip_setting(block.layer) for block in stack.blocks]
+            alike = all(clip == own[0][0] and (lr is own[0][1] or lr == own[0][1]) for clip, lr in own[1:])
+            count = 1 if alike else len(own)
+            for (clip, lr), v, g in zip(own[:count], direction.chunk(count), gradient.chunk(count), strict=True):
+                if clip is not None:
+                    product = torch.dot(v.flatten(), g.flatten())
+                    products.setdefault(clip, []).append((lr**2 * product).to(product.dtype))
+        self._kl_scales = {}
+        for clip, found in products.items():
+            scale = (clip / torch.stack(found).sum()).sqrt()
+            self._kl_scales[clip] = torch.where(scale < 1, scale, torch.ones_like(scale))  # NaN of a negative sum: 1
+
+    def _clip_setting(self, layer: Layer) -> tuple[float | None, float | Tensor]:
+        """The clip and the learning rate of a layer's group."""
+        group = self._group(layer)
+        return group["kl_clip"], rate(group)
+
+    def _scale_of(self) -> dict[Tensor, Tensor]:
+        """By parameter the factor nu, if there is a clip: that of its layer's weight's ``kl_clip``."""
+        if not self._kl_scales:
+            return {}
+        found: dict[Tensor, Tensor] = {}
+        for stack in self._stacks:
+            for block in stack.blocks:
+                if (clip := self._group(block.layer)["kl_clip"]) in self._kl_scales:
+                    found.update(dict.fromkeys(block.layer.parameters, self._kl_scales[clip]))
+        return found
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        lr, beta, decay = group["lr"], group["momentum"], group["weight_decay"]
+        lr, beta, decay = rate(group), group["momentum"], group["weight_decay"]
         bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._directions]
         for (p, g), denominator in zip(bare, self._fallback(bare).values(), strict=True):
             # Momentum adds directions up where Adam averages: hence 1 - momentum.
-            self._directions[p] = g / denominator * ((1 - beta) * group["fallback_ratio"])
+            self._directions[p] = real([g])[0] / denominator * ((1 - beta) * group["fallback_ratio"])
         unclipped = {p for p, _ in bare}
         directions = [self._directions.pop(p) for p in params]
-        if isinstance(self._kl_scale, Tensor):
-            one = torch.ones_like(self._kl_scale)
-            scales = [one if p in unclipped else self._kl_scale for p in params]
-        else:
-            scales = [params[0].new_ones(())] * len(params)
+        clipped = self._scale_of()
+        one = next(iter(clipped.values()), params[0]).new_ones(())
+        scales = [one if p in unclipped else clipped.get(p, one) for p in params]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        buffers, params = real(self.state[p]["momentum_buffer"] for p in params), real(params)
         torch._foreach_mul_(buffers, beta)
         torch._foreach_addcmul_(buffers, directions, scales)
-        if decay:
+        if decay and group["decoupled_decay"]:
+            torch._foreach_mul_(params, 1 - lr * decay)
+        elif decay:
             torch._foreach_add_(buffers, params, alpha=decay)
-        torch._foreach_add_(params, buffers, alpha=-lr)
+        descend(params, buffers, lr)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -520,13 +571,12 @@ class NaturalGradient(CurvatureOptimizer):
             "curvature/refreshes": float(self.refreshes),
             "curvature/fallbacks": float(self._counts.repaired),
             "curvature/floored": float(self._counts.floored),
-            "curvature/kl_scale": float(self._kl_scale),
+            "curvature/kl_scale": min((float(scale) for scale in self._kl_scales.values()), default=1.0),
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def _curvature(self) -> dict[str, Any]:
         """See CurvatureOptimizer; also the inverses in use, which may be older than the factors, and all counters."""
-        state = super().state_dict()
-        state["curvature"] |= {
+        return super()._curvature() | {
             "inverses": {block.layer.name: part for stack in self._stacks for block, part in stack.members()},
             "block_updates": dict(self._block_updates),
             "counters": {
@@ -537,14 +587,14 @@ class NaturalGradient(CurvatureOptimizer):
                 "floored": int(self._counts.floored),
             },
         }
-        return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See CurvatureOptimizer."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["curvature"]
+    def _check(self, saved: dict[str, Any]) -> None:
+        super()._check(saved)
         if "inverses" not in saved:
             raise ValueError(f"this state has no inverses: it was not saved by {type(self).__name__}.")
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
         counters = saved["counters"]
         self.updates, self.refreshes = int(counters["updates"]), int(counters["refreshes"])
         self._refreshed_at = int(counters["refreshed_at"])
@@ -553,14 +603,38 @@ class NaturalGradient(CurvatureOptimizer):
         alike: dict[Any, list[tuple[Block, Factors]]] = {}
         for name, block in self.blocks.items():
             if name in saved["inverses"]:
-                device = block.layer.parameters[0].device
-                part = {key: t.to(device, copy=True) for key, t in saved["inverses"][name].items()}
+                part = self._adopted_inverse(block, saved["inverses"][name])
                 alike.setdefault((_kind(block, block.factors), _kind(block, part)), []).append((block, part))
         self._stacks = [
             Stack([b for b, _ in members], {k: stacked([part[k] for _, part in members]) for k in members[0][1]})
             for members in alike.values()
         ]
         self._directions.clear()
+
+    def _initial(self, p: Tensor) -> dict[str, Any]:
+        """See CurvatureOptimizer."""
+        return {"momentum_buffer": torch.zeros_like(p)} | self._initial_fallback(p)
+
+    def _template(self, name: str) -> dict[str, Any]:
+        """See CurvatureOptimizer."""
+        template, block = super()._template(name), self.blocks[name]
+        device = block.layer.parameters[0].device
+        if template:
+            shapes = block.cache_shapes()
+            template["inverses"] = {k: torch.zeros(s, dtype=dtype, device=device) for k, (s, dtype) in shapes.items()}
+            bases = {k: torch.zeros_like(t) for k, t in template["layers"].items() if k.startswith("U_")}
+            template["inverses"] = bases | template["inverses"]  # which serve in the solve as they are
+            template["block_updates"] = 0
+        return template
+
+    def _adopted_inverse(self, block: Block, part: Factors) -> Factors:
+        """An inverse as this optimizer would have made it; diagonals (W) keep the precision of the statistics."""
+        weight, narrow = block.layer.parameters[0], None
+        if not isinstance(block, ExactDiagonal):
+            narrow = self.options.solve_dtype
+        wide = adopted({key: t for key, t in part.items() if key[0] == "W"}, weight)
+        rest = adopted({key: t for key, t in part.items() if key[0] != "W"}, weight, narrow)
+        return {key: wide[key] if key in wide else rest[key] for key in part}
 
 
 def _kind(block: Block, tensors: Factors) -> Any:

@@ -102,6 +102,8 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
         seed: of the sampled targets.
         loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
+        decoupled_decay: as in AdamW: ``theta *= 1 - lr weight_decay``, apart from the preconditioned gradient.
+        flags: torch's; see CurvatureOptimizer.
 
     Raises:
         ValueError: for a hyper-parameter out of its range.
@@ -134,6 +136,8 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         likelihood: Likelihood | None = None,
         seed: int = 0,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        decoupled_decay: bool = False,
+        **flags: Any,
     ) -> None:
         check_choice("coarse", coarse, ("nicolaides", "residual", "tselepidis", "spectral"))
         if krylov and coarse not in ("nicolaides", "residual"):
@@ -150,7 +154,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             fisher=fisher, batch_fraction=batch_fraction, decay=decay, update_every=update_every,
             refresh_every=refresh_every, sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=solve_dtype,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, likelihood=likelihood, seed=seed,
-            loss_reduction=loss_reduction,
+            loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, **flags,
         )  # fmt: skip
 
     # -- statistics ----------------------------------------------------------------------------------------------------
@@ -214,16 +218,20 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         rows = next(len(t) for samples in self.samples.values() for t in samples.factors.values())
         return torch.stack([s.dots(d) if s.factors else d[0].new_zeros(rows) for s, d in self._shares(tensors)])
 
-    def _clip(self, gradients: list[Tensor], directions: list[Tensor], kl_clip: float) -> None:
+    def _clip(self, gradients: list[Tensor], directions: list[Tensor]) -> None:
         """See NaturalGradient. Of a projection ``vᵀ (F + L) v`` is not ``vᵀ g``, but known."""
         if self._seen is None:
-            super()._clip(gradients, directions, kl_clip)
+            super()._clip(gradients, directions)
             return
-        lrs = [float(self._group(block.layer)["lr"]) for stack in self._stacks for block in stack.blocks]
-        lr = torch.tensor(lrs, dtype=torch.float64).to(self._seen.device)
+        own = [self._clip_setting(block.layer) for stack in self._stacks for block in stack.blocks]
+        device = self._seen.device
+        lrs = torch.stack([torch.as_tensor(lr, dtype=torch.float64, device=device) for _, lr in own])
         squares = self._inner(directions, directions)
-        total = (lr @ self._seen.double()).square().sum() + (lr.square() * self._dampings * squares).sum()
-        self._kl_scale = (kl_clip / total).sqrt().clamp(max=1.0).to(self._seen.dtype)
+        self._kl_scales = {}
+        for kl_clip in {clip for clip, _ in own if clip is not None}:
+            lr = lrs * torch.tensor([clip == kl_clip for clip, _ in own], device=device)
+            total = (lr @ self._seen.double()).square().sum() + (lr.square() * self._dampings * squares).sum()
+            self._kl_scales[kl_clip] = (kl_clip / total).sqrt().clamp(max=1.0).to(self._seen.dtype)
 
     def _shares(self, tensors: list[Tensor]) -> Iterator[tuple[Samples, list[Tensor]]]:
         """Each layer's samples, and its share of the stacks' tensors in the shape of its parameters."""
@@ -328,36 +336,42 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         shared = self._space.images.numel() // max(len(self._names), 1)
         return size + own * self._space.vectors[0][0].element_size() + shared * self._space.images.element_size()
 
-    def state_dict(self) -> dict[str, Any]:
+    def _curvature(self) -> dict[str, Any]:
         """See SampledFisher; also the coarse space in use."""
-        state = super().state_dict()
         space = self._space
-        state["curvature"]["coarse"] = {
-            "layers": list(self._names),
-            "dampings": self._dampings,
-            "averaged": self._averaged,
-            "uphill": int(self._uphill),
-            "vectors": [] if space is None else [self._apart(vectors) for vectors in space.vectors],
-            "matrix": {} if space is None else {"images": space.images, "root": space.root, "scale": space.scale},
+        return super()._curvature() | {
+            "coarse": {
+                "layers": list(self._names),
+                "dampings": self._dampings,
+                "averaged": self._averaged,
+                "uphill": int(self._uphill),
+                "vectors": [] if space is None else [self._apart(vectors) for vectors in space.vectors],
+                "matrix": {} if space is None else {"images": space.images, "root": space.root, "scale": space.scale},
+            }
         }
-        return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See SampledFisher."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["curvature"]["coarse"]
-        devices = [block.layer.parameters[0].device for block in self.blocks.values()] or [torch.device("cpu")]
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
+        coarse = saved["coarse"]
+        weights: list[Tensor] = [block.layer.parameters[0] for block in self.blocks.values()] or [torch.empty(0)]
 
         def own(tensor: Tensor) -> Tensor:
-            return tensor.to(devices[0], copy=True)
+            return tensor.to(weights[0].device, copy=True)  # of double precision, whatever the layers are
 
-        self._names, self._dampings, self._uphill = list(saved["layers"]), own(saved["dampings"]), int(saved["uphill"])
-        self._averaged = None if saved["averaged"] is None else own(saved["averaged"])
+        self._names, self._uphill = list(coarse["layers"]), int(coarse["uphill"])
+        self._dampings = own(coarse["dampings"])
+        self._averaged = None if coarse["averaged"] is None else own(coarse["averaged"])
         self._space = None
-        if saved["vectors"] and self._names == [block.layer.name for stack in self._stacks for block in stack.blocks]:
-            parts = [iter(vectors) for vectors in saved["vectors"]]
-            vectors = [[stacked([own(next(t)) for _ in stack.blocks]) for stack in self._stacks] for t in parts]
-            self._space = CoarseSpace(vectors, **{key: own(t) for key, t in saved["matrix"].items()})
+        if coarse["vectors"] and self._names == [block.layer.name for stack in self._stacks for block in stack.blocks]:
+            parts = [iter(vectors) for vectors in coarse["vectors"]]
+            vectors = [
+                [
+                    stacked([own(next(t)).to(statistics_dtype(block.layer.parameters[0])) for block in stack.blocks])
+                    for stack in self._stacks
+                ]
+                for t in parts
+            ]
+            self._space = CoarseSpace(vectors, **{key: own(t) for key, t in coarse["matrix"].items()})
 
     def _apart(self, tensors: list[Tensor]) -> list[Tensor]:
         return [part for stack, t in zip(self._stacks, tensors, strict=True) for part in t.chunk(len(stack.blocks))]

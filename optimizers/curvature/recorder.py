@@ -196,14 +196,49 @@ class _Hook:
 
     def __call__(self, *args: Any) -> None:
         method = self._method() if self._method is not None else None
-        if method is not None:
+        if method is not None and not torch.jit.is_tracing():  # a trace is no training, and hooks are none of it
             method(*self._context, *args)
+
+    @property
+    def __name__(self) -> str:
+        """What torch.jit.script asks a hook for before it compiles it.
+
+        Raises:
+            AttributeError: for a hook that optimizers need, which TorchScript cannot compile.
+        """
+        raise AttributeError(
+            "torch.jit.script cannot compile the hooks that an optimizer has on this model: call optimizer.close() "
+            "first, or trace the model with torch.jit.trace."
+        )
+
+    @property
+    def dead(self) -> bool:
+        """Whether calling it does nothing, now and for ever."""
+        return self._method is None or self._method() is None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
         return _Hook, (None,)  # a pickled model does not take its optimizer along
+
+
+def remove_dead_hooks(model: nn.Module) -> None:
+    """Remove what a deep copy took along of another model's hooks, and what optimizers that are gone have left.
+
+    Args:
+        model: its modules are all looked at.
+    """
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook) and hook.dead]:
+                del hooks[key]
+                for flags in (
+                    module._forward_hooks_with_kwargs,
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    flags.pop(key, None)
 
 
 def _made(output: Tensor) -> Tensor:
