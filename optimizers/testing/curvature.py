@@ -6,7 +6,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,10 +21,10 @@ from optimizers.testing.recording import (
     PLAIN,
     Recording,
     exact,
-    fisher_comparable,
     in_matrix_order,
     recorded_gradients,
     records,
+    small_blocks,
 )
 from optimizers.testing.tables import aligned
 
@@ -473,7 +472,7 @@ def _lines(
         if method.startswith("fallback"):
             module = name if name in stepped.blocks else name.rpartition(".")[0]
             reasons.setdefault(module, {})[method.removeprefix("fallback: ")] = None
-    matrices = stepped.curvature_matrices() if fisher_comparable(stepped) else {}
+    matrices = small_blocks(stepped, [name for name, found in errors.items() if found.gradients])
     lines = []
     for name, module in stepped.model.named_modules():
         line = LayerCheck(name, type(module).__name__, reason="; ".join(reasons.get(name, ())))

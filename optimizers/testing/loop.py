@@ -40,15 +40,15 @@ class Maker:
             target, options = target.func, target.keywords | options
         self.likelihood = options.pop("likelihood", None) if likelihood is None else likelihood
         self.target, self.options = target, {k: v for k, v in options.items() if k != "likelihood"}
-        self._parameters = inspect.signature(target).parameters
-        self._plain = not isinstance(target, type) and next(iter(self._parameters), "") not in ("params", "parameters")
+        self._names, self._open = _arguments(target)
+        self._plain = not isinstance(target, type) and next(iter(self._names), "") not in ("params", "parameters")
 
     def __str__(self) -> str:
         return str(getattr(self.target, "__name__", None) or type(self.target).__name__)
 
     def accepts(self, name: str) -> bool:
         """Whether the class or function names an argument so."""
-        return name in self._parameters
+        return name in self._names
 
     def __call__(self, model: nn.Module, params: Params | None = None, **overrides: Any) -> Optimizer:
         """Build the optimizer.
@@ -64,13 +64,29 @@ class Maker:
         options = {"likelihood": self.likelihood or Categorical()} | self.options | overrides
         if not self.accepts("likelihood"):
             options.pop("likelihood")
+        if isinstance(self.target, type) and issubclass(self.target, CurvatureOptimizer):
+            if params is None:
+                return self.target(model, **options)
+            return self.target(model=model, params=params, **options)  # in whichever order it takes them
         if not self._plain:
             return build_optimizer(self.target, model, params=params, **options)
         if params is None:
             return self.target(model, **options)
-        if not self.accepts("params") and not any(p.kind is p.VAR_KEYWORD for p in self._parameters.values()):
+        if not (self.accepts("params") or self._open):
             raise ValueError(f"params cannot be given to {self}, which takes the whole model")
         return self.target(model, params=params, **options)
+
+
+def _arguments(target: Callable[..., Any]) -> tuple[list[str], bool]:
+    """Names of a function's arguments, and whether it takes others; a class hands those on to its bases."""
+    names: list[str] = []
+    makers = [kind.__init__ for kind in target.__mro__ if "__init__" in vars(kind)] if isinstance(target, type) else []
+    for function in makers or [target]:
+        parameters = list(inspect.signature(function).parameters.values())[len(makers) > 0 :]
+        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names, False
+    return names, True
 
 
 def differentiate(optimizer: Optimizer, loss: Tensor, outputs: Tensor, scale: float = 1.0) -> None:

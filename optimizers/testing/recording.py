@@ -5,7 +5,7 @@ Everything that depends on how the optimizers of this project keep their statist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -119,8 +119,22 @@ def recorded_gradients(
     return recording
 
 
-def fisher_comparable(optimizer: CurvatureOptimizer) -> bool:
-    """Whether ``curvature_matrices()`` after one step is meant to be the empirical Fisher of its batch."""
+def small_blocks(optimizer: CurvatureOptimizer, names: Collection[str]) -> dict[str, Tensor]:
+    """``curvature_matrices()`` of some layers alone: those of large ones fit into no memory.
+
+    Nothing where they are not meant to be the empirical Fisher of the last step's batch.
+    """
+    if not _comparable(optimizer):
+        return {}
+    blocks = optimizer.blocks
+    try:
+        optimizer.blocks = {name: block for name, block in blocks.items() if name in names}
+        return optimizer.curvature_matrices()
+    finally:
+        optimizer.blocks = blocks
+
+
+def _comparable(optimizer: CurvatureOptimizer) -> bool:
     return all(getattr(optimizer, key, value) == value for key, value in PLAIN.items() if key != "update_every")
 
 
