@@ -41,7 +41,7 @@ def verify(
         UserError: something deviates, or the check is not for such a model.
     """
     if not task.whole:
-        raise UserError(f"verify must be null for {task.name}, which has two losses: check each player's optimizer alone")
+        raise UserError(f"verify must be null for {task.name}, which has two losses: check_curvature takes each alone")
     if world.world_size > 1:
         raise UserError(f"verify must be null with {world.world_size} processes: start one, without torchrun")
     if callable(close := getattr(optimizer, "close", None)):

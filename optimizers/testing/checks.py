@@ -1,7 +1,7 @@
 """What a training script may rely on whatever the optimizer, as functions ``check_xxx(make_optimizer)``.
 
-Each raises AssertionError with a sentence, or ``unittest.SkipTest`` (which pytest knows, too) where an optimizer has not
-what is asked about. ``make_optimizer`` is a class or a callable; see ``Maker``.
+Each raises AssertionError with a sentence, or ``unittest.SkipTest`` (which pytest knows, too) where an optimizer does
+not have what is asked about. ``make_optimizer`` is a class or a callable; see ``Maker``.
 """
 
 from __future__ import annotations
@@ -298,8 +298,9 @@ def check_closures(make: Maker) -> None:
 
         for _ in range(4):
             if closed:
-                found: Any = optimizer.step(closure)
-                demand(isinstance(found, Tensor) and found.item() > 0, f"step(closure) returns {found!r} and not the loss.")
+                found: Any = optimizer.step(closure)  # type: ignore[arg-type]
+                good = isinstance(found, Tensor) and found.item() > 0
+                demand(good, f"step(closure) returns {found!r} and not the loss.")
             else:
                 train_step(optimizer, model, batch)
         results.append(weights(model))
@@ -658,11 +659,10 @@ def check_nan_gradients_do_not_pass_silently(make: Maker) -> None:
     optimizer = make(model)
     for _ in range(2):
         train_step(optimizer, model, batch)
-    outputs = model(batch[0])
     optimizer.zero_grad()
     outputs = model(batch[0])
     differentiate(optimizer, F.cross_entropy(outputs, batch[1]), outputs)
-    before, spoilt = weights(model), model[1].weight
+    before, spoilt = weights(model), model.get_parameter("1.weight")
     assert spoilt.grad is not None
     spoilt.grad.fill_(float("nan"))
     try:

@@ -91,7 +91,8 @@ class CurvatureReport:
         """Raise AssertionError with the table if any layer deviates."""
         if not self.ok:
             names = ", ".join(repr(layer.module) for layer in self.wrong)
-            raise AssertionError(f"curvature deviates in {len(self.wrong)} of {len(self.layers)} layers, {names}\n{self}")
+            counted = f"{len(self.wrong)} of {len(self.layers)} layers"
+            raise AssertionError(f"curvature deviates in {counted}, {names}\n{self}")
 
     def __str__(self) -> str:
         def number(value: float | None) -> str:
@@ -102,7 +103,7 @@ class CurvatureReport:
             (
                 layer.module or "(root)", layer.kind, layer.curvature or "-", number(layer.reproduced),
                 number(layer.apart), number(layer.distance),
-                f"WRONG: {layer.wrong}" if layer.wrong else layer.reason and f"no: {layer.reason}" or "yes",
+                f"WRONG: {layer.wrong}" if layer.wrong else f"no: {layer.reason}" if layer.reason else "yes",
             )
             for layer in self.layers
         ]  # fmt: skip
@@ -153,7 +154,7 @@ def check_curvature(
         model: to train.
         make_optimizer: an optimizer class, a ``functools.partial`` of one, or a function
             ``(model, params=None, **overrides)``.
-        inputs: of a few examples: a tensor, a tuple (positional arguments) or a dict (keyword arguments), nested or not.
+        inputs: of a few examples: a tensor, a tuple (positional arguments) or a dict (keyword arguments), or nested.
         loss: ``loss(outputs, targets)`` to train on, or a likelihood, whose ``nll`` it then is; without targets it may
             take the outputs alone.
         outputs: picks the tensor to train on from what the model returns; None: that itself, its ``logits``, or the
@@ -172,14 +173,14 @@ def check_curvature(
         The report.
 
     Raises:
-        ValueError: the outputs do not show the examples; the sentence says what to give.
+        ValueError: the outputs do not show the examples, or are others in each pass; the sentence says what to do.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(0)
         case = _Case(model, loss, outputs, targets, batch_dim, output_dim, dtype)
         maker = Maker(make_optimizer, likelihood=loss if isinstance(loss, Likelihood) else None)
-        given = {"loss_reduction": loss_reduction} if maker.accepts("loss_reduction") else {}
+        given: dict[str, Any] = {"loss_reduction": loss_reduction} if maker.accepts("loss_reduction") else {}
         twin = case.copy()
         optimizer = maker(twin, **given)
         name = type(optimizer).__name__
@@ -215,14 +216,14 @@ class _Case:
         self._pick, self._dtype = pick, dtype
         self._batch_dim, self._output_dim = batch_dim, output_dim
         self.notes: list[str] = []
-        self.mixed = self.drawn = False
+        self.mixed = False
         self._count = 0
         self.inputs: Any = None
         self._quiet = False  # whether all modules but the whole are in evaluation mode
         self.targets = self.cast(targets)
         if isinstance(loss, nn.Module):
             loss = self._to(copy.deepcopy(loss))
-        self._loss = loss.nll if isinstance(loss, Likelihood) else loss
+        self._loss: Callable[..., Tensor] = loss.nll if isinstance(loss, Likelihood) else loss
 
     def _to(self, module: nn.Module) -> nn.Module:
         return module if self._dtype is None else module.to(self._dtype)
@@ -313,13 +314,13 @@ class _Case:
         for self._quiet in (False, True):
             twin = self.copy()
             self.settle_modes(twin)
-            self.drawn, self.mixed = self._behaviour(twin)
-            if not (self.drawn or self.mixed):
+            drawn, self.mixed = self._behaviour(twin)
+            if not (drawn or self.mixed):
                 break
         if self._quiet:
             self.notes.append("all modules but the model as a whole are in evaluation mode")
-        if self.drawn:
-            self.notes.append("two passes differ, as the model draws numbers: nothing can be compared to the last digit")
+        if drawn:
+            raise ValueError("model must not draw random numbers in evaluation mode: two passes differ, none compares")
         if self.mixed:
             self.notes.append(
                 "an example's outputs depend on the others of its batch, so examples cannot be told apart and the sums "
@@ -512,7 +513,7 @@ def _judge(
         if found.wrong:
             return
         line.reproduced = found.reproduced
-        line.apart = None if case.mixed or case.drawn else found.apart
+        line.apart = None if case.mixed else found.apart
         if not found.reproduced <= tolerance:
             line.wrong = "what was recorded does not add up to the gradient of its parameters"
         elif line.apart is not None and not line.apart <= tolerance:

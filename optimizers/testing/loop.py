@@ -33,15 +33,18 @@ class Maker:
     def __init__(
         self, target: Callable[..., Optimizer], *, likelihood: Likelihood | None = None, **options: Any
     ) -> None:
-        if isinstance(target, Maker):
-            likelihood = target.likelihood if likelihood is None else likelihood
-            target, options = target.target, target.options | options
-        if isinstance(target, functools.partial) and not target.args:
-            target, options = target.func, target.keywords | options
-        self.likelihood = options.pop("likelihood", None) if likelihood is None else likelihood
-        self.target, self.options = target, {k: v for k, v in options.items() if k != "likelihood"}
-        self._names, self._open = _arguments(target)
-        self._plain = not isinstance(target, type) and next(iter(self._names), "") not in ("params", "parameters")
+        inner: Any = target
+        if isinstance(inner, Maker):
+            likelihood = inner.likelihood if likelihood is None else likelihood
+            inner, options = inner.target, inner.options | options
+        if isinstance(inner, functools.partial) and not inner.args:
+            inner, options = inner.func, inner.keywords | options
+        own = options.pop("likelihood", None)  # a partial's
+        self.likelihood: Likelihood | None = own if likelihood is None else likelihood
+        self.target: Any = inner
+        self.options: dict[str, Any] = options
+        self._names, self._open = _arguments(inner)
+        self._plain = not isinstance(inner, type) and next(iter(self._names), "") not in ("params", "parameters")
 
     def __str__(self) -> str:
         return str(getattr(self.target, "__name__", None) or type(self.target).__name__)
@@ -61,7 +64,7 @@ class Maker:
         Raises:
             ValueError: for groups where the optimizer takes none, or whatever it refuses.
         """
-        options = {"likelihood": self.likelihood or Categorical()} | self.options | overrides
+        options: dict[str, Any] = {"likelihood": self.likelihood or Categorical()} | self.options | overrides
         if not self.accepts("likelihood"):
             options.pop("likelihood")
         if isinstance(self.target, type) and issubclass(self.target, CurvatureOptimizer):
@@ -80,7 +83,8 @@ class Maker:
 def _arguments(target: Callable[..., Any]) -> tuple[list[str], bool]:
     """Names of a function's arguments, and whether it takes others; a class hands those on to its bases."""
     names: list[str] = []
-    makers = [kind.__init__ for kind in target.__mro__ if "__init__" in vars(kind)] if isinstance(target, type) else []
+    kinds = target.__mro__ if isinstance(target, type) else ()
+    makers = [vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)]
     for function in makers or [target]:
         parameters = list(inspect.signature(function).parameters.values())[len(makers) > 0 :]
         names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -60,7 +60,7 @@ class Shape(nn.Module):
         return x.reshape(len(x), *self.shape)
 
 
-def conv_net() -> nn.Module:
+def conv_net() -> nn.Sequential:
     """In-place activations, grouped, dilated and strided convolutions, GroupNorm."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -77,21 +77,21 @@ def conv_net() -> nn.Module:
     )
 
 
-def groupnorm_net() -> nn.Module:
+def groupnorm_net() -> nn.Sequential:
     """No statistics over the batch, no parameter without a gradient: what equality tests need."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(36, 4)
     )
 
 
-def conv1d_net() -> nn.Module:
+def conv1d_net() -> nn.Sequential:
     """A convolution in one dimension, with batch statistics."""
     return nn.Sequential(
         Shape(3, 64), nn.Conv1d(3, 4, 5, stride=2), nn.BatchNorm1d(4), nn.SiLU(), nn.Flatten(), nn.Linear(120, 4)
     )
 
 
-def frozen_net() -> nn.Module:
+def frozen_net() -> nn.Sequential:
     """First and last layers frozen."""
     model = conv_net()
     for p in (*model[0].parameters(), *model[-1].parameters()):
@@ -99,7 +99,7 @@ def frozen_net() -> nn.Module:
     return model
 
 
-def mlp() -> nn.Module:
+def mlp() -> nn.Sequential:
     """Two linear layers."""
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Tanh(), nn.Linear(6, 4))
 

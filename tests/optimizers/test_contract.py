@@ -11,7 +11,7 @@ import pytest
 import pytorch_optimizer
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from optimizers import (
     EKFAC,
@@ -111,7 +111,9 @@ OURS = [
     if isinstance(factory.func, type) and issubclass(factory.func, CurvatureOptimizer)
 ]
 THEIRS = [
-    name for name, factory in OPTIMIZERS.items() if name not in OURS and not factory.func.__module__.startswith("torch.")
+    name
+    for name, factory in OPTIMIZERS.items()
+    if name not in OURS and not factory.func.__module__.startswith("torch.")
 ]
 
 
@@ -147,7 +149,8 @@ def known_failures() -> dict[str, dict[str, str]]:
         for one in THEIRS if name == PACKAGED else {name} & set(OPTIMIZERS):
             found[one] |= dict.fromkeys(POINTS.get(point, ()), reason)
     for name in OURS:
-        found[name] |= {check: why for check, (kinds, why) in NOT_YET.items() if issubclass(OPTIMIZERS[name].func, kinds)}
+        kind: Any = OPTIMIZERS[name].func
+        found[name] |= {check: why for check, (kinds, why) in NOT_YET.items() if issubclass(kind, kinds)}
     return found
 
 
