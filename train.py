@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig
 
 from models import build_model
-from training import cli, distributed, resume, tasks
+from training import cli, distributed, resume, tasks, verification
 from training.config import CONFIG_FOLDER, CONFIG_NAME
 from training.rng import seed_everything
 from training.run_config import RunConfig
@@ -62,6 +62,8 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
             trainer.check(
                 data, task, world, callbacks, model=model, optimizer=optimizer, schedule=schedule, scalars=scalars
             )
+        if config["verify"]:
+            return verification.verify(config, model, optimizer, data, task, world), Path(config["paths"]["runs"])
         state = resume.load_state(start)
 
         folder = cli.on_main(world, partial(resume.enter, start, run))

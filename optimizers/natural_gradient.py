@@ -598,6 +598,7 @@ class NaturalGradient(CurvatureOptimizer):
         counters = saved["counters"]
         self.updates, self.refreshes = int(counters["updates"]), int(counters["refreshes"])
         self._refreshed_at = int(counters["refreshed_at"])
+        self._rebased_at = LONG_AGO  # the step that it is of may come again
         self._counts = Counts(int(counters["repaired"]), int(counters["floored"]))
         self._block_updates = {name: int(count) for name, count in saved["block_updates"].items()}
         alike: dict[Any, list[tuple[Block, Factors]]] = {}

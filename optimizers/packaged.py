@@ -47,11 +47,15 @@ LIMITS: dict[str, tuple[str, ...]] = {
 #: Classes that draw from the global random generator, which differs between processes: their copies would part ways.
 DRAWING = ("DASH", "Gravity", "Kron", "Magma")
 
-#: What every optimizer here can do (tests/optimizers/test_contract.py) and these cannot, by (configuration, point).
+#: What every optimizer here can do (``optimizers.testing``) and these cannot, by (configuration or class, point).
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("muon", "groups"): "sorts the parameters into groups itself, so it takes none",
     ("soap", "micro-batches"): "rounding turns the null space of its matrices, and what later comes there differs",
     ("soap", "ranks"): "for the same reason",
+    ("soap", "tensor lr"): "changes the tensor in place",
+    ("lion", "NaN"): "takes the sign of NaN for zero, and stays where it is",
+    ("adan", "maximize"): "compares with a gradient from before it was negated",
+    ("pytorch_optimizer", "copies"): "copies of an optimizer lack the attributes that torch does not know of",
 }
 
 

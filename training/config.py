@@ -149,6 +149,8 @@ def validate(values: Mapping[str, Any]) -> dict[str, Any]:
     checked = schema.check_options(_top_level, values, "")
     if not 0 <= checked["seed"] < 2**32:
         raise UserError(f"seed must be between 0 and 4294967295, got {checked['seed']}")
+    if checked["verify"] is not None and checked["verify"] < 1:
+        raise UserError(f"verify must be at least 1 example, or null, got {checked['verify']}")
     checked["paths"] = schema.check_options(_paths, checked["paths"], "paths")
     for group in ("optimizer", "scheduler", "model", "dataset", "trainer"):
         checked[group] = schema.check(checked[group], group, group)
@@ -175,6 +177,7 @@ def _top_level(
     seed: int, name: str | None = None, resume: str | None = None, init_from: str | None = None,
     logger: dict | None = None, callbacks: dict | None = None, schedules: dict | None = None,
     finetune: dict | None = None, generator: dict | None = None, critic: dict | None = None,
+    verify: int | None = None,
 ) -> None:  # fmt: skip
     """The signature that `configs/train.yaml` is checked against."""
 

@@ -18,7 +18,7 @@ BUDGETS = ("max_epochs", "max_steps", "max_time")
 CHOICES = "choices"  # in config.yaml: the name of each group's file
 # What may differ between two launches of the same run: where it writes, how it reports, where it computes.
 VOLATILE = (
-    "paths", "logger", "resume", "name", "trainer.device", "trainer.profile", "trainer.log_every_steps",
+    "paths", "logger", "resume", "name", "verify", "trainer.device", "trainer.profile", "trainer.log_every_steps",
     "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
 )  # fmt: skip
 # How the names of callbacks end that only show what was learned.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import io
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 import pytorch_optimizer
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from optimizers import (
     EKFAC,
@@ -30,13 +28,13 @@ from optimizers import (
     KFACCorrected,
     Lanczos,
     TwoLevelKFAC,
-    build_optimizer,
 )
+from optimizers.natural_gradient import NaturalGradient
 from optimizers.packaged import EXCEPTIONS, muon
-from tests import dense
-from tests.optimizers.problems import PROBLEMS, conv_net, images, mlp
-
-Build = Callable[[nn.Module], torch.optim.Optimizer]
+from optimizers.testing import parametrize_with_checks
+from optimizers.testing.checks import check_every_trainable_tensor_moves
+from optimizers.testing.loop import Maker, same_state, train_step, weights
+from tests.optimizers.problems import TORCHVISION, conv_net, images, mlp
 
 # Updates and refreshes fall on different steps, so that inverses are now older than the factors and now not.
 KRONECKER: dict[str, Any] = {
@@ -101,12 +99,59 @@ OPTIMIZERS: dict[str, partial[torch.optim.Optimizer]] = {
     "lamb": partial(pytorch_optimizer.Lamb, lr=1e-3, weight_decay=5e-4),
     "lion": partial(pytorch_optimizer.Lion, lr=1e-3),
     "muon": partial(muon, lr=5e-3),  # type: ignore[dict-item]
+    "adabelief": partial(pytorch_optimizer.AdaBelief, lr=1e-3),
+    "adan": partial(pytorch_optimizer.Adan, lr=1e-3),
+    "ademamix": partial(pytorch_optimizer.AdEMAMix, lr=1e-3),
+    "adamp": partial(pytorch_optimizer.AdamP, lr=1e-3),
+    "stableadamw": partial(pytorch_optimizer.StableAdamW, lr=1e-3),
 }
 OURS = [
     name
     for name, factory in OPTIMIZERS.items()
     if isinstance(factory.func, type) and issubclass(factory.func, CurvatureOptimizer)
 ]
+THEIRS = [
+    name
+    for name, factory in OPTIMIZERS.items()
+    if name not in OURS and not factory.func.__module__.startswith("torch.")
+]
+
+
+# Checks by the points of EXCEPTIONS.
+POINTS = {
+    "groups": (
+        "check_groups_have_their_own_learning_rate",
+        "check_filtered_parameters",
+        "check_add_param_group_later",
+    ),
+    "micro-batches": ("check_micro_batches_equal_one_batch",),
+    "copies": ("check_copies_of_model_and_optimizer",),
+    "tensor lr": ("check_tensor_learning_rate",),
+    "NaN": ("check_nan_gradients_do_not_pass_silently",),
+    "maximize": ("check_maximize",),
+}
+# What holds for all of a package.
+PACKAGED = "pytorch_optimizer"
+# Not done yet by the optimizers of this project: by check, whose and why.
+NOT_YET: dict[str, tuple[tuple[type, ...], str]] = {
+    "check_copies_of_model_and_optimizer": ((CurvatureOptimizer,), "an optimizer is copied without its recorder"),
+    "check_state_dict_hooks": ((CurvatureOptimizer,), "curvature is added around what hooks see"),
+    "check_tensor_learning_rate": ((AdaFisher, AdaHessian), "torch's fused updates take numbers"),
+    "check_no_gradient_no_move": ((AdaHessian,), "a due step without gradients is refused"),
+    "check_empty_batch": ((NaturalGradient,), "statistics of no examples are refused"),
+}
+
+
+def known_failures() -> dict[str, dict[str, str]]:
+    """By optimizer: the checks it is known not to pass."""
+    found: dict[str, dict[str, str]] = {name: {} for name in OPTIMIZERS}
+    for (name, point), reason in EXCEPTIONS.items():
+        for one in THEIRS if name == PACKAGED else {name} & set(OPTIMIZERS):
+            found[one] |= dict.fromkeys(POINTS.get(point, ()), reason)
+    for name in OURS:
+        kind: Any = OPTIMIZERS[name].func
+        found[name] |= {check: why for check, (kinds, why) in NOT_YET.items() if issubclass(kind, kinds)}
+    return found
 
 
 def every(point: str, names: Iterable[str] = tuple(OPTIMIZERS)) -> list[Any]:
@@ -116,98 +161,23 @@ def every(point: str, names: Iterable[str] = tuple(OPTIMIZERS)) -> list[Any]:
     return [pytest.param(name, marks=marks.get(name, [])) for name in names]
 
 
-def build(name: str, model: nn.Module, params: Any = None, **extra: Any) -> torch.optim.Optimizer:
-    target: Any = OPTIMIZERS[name].func
-    options = OPTIMIZERS[name].keywords | extra
-    if params is None:
-        return build_optimizer(target, model, **options)
-    if name in OURS and target is not AdaHessian:
-        return target(model, params, **options)
-    return target(params, **options)
+def build(name: str, model: nn.Module, params: Any = None, **extra: Any) -> Any:
+    return Maker(OPTIMIZERS[name])(model, params, **extra)
 
 
-def train_step(
-    optimizer: torch.optim.Optimizer, model: nn.Module, batch: tuple[Tensor, Tensor], micro: int = 1
-) -> float:
-    optimizer.zero_grad()
-    total = 0.0
-    for inputs, targets in zip(batch[0].chunk(micro), batch[1].chunk(micro), strict=True):
-        outputs = model(inputs)
-        loss = F.cross_entropy(outputs, targets) / micro
-        if isinstance(optimizer, CurvatureOptimizer):
-            optimizer.backward(loss, outputs)
-        else:
-            loss.backward()
-        total += loss.item()
-    optimizer.step()
-    return total
-
-
-def weights(model: nn.Module) -> Tensor:
-    return dense.flatten([p.detach() for p in model.parameters()])
-
-
-def same_state(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
+@pytest.mark.filterwarnings("ignore:weights in half precision")
+@parametrize_with_checks(OPTIMIZERS, expected_failures=known_failures())
+def test_contract(make_optimizer: Maker, check: Callable[[Maker], None]) -> None:
+    check(make_optimizer)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_every_trainable_tensor_moves_and_no_other(name: str, problem: str) -> None:
-    factory, data = PROBLEMS[problem]
-    model, batch = factory(), data()
-    wide = (
-        problem == "resnet" and name in OURS and "max_factor_dim" in inspect.signature(OPTIMIZERS[name].func).parameters
-    )
-    optimizer = build(name, model, **{"max_factor_dim": 128} if wide else {})
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for _ in range(3):  # an even number of equal steps may lead back
-        train_step(optimizer, model, batch)
-    for n, p in model.named_parameters():
-        assert torch.equal(p, before[n]) != p.requires_grad, n
-        assert bool(p.isfinite().all()), n
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_loss_goes_down(name: str) -> None:
-    model, batch = conv_net(), images(16)
-    optimizer = build(name, model)
-    losses = [train_step(optimizer, model, batch) for _ in range(40)]
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("problem", ["conv", "vit", "tied", "frozen"])
-def test_state_round_trip_is_bit_for_bit(name: str, problem: str) -> None:
-    """20 steps = 10 + save + load into a fresh model and optimizer + 10; through weights_only loading."""
-    factory, data = PROBLEMS[problem]
-    model, batch = factory(), data()
-    optimizer = build(name, model)
-    for _ in range(10):
-        train_step(optimizer, model, batch)
-    buffer = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
-    for _ in range(10):
-        train_step(optimizer, model, batch)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    original = copy.deepcopy(saved)
-    resumed = factory()
-    second = build(name, resumed)
-    resumed.load_state_dict(saved["model"])
-    second.load_state_dict(saved["optimizer"])
-    for _ in range(10):
-        train_step(second, resumed, batch)
-    assert torch.equal(weights(model), weights(resumed))
-    assert same_state(optimizer.state_dict(), second.state_dict())
-    if name in OURS:
-        assert same_state(saved["optimizer"], original["optimizer"]), "loading must not alias or change its argument"
+@pytest.mark.parametrize("problem", TORCHVISION)
+def test_torchvisions_nets_train_whole(name: str, problem: str) -> None:
+    make = Maker(OPTIMIZERS[name])
+    if problem == "resnet" and name in OURS and make.accepts("max_factor_dim"):
+        make = Maker(make, max_factor_dim=128)
+    check_every_trainable_tensor_moves(make, {problem: TORCHVISION[problem]})
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -244,103 +214,6 @@ def test_state_with_a_foreign_layer_or_shape_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_state_crosses_wrappers(name: str) -> None:
-    """Curvature is keyed by the bare model's names, so a DataParallel run's state loads into the bare model."""
-    model, batch = mlp(), images()
-    wrapped = build(name, nn.DataParallel(model))
-    train_step(wrapped, model, batch)
-    bare = build(name, mlp())
-    bare.load_state_dict(wrapped.state_dict())
-    assert same_state(bare.state_dict(), wrapped.state_dict())
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_closures(name: str) -> None:
-    results = []
-    for closed in (False, True):
-        torch.manual_seed(0)
-        model, batch = mlp(), images()
-        optimizer = build(name, model)
-
-        def closure(optimizer: Any = optimizer, model: nn.Module = model, batch: Any = batch) -> Tensor:
-            optimizer.zero_grad()
-            outputs = model(batch[0])
-            loss = F.cross_entropy(outputs, batch[1])
-            if isinstance(optimizer, CurvatureOptimizer):
-                optimizer.backward(loss, outputs)
-            else:
-                loss.backward()
-            return loss
-
-        for _ in range(4):
-            if closed:
-                assert optimizer.step(closure).item() > 0
-            else:
-                train_step(optimizer, model, batch)
-        results.append(weights(model))
-    assert torch.equal(*results)
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", every("micro-batches"))
-@pytest.mark.parametrize("problem", ["mlp", "groupnorm", "embedding"])
-def test_micro_batches_equal_one_batch(name: str, problem: str) -> None:
-    factory, data = PROBLEMS[problem]
-    results = []
-    for micro in (1, 3):
-        torch.manual_seed(0)
-        # So many examples that factors have full rank: in a null space no basis is the right one, and EKFAC's moments
-        # of what comes there later are those in the one that rounding chose.
-        model, batch = factory(), data(96)
-        optimizer = build(name, model)
-        for _ in range(4):
-            train_step(optimizer, model, batch, micro)
-        results.append(weights(model))
-    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", every("groups"))
-def test_groups_have_their_own_learning_rate(name: str) -> None:
-    model, batch = mlp(), images()
-    groups = [
-        {"params": list(model[1].parameters())},
-        {"params": list(model[3].parameters()), "lr": 0.0, "weight_decay": 0.0},
-    ]
-    optimizer = build(name, model, groups)
-    before = [p.detach().clone() for p in model.parameters()]
-    for _ in range(3):
-        train_step(optimizer, model, batch)
-    moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
-    assert moved == [True, True, False, False]
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_learning_rate_schedulers_take_effect(name: str) -> None:
-    model, batch = mlp(), images()
-    optimizer = build(name, model)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
-    train_step(optimizer, model, batch)
-    scheduler.step()
-    before = weights(model)
-    train_step(optimizer, model, batch)
-    assert torch.equal(weights(model), before)
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_close_removes_every_hook(name: str) -> None:
-    model = PROBLEMS["vit"][0]()
-    optimizer = build(name, model)
-
-    def hooks() -> int:
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
-
-    assert hooks() > 0
-    optimizer.close()
-    assert hooks() == 0
-    optimizer.close()  # idempotent
-
-
-@pytest.mark.parametrize("name", OURS)
 def test_a_deep_copy_of_the_model_feeds_nobody(name: str) -> None:
     model, batch = mlp(), images()
     optimizer = build(name, model)
@@ -356,25 +229,9 @@ def test_a_deep_copy_of_the_model_feeds_nobody(name: str) -> None:
     assert not torch.equal(weights(model), weights(twin))
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_dropping_the_optimizer_frees_it(name: str) -> None:
-    """Hooks on a live model do not keep a dead optimizer alive."""
-    import gc
-    import weakref
-
-    model, batch = mlp(), images()
-    optimizer = build(name, model)
-    train_step(optimizer, model, batch)
-    alive = weakref.ref(optimizer)
-    del optimizer
-    gc.collect()
-    assert alive() is None
-    model(batch[0])
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_other_precisions(name: str, dtype: torch.dtype) -> None:
+def test_half_precision(name: str) -> None:
+    dtype = torch.bfloat16
     model, (inputs, targets) = conv_net().to(dtype), images()
     optimizer = build(name, model)
     before = weights(model)
@@ -414,40 +271,3 @@ def test_autocast_and_a_gradient_scaler(name: str) -> None:
     torch.manual_seed(0)
     travelled = results[0] - weights(mlp())
     assert float((results[1] - results[0]).norm()) < 0.3 * float(travelled.norm())
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_built_late_or_thawed_later_trains_everything(name: str) -> None:
-    model, batch = PROBLEMS["frozen"][0](), images()
-    optimizer = build(name, model)
-    for _ in range(2):
-        train_step(optimizer, model, batch)
-    for p in model.parameters():
-        p.requires_grad_(True)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for _ in range(3):
-        train_step(optimizer, model, batch)
-    assert not [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_model_without_a_trainable_layer(name: str, frozen: bool) -> None:
-    """Bare parameters alone (a toy function), or all that is left beside frozen layers: the fallback, quietly."""
-
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shift = nn.Parameter(torch.ones(2))
-            self.layer = nn.Linear(2, 2).requires_grad_(False) if frozen else nn.Identity()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x + self.shift)
-
-    model = Shifted()
-    optimizer = build(name, model)
-    before = model.shift.detach().clone()
-    for _ in range(3):
-        train_step(optimizer, model, (torch.randn(4, 2), torch.tensor([0, 1, 0, 1])))
-    assert bool((model.shift != before).all()) and bool(model.shift.isfinite().all())
