@@ -30,6 +30,7 @@ from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
 from optimizers.curvature.layers import AffineLayer, Layer
 from optimizers.curvature.losses import stated, targets_of
+from optimizers.curvature.recorder import set_aside
 from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, check_outputs
 
 #: Wider matrices than this keep a processor busy one by one.
@@ -323,7 +324,8 @@ class NaturalGradient(CurvatureOptimizer):
             unit = one if self.likelihood.reduction == "sum" else weights.sum() / total.where(total > 0, one)
             return kept * unit
         if not told:
-            (own,) = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+            with set_aside():
+                (own,) = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
             if own is not None:
                 silent = self.likelihood.observations(own).eq(0).all(-1)
                 if bool(silent.any()):

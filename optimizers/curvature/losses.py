@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from optimizers.curvature.recorder import set_aside
 from optimizers.likelihoods import Bernoulli, Categorical, Likelihood, check_outputs
 
 #: A node of the graph, and which of its outputs.
@@ -198,7 +199,8 @@ def _placed(node: Any, target: Tensor, outputs: Tensor, end: Edge) -> tuple[int 
         """Numbers by logit, sent back to the outputs."""
         sent = values.to(softmax._saved_result.dtype).expand(shape).contiguous()
         edge = GradientEdge(*start)
-        (got,) = torch.autograd.grad([edge], [outputs], [sent], retain_graph=True)
+        with set_aside():
+            (got,) = torch.autograd.grad([edge], [outputs], [sent], retain_graph=True)
         return got
 
     ones = back(torch.ones((), device=target.device))

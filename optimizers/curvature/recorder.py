@@ -72,8 +72,12 @@ _aside = 0
 
 
 @contextmanager
-def _set_aside(retained: Iterable[weakref.ref[Tensor]]) -> Iterator[None]:
-    """A backward pass of our own: hooks are silent, and tensors with ``retain_grad`` keep the gradient they had."""
+def set_aside(retained: Iterable[weakref.ref[Tensor]] = ()) -> Iterator[None]:
+    """Within it are backward passes of our own: hooks are silent.
+
+    Args:
+        retained: tensors with ``retain_grad``, which keep the gradient they had.
+    """
     global _aside
     tensors = [t for ref in retained if (t := ref()) is not None]
     saved = [t.grad for t in tensors]
@@ -639,7 +643,7 @@ class Recorder:
                 return {layer: ([], probe.UNFIT) for layer in records}
             self._probing = True
             try:
-                with _set_aside(now.retained):
+                with set_aside(now.retained):
                     found = torch.autograd.grad(
                         [edge for edge, _ in seeds],
                         cast("list[Tensor]", wanted),
@@ -849,7 +853,7 @@ class Recorder:
         flat = [record for layer in shown for record in now.records[layer]]
         self._count(now)
         for index, gradient in enumerate(gradients if flat else ()):
-            with _set_aside(now.retained):
+            with set_aside(now.retained):
                 found = torch.autograd.grad(
                     outputs,
                     [record.edge for record in flat],

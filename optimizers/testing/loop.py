@@ -88,7 +88,10 @@ def _arguments(target: Callable[..., Any]) -> tuple[list[str], bool]:
     for function in makers or [target]:
         parameters = list(inspect.signature(function).parameters.values())[len(makers) > 0 :]
         names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        open_ended = [p.name for p in parameters if p.kind is p.VAR_KEYWORD]
+        if open_ended == ["flags"]:  # of this project's optimizers: torch's flags, and nothing else
+            return [*names, "maximize"], False
+        if not open_ended:
             return names, False
     return names, True
 

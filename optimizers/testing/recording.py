@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optimizers.base import CurvatureOptimizer
 from optimizers.curvature.approximations import Diagonal
-from optimizers.curvature.layers import AffineLayer, Layer
+from optimizers.curvature.layers import AffineLayer, Flow, Layer
 from optimizers.curvature.samples import Samples
 
 #: Hyper-parameters under which a step's curvature is the empirical Fisher of its very batch, where an optimizer has
@@ -32,14 +32,14 @@ class Recording:
 
     Attributes:
         layers: the adapters by layer name, of all layers that the optimizer has a block for.
-        shown: (input, output gradient) of each call of a layer, by its name.
+        shown: what each backward pass left of a layer, by its name.
         examples: of the pass.
         scale: what turns a recorded gradient into one of the per-example loss.
     """
 
     def __init__(self, layers: dict[str, Layer], examples: int) -> None:
         self.layers = layers
-        self.shown: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+        self.shown: dict[str, list[Flow]] = {name: [] for name in layers}
         self.examples = examples
         self.scale = 1.0
 
@@ -47,17 +47,14 @@ class Recording:
         """One example's gradient by the parameters of a layer, in their shapes: the sum over the layer's calls.
 
         Raises:
-            ValueError: the layer's rows cannot be told apart by examples.
+            IndexError: nothing was recorded of this example.
         """
         layer = self.layers[name]
-        total: Tensor | int = 0
-        for x, g in self.shown[name]:
-            flow = layer.flow(x, g, self.examples)
-            one = tuple(t[example : example + 1] for t in flow)
-            # What a norm keeps of a pass are the rows themselves.
-            total = total + (one[0] if len(one) == 1 else layer.rows(*one))[0]
-        assert isinstance(total, Tensor)
-        total = total * self.scale
+        alone = [
+            Flow(layer, [(x[example : example + 1], g[example : example + 1]) for x, g in flow.calls]).rows()[0]
+            for flow in self.shown[name]
+        ]
+        total = torch.stack(alone).sum(0) * self.scale
         if isinstance(layer, AffineLayer):
             return layer.from_matrix(total.view(layer.groups, layer.d_out, layer.columns))
         sizes = [p.numel() for p in layer.parameters]
@@ -97,10 +94,10 @@ def recorded_gradients(
         shown = recording.shown[name]
 
         def accumulate(
-            x: Tensor, g: Tensor, shown: list[Any] = shown, own: Callable[[Tensor, Tensor], None] = block.accumulate
+            flow: Flow, shown: list[Flow] = shown, own: Callable[[Flow], None] = block.accumulate
         ) -> None:
-            shown.append((x.detach().clone(), g.detach().clone()))
-            own(x, g)
+            shown.append(Flow(flow.layer, [(x.clone(), g.clone()) for x, g in flow.calls], flow.when))
+            own(flow)
 
         setattr(block, "accumulate", accumulate)  # noqa: B010 - of this object alone
     for batch in (other, inputs):
@@ -112,9 +109,12 @@ def recorded_gradients(
         if recorder._deferred:
             (seed,) = torch.autograd.grad(value, outputs, retain_graph=True)
             unit = examples if optimizer.loss_reduction == "mean" else 1
-            recorder.differentiate(outputs, [unit * seed], None)
+            seen = recorder.settle(optimizer._as_observations(outputs, None))
+            seed = recorder.arrange(optimizer._as_observations(seed, None))
+            recorder.differentiate(seen, [unit * seed])
         else:
             optimizer.backward(value, outputs)
+    recorder.finish()
     recording.scale, _ = optimizer._scaling()
     return recording
 

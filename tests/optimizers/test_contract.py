@@ -29,7 +29,6 @@ from optimizers import (
     Lanczos,
     TwoLevelKFAC,
 )
-from optimizers.natural_gradient import NaturalGradient
 from optimizers.packaged import EXCEPTIONS, muon
 from optimizers.testing import parametrize_with_checks
 from optimizers.testing.checks import check_every_trainable_tensor_moves
@@ -132,14 +131,6 @@ POINTS = {
 }
 # What holds for all of a package.
 PACKAGED = "pytorch_optimizer"
-# Not done yet by the optimizers of this project: by check, whose and why.
-NOT_YET: dict[str, tuple[tuple[type, ...], str]] = {
-    "check_copies_of_model_and_optimizer": ((CurvatureOptimizer,), "an optimizer is copied without its recorder"),
-    "check_state_dict_hooks": ((CurvatureOptimizer,), "curvature is added around what hooks see"),
-    "check_tensor_learning_rate": ((AdaFisher, AdaHessian), "torch's fused updates take numbers"),
-    "check_no_gradient_no_move": ((AdaHessian,), "a due step without gradients is refused"),
-    "check_empty_batch": ((NaturalGradient,), "statistics of no examples are refused"),
-}
 
 
 def known_failures() -> dict[str, dict[str, str]]:
@@ -148,9 +139,6 @@ def known_failures() -> dict[str, dict[str, str]]:
     for (name, point), reason in EXCEPTIONS.items():
         for one in THEIRS if name == PACKAGED else {name} & set(OPTIMIZERS):
             found[one] |= dict.fromkeys(POINTS.get(point, ()), reason)
-    for name in OURS:
-        kind: Any = OPTIMIZERS[name].func
-        found[name] |= {check: why for check, (kinds, why) in NOT_YET.items() if issubclass(kind, kinds)}
     return found
 
 

@@ -29,6 +29,7 @@ from optimizers import (
     Gaussian,
     TwoLevelKFAC,
 )
+from optimizers.curvature.layers import Flow
 from optimizers.testing import check_curvature, check_optimizer, optimizer_checks, parametrize_with_checks
 from optimizers.testing.curvature import CurvatureReport
 from optimizers.testing.problems import PROBLEMS, conv_net, images, mlp, tokens
@@ -219,7 +220,9 @@ def test_examples_that_depend_on_each_other_are_said_to() -> None:
 
     report = check(Centred(), images())
     assert report.ok and any("depend on the others" in note for note in report.notes)
-    assert all(layer.apart is None and layer.reproduced < 1e-8 for layer in report.layers)
+    first, last = report.layers
+    assert first.reason.startswith("rows of one example hold gradients of others")
+    assert last.apart is None and last.reproduced < 1e-8
 
 
 def test_a_model_that_draws_even_in_evaluation_is_refused() -> None:
@@ -286,25 +289,20 @@ class Faulty(KFAC):
     def __init__(self, *args: Any, fault: str, layer: str = "other", **kwargs: Any) -> None:
         self.fault, self.layer = fault, layer
         self.kept: dict[str, Tensor] = {}
-        self.calls = 0
         super().__init__(*args, **kwargs)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        self.calls = 0
-
-    def _observe(self, layer: Any, x: Tensor, g: Tensor) -> None:
+    def _observe(self, flow: Flow) -> None:
+        layer, calls = flow.layer, flow.calls
         if self.fault == "layers swapped" and layer.name in ("other", "head"):
             layer = self.blocks["head" if layer.name == "other" else "other"].layer
         elif self.fault == "a call dropped" and layer.name == "shared":
-            self.calls += 1
-            if self.calls > 1:
-                return
+            calls = calls[:1]
         elif layer.name == self.layer and self.fault == "stale input":
-            x, self.kept["x"] = self.kept.get("x", x), x
+            ((x, g),) = calls
+            calls, self.kept["x"] = [(self.kept.get("x", x), g)], x
         elif layer.name == self.layer and self.fault in ROWS:
-            x, g = ROWS[self.fault](x, g)
-        super()._observe(layer, x, g)
+            calls = [ROWS[self.fault](x, g) for x, g in calls]
+        super()._observe(Flow(layer, calls, flow.when))
 
 
 @pytest.mark.parametrize("fisher", ["sampled", "empirical"])
@@ -322,8 +320,9 @@ def test_a_planted_fault_is_found_in_its_layer(fault: str, fisher: str) -> None:
 
 def test_a_transposed_image_is_found_in_a_convolution() -> None:
     class Transposed(KFAC):
-        def _observe(self, layer: Any, x: Tensor, g: Tensor) -> None:
-            super()._observe(layer, x.mT if layer.name == "3" else x, g)
+        def _observe(self, flow: Flow) -> None:
+            turned = flow.layer.name == "3"
+            super()._observe(Flow(flow.layer, [(x.mT if turned else x, g) for x, g in flow.calls], flow.when))
 
     report = check(conv_net(), images(), Transposed)
     assert [layer.module for layer in report.wrong] == ["3"]
@@ -331,9 +330,11 @@ def test_a_transposed_image_is_found_in_a_convolution() -> None:
 
 def test_positions_taken_for_examples_add_up_and_are_found() -> None:
     class Sequences(KFAC):
-        def _observe(self, layer: Any, x: Tensor, g: Tensor) -> None:
-            flipped = layer.name == "attention.0.qkv"
-            super()._observe(layer, *((x.transpose(0, 1), g.transpose(0, 1)) if flipped else (x, g)))
+        def _observe(self, flow: Flow) -> None:
+            if flow.layer.name == "attention.0.qkv":
+                calls = [(x.transpose(0, 1), g.transpose(0, 1)) for x, g in flow.calls]
+                flow = Flow(flow.layer, calls, flow.when)
+            super()._observe(flow)
 
     inputs, targets = torch.randint(0, 11, (7, 7)), torch.randint(0, 11, (7, 7))
     report = check(SmallGPT(), (inputs, targets), Sequences)
@@ -507,8 +508,8 @@ def test_debug_verify_ends_with_an_error_where_something_deviates(tmp_path: Path
     (tmp_path / "faulty.py").write_text(
         "from optimizers import KFAC\n"
         "class Faulty(KFAC):\n"
-        "    def _observe(self, layer, x, g):\n"
-        "        super()._observe(layer, x, 1.05 * g)\n"
+        "    def _observe(self, flow):\n"
+        "        super()._observe(flow.scaled(1.05))\n"
     )
     program = (
         "import sys; sys.path.insert(0, '.'); import optimizers, faulty, train; optimizers.KFAC = faulty.Faulty; "
