@@ -21,6 +21,7 @@ from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import COMPUTED, Flow, Layer, adapt, layer_kinds
 from optimizers.curvature.losses import stated
+from optimizers.curvature.probe import DEAD
 from optimizers.curvature.recorder import NOT_CALLED, NOT_SEEN, Recorder, remove_dead_hooks
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -503,7 +504,8 @@ class CurvatureOptimizer(Optimizer):
 
     def _tell(self) -> None:
         """Warn of layers without curvature, once each."""
-        new = [name for name in self._reasons if name not in self._told]
+        # What has no gradient is not trained, either, and may have one later.
+        new = [name for name, reason in self._reasons.items() if name not in self._told and reason != DEAD]
         if not new:
             return
         self._told.update(new)
@@ -782,6 +784,7 @@ class CurvatureOptimizer(Optimizer):
             "updated_at": self._updated_at,
             "layers": {name: dict(block.factors) for name, block in self.blocks.items() if block.factors},
             "kinds": {name: type(block).__name__ for name, block in self.blocks.items() if block.factors},
+            "rows": "" if self._recorder is None else self._recorder.state(),
         }
 
     def _check(self, saved: dict[str, Any]) -> None:
@@ -803,6 +806,9 @@ class CurvatureOptimizer(Optimizer):
         """Take over what ``_curvature`` returned, copied, in the precision and on the device of the layers here."""
         self.steps = int(saved["steps"])
         self._updated_at = int(saved.get("updated_at", LONG_AGO))
+        if self._recorder is not None and saved.get("rows"):
+            self._recorder.restore(saved["rows"])
+            self._reasons = self._recorder.reasons()
         for name, block in self.blocks.items():
             block.factors = adopted(saved["layers"].get(name, {}), block.layer.parameters[0])
 

@@ -24,8 +24,14 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.bfloat16: 1e-1, tor
 
 AROUND = "its rows do not reproduce its gradient: weights used outside of the layer, or changed by hooks"
 AMBIGUOUS = "its rows can be read in two ways: examples cannot be told apart"
-MIXED = "rows of one example hold gradients of others: examples are mixed, regrouped or share the input"
-UNFIT = "no dimension of its rows belongs to the examples: an input that all examples share, or gathered rows"
+MIXED = (
+    "rows of one example hold gradients of others: examples are mixed, regrouped or share the input (hand over outputs "
+    "[batch, ..., features]; what does not count is said by -100 or mask=)"
+)
+UNFIT = (
+    "no dimension of its rows belongs to the examples: an input that all examples share, or gathered rows (hand over "
+    "outputs [batch, ..., features]; what does not count is said by -100 or mask=)"
+)
 DEAD = "no gradient has come through it yet"
 
 
@@ -142,8 +148,8 @@ def _offsets_covered(energies: Sequence[Tensor], layout: Layout, examples: int) 
 
 def energy(g: Tensor, leading: int) -> Tensor:
     """Squares of an output gradient by its leading dimensions."""
-    wide = g.detach().double().square()
-    return wide.flatten(leading).sum(-1) if leading < g.dim() else wide
+    own = list(range(leading, g.dim()))
+    return torch.linalg.vector_norm(g.detach(), dim=own, dtype=torch.float64).square() if own else g.double().square()
 
 
 def distance(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import types
 import weakref
@@ -126,10 +127,15 @@ class _Record:
         whole[..., self.rows[0] : self.rows[1]] = g
         return whole
 
-    def input(self, dtype: torch.dtype) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layer's statistics."""
+        return torch.float64 if self.layer.parameters[0].dtype == torch.float64 else torch.float32
+
+    def input(self) -> Tensor:
         """The input as the adapter takes it."""
         if self.prepared is None:
-            self.prepared = self.layer.prepared(self.x.to(dtype) if self.x.is_floating_point() else self.x)
+            self.prepared = self.layer.prepared(self.x.to(self.dtype) if self.x.is_floating_point() else self.x)
         return self.prepared
 
 
@@ -157,6 +163,67 @@ class _Pass:
             self.records.setdefault(layer, []).extend(records)
         for layer, count in other.unseen.items():
             self.unseen[layer] = self.unseen.get(layer, 0) + count
+
+
+@dataclass
+class _Look:
+    """What a probe's passes show of a layer.
+
+    Attributes:
+        energies: squared output gradients by leading dimension, by call and pass; None where none came.
+        totals: what the rows of the first pass add up to, in tensors shaped like the parameters.
+        size: of the summands, to tell rounding by.
+        coarse: the dtype that the sums are as precise as.
+        wrong: rows have other shapes than the layer's.
+    """
+
+    energies: list[list[Tensor | None]]
+    totals: list[Tensor] = field(default_factory=list)
+    size: float = 0.0
+    coarse: torch.dtype = torch.float64
+    wrong: bool = False
+
+    def take(self, records: Sequence[_Record], found: Sequence[Tensor | None], first: bool) -> None:
+        """Take in the output gradients of a pass; they are not kept."""
+        for record, g, energies in zip(records, found, self.energies, strict=True):
+            if g is None:
+                energies.append(None)
+                continue
+            self.coarse = max(self.coarse, g.dtype, record.layer.parameters[0].dtype, key=_tolerance)
+            g = record.gradient(g)
+            energies.append(probe.energy(g, record.layer.leading(record.x, g)))
+            if not first:
+                continue
+            x, g = record.input(), g.to(record.dtype)
+            if not record.layer.leading(record.x, g):
+                x, g = x.unsqueeze(0), g.unsqueeze(0)
+            try:
+                totals = record.layer.total(x, g)
+            except (RuntimeError, IndexError):  # its weight was used in another way
+                self.wrong = True
+                continue
+            self.totals = [a + b for a, b in zip(self.totals, totals, strict=True)] if self.totals else totals
+            self.size = (self.size**2 + float(x.double().square().sum() * g.double().square().sum())) ** 0.5
+
+    def reproduces(self, layer: Layer, by_weight: dict[Tensor, Tensor | None]) -> bool:
+        """Whether the rows add up to what autograd gives the parameters, but for rounding."""
+        if self.wrong or not self.totals:
+            return not self.wrong
+        pairs = [
+            (total, torch.zeros_like(total) if (right := by_weight[p]) is None else right)
+            for p, total in zip(layer.parameters, self.totals, strict=True)
+            if p in by_weight
+        ]
+        if not pairs:
+            return True
+        if probe.distance([a for a, _ in pairs], [b for _, b in pairs]) <= _tolerance(self.coarse):
+            return True
+        off = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs) ** 0.5
+        return off <= 100 * torch.finfo(self.coarse).eps * self.size  # it cancels out: what is left is rounding
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return probe.TOLERANCE.get(dtype, 1e-1)
 
 
 @dataclass
@@ -386,8 +453,16 @@ class Recorder:
     def _pass(self) -> _Pass:
         """The pass that operations are recorded in."""
         if not self._open or (self._open[-1].started and not self._recomputing()):
-            self._open.append(_Pass())
+            self._begin(_Pass())
         return self._open[-1]
+
+    def _begin(self, now: _Pass) -> None:
+        """Record in another pass from here on. Those that a backward pass has been through are done with."""
+        if not self._deferred:
+            for before in [p for p in self._open if p.started and not p.keep]:
+                self._finish(before)
+                self._open.remove(before)
+        self._open.append(now)
 
     @staticmethod
     def _recomputing() -> bool:
@@ -409,7 +484,7 @@ class Recorder:
             if self._open and not self._open[-1].records and not self._open[-1].unseen:
                 self._open.pop()
             sizes = [len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-            self._open.append(_Pass(sizes))
+            self._begin(_Pass(sizes))
         self._weights = {}
         for layer in self._layers:
             tensor = layer.module._parameters.get(layer.keys[0])  # functional_call may have put another one there
@@ -616,7 +691,8 @@ class Recorder:
         tries = 1 if before is None else before.tries + 1
         if len(set(layouts)) == 1:
             layouts = layouts[:1]
-        self._verdicts[layer] = _Verdict(layouts, reason, _signature(records), tries, 0 if reason is None else 2**tries)
+        rest = 0 if reason is None else 2 ** min(tries - 1, 6)
+        self._verdicts[layer] = _Verdict(layouts, reason, _signature(records), tries, rest)
 
     def _look(
         self,
@@ -634,10 +710,10 @@ class Recorder:
         parts = [first, ~first] if confirm and examples > 1 else [first]
         edges = [record.edge for found in records.values() for record in found]
         weights = [p for layer in records for p in layer.parameters if p.requires_grad]
-        passes: list[Sequence[Tensor | None]] = []
+        seen = {layer: _Look([[] for _ in found]) for layer, found in records.items()}
         by_weight: dict[Tensor, Tensor | None] = {}
-        for part in parts:
-            wanted = edges if passes else [*edges, *weights]
+        for index, part in enumerate(parts):
+            wanted = edges if index else [*edges, *weights]
             seeds = [(root.edge, seed) for root in roots if (seed := _seed(root, layout, part, generator)) is not None]
             if not seeds:
                 return {layer: ([], probe.UNFIT) for layer in records}
@@ -653,46 +729,40 @@ class Recorder:
                     )
             finally:
                 self._probing = False
-            if not passes:
+            if not index:
                 by_weight = dict(zip(weights, found[len(edges) :], strict=True))
-            passes.append(found[: len(edges)])
-        with torch.no_grad():
-            result, start = {}, 0
-            for layer, mine in records.items():
-                gradients = [found[start : start + len(mine)] for found in passes]
-                start += len(mine)
-                result[layer] = self._read(layer, mine, gradients, parts, examples, by_weight)
-        return result
+            gradients = iter(found[: len(edges)])
+            with torch.no_grad():
+                for layer, mine in records.items():
+                    seen[layer].take(mine, [next(gradients) for _ in mine], index == 0)
+            del found, gradients
+        return {
+            layer: self._read(layer, records[layer], look, parts, examples, by_weight) for layer, look in seen.items()
+        }
 
+    @torch.no_grad()
     def _read(
         self,
         layer: Layer,
         records: Sequence[_Record],
-        passes: Sequence[Sequence[Tensor | None]],
+        look: _Look,
         parts: Sequence[Tensor],
         examples: int,
         by_weight: dict[Tensor, Tensor | None],
     ) -> tuple[list[Layout], str | None]:
         """A layer's layouts, a call each, or the reason why there are none."""
         layouts: list[Layout] = []
-        calls: list[tuple[Tensor, Tensor]] = []
-        coarse = layer.parameters[0].dtype
-        for record, *found in zip(records, *passes, strict=True):
-            like = next((g for g in found if g is not None), None)
+        for energies in look.energies:
+            like = next((energy for energy in energies if energy is not None), None)
             if like is None:
                 continue
-            gradients = [torch.zeros_like(like) if g is None else g for g in found]
-            gradients = [record.gradient(g) for g in gradients]
-            leading = layer.leading(record.x, gradients[0])
-            energies = [probe.energy(g, leading) for g in gradients]
-            read = probe.judged(energies, parts, examples, self._lenient)
+            full = [torch.zeros_like(like) if energy is None else energy for energy in energies]
+            read = probe.judged(full, parts, examples, self._lenient)
             if read == probe.DEAD:
                 continue
             if isinstance(read, str):
                 return [], read
             layouts.append(read)
-            coarse = max(coarse, like.dtype, key=lambda dtype: probe.TOLERANCE.get(dtype, 0.0))
-            calls += self._call(record, gradients[0], read, examples) or []
         if not layouts:
             missed = any((g := by_weight.get(p)) is not None and bool(g.any()) for p in layer.parameters)
             return [], (probe.AROUND if missed else probe.DEAD)
@@ -700,15 +770,10 @@ class Recorder:
             layouts = layouts[:1] * len(records) if len(set(layouts)) == 1 else []
         if not layouts:
             return [], probe.DEAD
-        pairs = _compared(layer, calls, by_weight)
-        if pairs is None or not _reproduced(pairs, calls, coarse):
-            return [], probe.AROUND
-        return layouts, None
+        return ([], probe.AROUND) if not look.reproduces(layer, by_weight) else (layouts, None)
 
     def _call(self, record: _Record, g: Tensor, layout: Layout, examples: int) -> list[tuple[Tensor, Tensor]] | None:
-        dtype = torch.float64 if record.layer.parameters[0].dtype == torch.float64 else torch.float32
-        x = record.input(dtype)
-        return probe.arranged(record.layer, x, g.to(dtype), layout, examples)
+        return probe.arranged(record.layer, record.input(), g.to(record.dtype), layout, examples)
 
     def _behind(self, now: _Pass, roots: list[_Root]) -> set[Node]:
         """Nodes that a gradient reaches through a reentrant checkpoint, on one way at least."""
@@ -724,6 +789,32 @@ class Recorder:
         if verdict is None or verdict.reason is not None:
             return None
         return verdict.layouts * len(records) if len(verdict.layouts) == 1 else verdict.layouts
+
+    def state(self) -> str:
+        """What has been found out of the layers, as text: a run that goes on need not find it out again."""
+        reading = None if self._reading is None else [self._reading[0].axis, self._reading[0].split]
+        layers = {
+            layer.name: [
+                [[layout.axis, layout.split] for layout in verdict.layouts],
+                verdict.reason,
+                verdict.signature,
+                verdict.tries,
+                verdict.rest,
+            ]
+            for layer, verdict in self._verdicts.items()
+        }
+        return json.dumps({"reading": reading, "layers": layers})
+
+    def restore(self, state: str) -> None:
+        """Take over what ``state`` returned."""
+        saved = json.loads(state)
+        self._reading = None if saved["reading"] is None else (Layout(*saved["reading"]), 0)
+        found = {layer.name: layer for layer in self._layers}
+        self._verdicts = {
+            found[name]: _Verdict([Layout(*layout) for layout in layouts], reason, tuple(signature), tries, rest)
+            for name, (layouts, reason, signature, tries, rest) in saved["layers"].items()
+            if name in found
+        }
 
     def reasons(self) -> dict[str, str]:
         """Layers of this step whose rows are not shown, by name, and why: refused, or never seen."""
@@ -795,9 +886,12 @@ class Recorder:
         """Show what has not been: calls whose outputs were not used, or passes that others were to follow."""
         if not self._deferred:
             for now in self._open:
-                for layer in list(now.records):
-                    if any(record.g is not None for record in now.records[layer]):
-                        self._show(now, layer)
+                self._finish(now)
+
+    def _finish(self, now: _Pass) -> None:
+        for layer in list(now.records):
+            if any(record.g is not None for record in now.records[layer]):
+                self._show(now, layer)
 
     @torch.no_grad()
     def _show(self, now: _Pass, layer: Layer, index: int = 0) -> None:
@@ -928,36 +1022,6 @@ def _ancestors(nodes: Iterable[Node]) -> set[Node]:
                 found.add(node)
                 stack.append(node)
     return found
-
-
-def _compared(
-    layer: Layer, calls: Sequence[tuple[Tensor, Tensor]], by_weight: dict[Tensor, Tensor | None]
-) -> list[tuple[Tensor, Tensor]] | None:
-    """What the rows add up to, beside what autograd gives the parameters; None where a layer cannot add them up."""
-    try:
-        totals = [layer.total(x, g) for x, g in calls]
-    except (RuntimeError, IndexError):  # rows of other shapes than the layer's: its weight was used in another way
-        return None
-    found = [sum(parts[1:], start=parts[0]) for parts in zip(*totals, strict=True)]
-    return [
-        (total, torch.zeros_like(total) if (right := by_weight[p]) is None else right)
-        for p, total in zip(layer.parameters, found, strict=True)
-        if p in by_weight
-    ]
-
-
-def _reproduced(
-    pairs: Sequence[tuple[Tensor, Tensor]], calls: Sequence[tuple[Tensor, Tensor]], coarse: torch.dtype
-) -> bool:
-    """Whether sums are equal, but for rounding."""
-    if not pairs:
-        return True
-    found, right = zip(*pairs, strict=True)
-    if probe.distance(found, right) <= probe.TOLERANCE.get(coarse, 1e-1):
-        return True
-    off = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs) ** 0.5
-    size = sum(float(x.double().square().sum() * g.double().square().sum()) for x, g in calls) ** 0.5
-    return off <= 100 * torch.finfo(coarse).eps * size  # the sum cancels out: what is left of it is rounding
 
 
 class TwiceDifferentiable:
