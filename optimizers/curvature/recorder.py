@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from optimizers.curvature import probe
 from optimizers.curvature.layers import Flow, Layer
@@ -265,6 +266,7 @@ class _Hook:
         self._method = weakref.WeakMethod(method) if method is not None else None
         self._context = context
 
+    @torch._disable_dynamo
     def __call__(self, *args: Any) -> None:
         method = self._method() if self._method is not None else None
         if method is not None and not torch.jit.is_tracing():  # a trace is no training, and hooks are none of it
@@ -329,8 +331,13 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self._recorder = recorder
+        self._owner = weakref.ref(recorder)
 
+    @property
+    def _recorder(self) -> Recorder:
+        return cast("Recorder", self._owner())
+
+    @torch._disable_dynamo
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept one call of a torch function."""
         kwargs = kwargs or {}
@@ -418,13 +425,10 @@ class Recorder:
         self.seen = False
         self.refused: dict[str, str] = {}
         self._lenient = any(isinstance(m, nn.SyncBatchNorm) for m in root.modules())
-        roots = {root: True} | {layer.module: False for layer in layers if layer.module is not root}
-        self._handles = []
-        for module, whole in roots.items():
-            self._handles += [
-                module.register_forward_pre_hook(_Hook(self._enter, whole), with_kwargs=True),
-                module.register_forward_hook(_Hook(self._leave, whole), with_kwargs=True, always_call=True),
-            ]
+        self._watch = _Watch(self)
+        self._handles = _hooked([root], self._enter, self._leave)
+        # Layers open the mode themselves as long as nobody has called the root.
+        self._doors = _hooked([m for m in self._by_module if m is not root], self._enter, self._leave)
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
@@ -438,9 +442,10 @@ class Recorder:
 
     def close(self) -> None:
         """Remove every hook. Idempotent."""
-        for handle in self._handles:
+        for handle in [*self._handles, *self._doors]:
             handle.remove()
         self._handles.clear()
+        self._doors.clear()
         self._open.clear()
 
     def __enter__(self) -> Recorder:
@@ -469,12 +474,16 @@ class Recorder:
         """Whether this is called from within a backward pass: a checkpoint's forward pass, once more."""
         return torch._C._current_graph_task_id() != -1
 
-    def _enter(self, whole: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._door is not None:
             self._depth += module is self._door[0]
-            if (layer := self._by_module.get(module)) is not None:
-                self._calls.append(len(self._pass.records.get(layer, ())) + self._pass.unseen.get(layer, 0))
+            self._enter_layer(module, args)
             return
+        whole = module is self._root
+        if whole and self._doors and not self._recomputing():
+            for handle in self._doors:
+                handle.remove()
+            self._doors.clear()
         if not (torch.is_grad_enabled() and self._root.training and self._due()) or _aside:
             return
         recomputing = self._recomputing()
@@ -491,23 +500,34 @@ class Recorder:
             if tensor is not None:
                 self._weights[id(tensor)] = layer
         stack = ExitStack()
-        stack.enter_context(_Watch(self))
+        stack.enter_context(self._watch)
+        if whole:
+            inner = _hooked([m for m in self._by_module if m is not module], self._enter_layer, self._leave_layer)
+            for handle in inner:
+                stack.callback(handle.remove)
         self._door, self._depth = (module, stack), 1
-        if (layer := self._by_module.get(module)) is not None:
-            self._calls.append(len(self._pass.records.get(layer, ())) + self._pass.unseen.get(layer, 0))
+        self._enter_layer(module, args)
 
-    def _leave(
-        self, whole: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _enter_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if (layer := self._by_module.get(module)) is not None:
+            self._calls.append(self._count_calls(layer))
+
+    def _leave_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        layer = self._by_module.get(module)
+        if layer is not None and self._calls and self._calls.pop() == self._count_calls(layer):
+            # A subclass that computes in another way: its own input and output have to do.
+            self._record(layer, args[0] if args else kwargs.get("input"), output, None)
+
+    def _count_calls(self, layer: Layer) -> int:
+        return len(self._pass.records.get(layer, ())) + self._pass.unseen.get(layer, 0)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._door is None:
             return
-        if (layer := self._by_module.get(module)) is not None and self._calls:
-            before = self._calls.pop()
-            if before == len(self._pass.records.get(layer, ())) + self._pass.unseen.get(layer, 0):
-                # A subclass that computes in another way: its own input and output have to do.
-                self._record(layer, args[0] if args else kwargs.get("input"), output, None)
+        self._leave_layer(module, args, kwargs, output)
         if module is not self._door[0]:
             return
+        whole = module is self._root
         self._depth -= 1
         if self._depth:
             return
@@ -963,6 +983,19 @@ class Recorder:
             self._open.clear()
         else:
             now.examples, now.serial = None, 0
+
+
+def _hooked(
+    modules: Iterable[nn.Module], before: Callable[..., None], after: Callable[..., None]
+) -> list[RemovableHandle]:
+    """Call methods before and after the forward passes of modules, also where these fail."""
+    handles = []
+    for module in modules:
+        handles += [
+            module.register_forward_pre_hook(_Hook(before), with_kwargs=True),
+            module.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True),
+        ]
+    return handles
 
 
 def _readings(sizes: Sequence[int], rows: int) -> list[tuple[Layout, int]]:

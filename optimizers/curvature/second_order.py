@@ -170,6 +170,7 @@ class SecondOrder(TorchFunctionMode):
 
     attention = False
 
+    @torch._disable_dynamo
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept one call of a torch function."""
         kwargs = kwargs or {}
@@ -184,14 +185,6 @@ class SecondOrder(TorchFunctionMode):
             return gate if func is F.hardsigmoid else x * gate
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _usual(*tensors: Tensor) -> bool:
-        x = tensors[0]
-        same = all(t.dtype == x.dtype for t in tensors)
-        return not (x.device.type == "cpu" and same and x.dtype in (torch.float32, torch.float64)) or (
-            torch.is_autocast_enabled("cpu")
-        )
-
     def _conv2d(
         self,
         x: Tensor,
@@ -202,7 +195,7 @@ class SecondOrder(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        if self._usual(x, weight) or x.dim() != 4 or isinstance(padding, str):
+        if _usual(x, weight) or x.dim() != 4 or isinstance(padding, str):
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         pair = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
         return _Conv2d.apply(x, weight, bias, (*pair, groups))
@@ -218,6 +211,14 @@ class SecondOrder(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if not training or weight is None or bias is None or self._usual(x, weight) or x.numel() == x.shape[1]:
+        if not training or weight is None or bias is None or _usual(x, weight) or x.numel() == x.shape[1]:
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
+
+
+def _usual(*tensors: Tensor) -> bool:
+    x = tensors[0]
+    same = all(t.dtype == x.dtype for t in tensors)
+    return not (x.device.type == "cpu" and same and x.dtype in (torch.float32, torch.float64)) or (
+        torch.is_autocast_enabled("cpu")
+    )
