@@ -566,11 +566,24 @@ class Recorder:
             if verdict is None:
                 found.append(layer)
             elif verdict.reason is None:
-                if not self._fits(verdict, records, examples):
+                if not self._fits(verdict, records, examples) or self._by_chance(verdict, records, examples, now.sizes):
                     found.append(layer)
             elif verdict.rest == 0 and (verdict.reason == probe.DEAD or verdict.signature != _signature(records)):
                 found.append(layer)
         return found
+
+    def _by_chance(
+        self, verdict: _Verdict, records: Sequence[_Record], examples: int, given: Sequence[int]
+    ) -> bool:
+        """Whether a layout may be that of outputs chosen among the rows: in line by chance, and not another time.
+
+        Where the model itself folds rows, the batch is as long as what it was given, and the rows are not.
+        """
+        layouts = verdict.layouts * (len(records) if len(verdict.layouts) == 1 else 1)
+        return any(
+            layout.split in ("slow", "fast") and (examples not in given or _sizes(record)[layout.axis] in given)
+            for layout, record in zip(layouts, records, strict=True)
+        )
 
     def _fits(self, verdict: _Verdict, records: Sequence[_Record], examples: int) -> bool:
         layouts = verdict.layouts
