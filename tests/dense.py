@@ -255,3 +255,208 @@ def two_level_direction(
     damped = fisher + damping * torch.eye(len(fisher))
     right = gradient if additive else gradient - damped @ fine
     return fine + coarse.T @ (torch.linalg.pinv(coarse @ damped @ coarse.T, hermitian=True) @ (coarse @ right))
+
+
+# --- models of any layout: who owns which row is told by the loss of single examples alone ---------------------------
+
+
+class Uses:
+    """What a pass does with each layer's weight: ``(x, y, first)`` a time, by the layer's name.
+
+    ``x`` are the inputs, ``y`` the outputs with their graph, ``first`` the row of the weight that the first output
+    belongs to, where a slice of the weight was used. Modules are seen by forward hooks; a model that uses a weight by
+    itself tells by calling its attribute ``told(module, x, y)``, where it has one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.found = model, {}
+        self.names = {module: name for name, module in model.named_modules()}
+
+    def add(self, module: nn.Module, x: Tensor, y: Tensor, first: int = 0) -> None:
+        self.found.setdefault(self.names[module], []).append((x.detach(), y, first))
+
+    def run(self, *args: object, **kwargs: object) -> object:
+        """The model's output; attention of torch is replaced by ``attend``."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
+            if y.requires_grad:
+                self.add(module, args[0] if args else kwargs["input"], y)
+
+        plain = (nn.Linear, nn.Conv1d, nn.Conv2d)
+        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in self.names if isinstance(m, plain)]
+        attention = [m for m in self.names if isinstance(m, nn.MultiheadAttention)]
+        for module in attention:
+            module.forward = lambda *a, module=module, **k: attend(self, module, *a, **k)
+        self.model.told = self.add
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            del self.model.told
+            for handle in handles:
+                handle.remove()
+            for module in attention:
+                del module.forward
+
+
+def attend(uses: Uses, module: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, **ignored: object) -> tuple:
+    """Attention by torch.nn's weights, without dropout and masks, in plain products."""
+    dim, heads = module.embed_dim, module.num_heads
+    weight, bias = module.in_proj_weight, module.in_proj_bias
+
+    def project(x: Tensor, start: int, stop: int) -> Tensor:
+        y = x @ weight[start:stop].T + bias[start:stop]
+        uses.add(module, x, y, start)
+        return y
+
+    if q is k and k is v:
+        parts = project(q, 0, 3 * dim).split(dim, -1)
+    elif k is v:
+        parts = (project(q, 0, dim), *project(k, dim, 3 * dim).split(dim, -1))
+    else:
+        parts = (project(q, 0, dim), project(k, dim, 2 * dim), project(v, 2 * dim, 3 * dim))
+    batched = [p if module.batch_first else p.transpose(0, 1) for p in parts]
+    split = [p.unflatten(-1, (heads, dim // heads)).transpose(1, 2) for p in batched]
+    scores = (split[0] @ split[1].mT / (dim // heads) ** 0.5).softmax(-1)
+    mixed = (scores @ split[2]).transpose(1, 2).flatten(2)
+    return module.out_proj(mixed if module.batch_first else mixed.transpose(0, 1)), None
+
+
+class LayerReference:
+    """A layer's Fisher block and its approximations, of gradients that were sent through the model one by one.
+
+    Attributes:
+        rows: gradients of single draws (an example's sampled loss, or a column of an observation's root), ``[k, p]``;
+            the block is ``rowsᵀ rows``. Affine layers in the order of their ``[d_out, d_in (+ 1)]`` matrix.
+        A: mean over all uses and positions of ``a aᵀ``; None for elementwise layers.
+        G: sum over draws, uses and positions of ``g gᵀ``; None likewise.
+    """
+
+    def __init__(self, rows: Tensor, a: Tensor | None, g: Tensor | None) -> None:
+        self.rows, self.A, self.G = rows, a, g
+        self.block = rows.T @ rows
+
+    def rearranged(self) -> Tensor:
+        """Z of the block: ``[columns², d_out²]``, so that ``Z(S (x) R) = vec(R) vec(S)ᵀ``."""
+        return rearrange(self.block, len(self.G), len(self.A))
+
+    def diagonal(self) -> Tensor:
+        """The exact diagonal."""
+        return self.block.diagonal().diag()
+
+    def kronecker(self) -> Tensor:
+        """K-FAC."""
+        return torch.kron(self.G, self.A)
+
+    def kronecker_diagonal(self) -> Tensor:
+        """AdaFisher's."""
+        return torch.kron(self.G.diagonal(), self.A.diagonal()).diag()
+
+    def eigen_corrected(self) -> Tensor:
+        """EKFAC: the block's own diagonal in the eigenbasis of K-FAC."""
+        basis = torch.kron(torch.linalg.eigh(self.G)[1], torch.linalg.eigh(self.A)[1])
+        return basis @ (basis.T @ self.block @ basis).diagonal().diag() @ basis.T
+
+    def nearest(self, terms: int) -> Tensor:
+        """The nearest sum of so many Kronecker products."""
+        return nearest_kronecker_sum(self.rearranged(), terms)
+
+    def corrected(self) -> Tensor:
+        """K-FAC and the nearest Kronecker product to what it leaves."""
+        rest = self.block - self.kronecker()
+        return self.kronecker() + nearest_kronecker_sum(rearrange(rest, len(self.G), len(self.A)), 1)
+
+
+def rearrange(block: Tensor, d_out: int, columns: int) -> Tensor:
+    """Van Loan's rearrangement of a block over a row-major ``[d_out, columns]`` matrix."""
+    return block.view(d_out, columns, d_out, columns).permute(1, 3, 0, 2).reshape(columns**2, d_out**2)
+
+
+def vectors(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs of an affine layer with a row a position: ``[n, d_in (+ 1)]`` and ``[n, d_out]``."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        flat = isinstance(layer, nn.Conv1d)
+        sizes = ((layer.kernel_size, 1), (layer.dilation, 1), (layer.padding, 0), (layer.stride, 1))
+        settings = [(lift, *size) if flat else size for size, lift in sizes]
+        x = F.unfold(x.unsqueeze(2) if flat else x, *settings).transpose(1, 2)
+        y = y.flatten(2).transpose(1, 2)
+    a = x.reshape(-1, x.shape[-1])
+    if getattr(layer, "bias", getattr(layer, "in_proj_bias", None)) is not None:
+        a = torch.cat([a, a.new_ones(len(a), 1)], 1)
+    return a, y.reshape(-1, y.shape[-1])
+
+
+def hessian_of(loss: Loss, outputs: Tensor, target: Tensor) -> Tensor:
+    """Hessian of one observation's loss by its outputs ``[features]``."""
+    return torch.autograd.functional.hessian(lambda o: loss(o.unsqueeze(0), target.unsqueeze(0)), outputs.detach())
+
+
+def draws(
+    fisher: str, loss: Loss, outputs: Tensor, targets: Tensor, sampled: Tensor, owners: Tensor, examples: int
+) -> list[Tensor]:
+    """Gradients by the outputs ``[n, features]`` whose outer products the Fisher matrix of the outputs is the sum of.
+
+    Args:
+        fisher: ``empirical``: an example's own gradient of the loss, which averages over observations; ``sampled``: its
+            gradient at other targets; ``exact``: an observation's columns of a root of its Hessian.
+        loss: sum over observations of their losses.
+        outputs: one observation a row.
+        targets: of the loss.
+        sampled: the other targets.
+        owners: which example an observation belongs to.
+        examples: how many there are.
+    """
+    leaf, n = outputs.detach().requires_grad_(), len(outputs)
+    if fisher == "exact":
+        found = []
+        for index in range(n):
+            values, basis = torch.linalg.eigh(hessian_of(loss, outputs[index], targets[index]))
+            for value, column in zip(values.clamp(min=0), basis.T, strict=True):
+                seed = torch.zeros_like(outputs)
+                seed[index] = column * (value / n).sqrt()
+                found.append(seed)
+        return found
+    (gradient,) = torch.autograd.grad(loss(leaf, sampled if fisher == "sampled" else targets), leaf)
+    scale = n**-0.5 if fisher == "sampled" else examples**0.5 / n
+    return [gradient * scale * (owners == example).unsqueeze(1) for example in range(examples)]
+
+
+def layer_references(model: nn.Module, uses: Uses, outputs: Tensor, seeds: list[Tensor]) -> dict[str, LayerReference]:
+    """What layers' curvature is, by their names, of what ``uses`` has seen and ``draws`` returned.
+
+    Args:
+        model: as it was run.
+        uses: which ran it.
+        outputs: the observations, ``[n, features]``, with their graph.
+        seeds: gradients by them.
+    """
+    owners = {name: [p for p in m.parameters(recurse=False)] for name, m in model.named_modules()}
+    owners = {name: own for name, own in owners.items() if own}
+    params = [p for own in owners.values() for p in own]
+    flat = [(name, *use) for name, found in uses.found.items() for use in found]
+    rows: dict[str, list[Tensor]] = {name: [] for name in owners}
+    inputs: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for name, x, y, _ in flat:
+        a = vectors(modules[name], x, y)[0]
+        inputs[name] = torch.cat([inputs[name], a]) if name in inputs else a
+    for seed in seeds:
+        wanted = [*params, *(y for _, _, y, _ in flat)]
+        found = torch.autograd.grad(outputs, wanted, seed, retain_graph=True, allow_unused=True)
+        found = [torch.zeros_like(t) if g is None else g for g, t in zip(found, wanted, strict=True)]
+        by_param = dict(zip(params, found, strict=False))
+        for name, own in owners.items():
+            parts = [by_param[p] for p in own]
+            if name in inputs:
+                parts = [torch.cat([parts[0].flatten(1), *(b.unsqueeze(1) for b in parts[1:])], 1)]
+            rows[name].append(flatten(parts))
+        for (name, x, _, first), g in zip(flat, found[len(params) :], strict=True):
+            g = vectors(modules[name], x, g)[1]
+            d_out = len(owners[name][0])
+            wide = F.pad(g, (first, d_out - first - g.shape[1]))
+            moments[name] = moments.get(name, torch.zeros(d_out, d_out)) + wide.T @ wide
+    return {
+        name: LayerReference(torch.stack(rows[name]), a if a is None else a.T @ a / len(a), moments.get(name))
+        for name in owners
+        for a in [inputs.get(name)]
+    }

@@ -142,6 +142,10 @@ class Operator(ABC):
     def start(self, matrices: Sequence[Tensor]) -> Tensor:
         """A right vector to start from, made of a ``[groups, o, o]`` matrix a layer, of the operator's kind."""
 
+    def fresh(self, matrices: Sequence[Tensor]) -> Tensor:
+        """A right vector like ``start``, in which small singular pairs have as large a part as others."""
+        return self.start(matrices)
+
     @abstractmethod
     def inner(self, basis: Tensor, vector: Tensor) -> Tensor:
         """Inner products ``[groups, k]`` of the vectors of a basis ``[groups, k, ...]`` with one of their kind."""
@@ -281,9 +285,16 @@ class GramCoefficients(Operator):
 
     def start(self, matrices: Sequence[Tensor]) -> Tensor:
         """See Operator. A matrix need not be of the form that coefficients can stand for; ``Z^T Z`` of it is."""
+        return self._right(self._to(self._images_of(matrices), self._a_gram))
+
+    def fresh(self, matrices: Sequence[Tensor]) -> Tensor:
+        """See Operator. Of a small pair, ``Z^T Z`` would leave the square of its singular value, which is rounding."""
+        return self._vector(self._projected(self._images_of(matrices)), self._g_gram)
+
+    def _images_of(self, matrices: Sequence[Tensor]) -> Tensor:
+        """``G_i V G_i^T`` of right matrices V."""
         pairs = zip(self._g, matrices, strict=True)
-        images = torch.cat([(g @ matrix.to(g).unsqueeze(1) @ g.mT).double() for g, matrix in pairs])
-        return self._right(self._to(images, self._a_gram))
+        return torch.cat([(g @ matrix.to(g).unsqueeze(1) @ g.mT).double() for g, matrix in pairs])
 
     def _left(self, v: Tensor) -> Tensor:
         return self._to(v[:, 1], self._a_gram)
@@ -440,7 +451,7 @@ def _lanczos(
         stuck = broken & ~done
         if bool(stuck.any()):
             needed = stuck.split([len(start) for start in starts])
-            fresh = operator.start(
+            fresh = operator.fresh(
                 [
                     _irregular(start, operator.kind, k) if bool(some.any()) else torch.zeros_like(start)
                     for start, some in zip(starts, needed, strict=True)

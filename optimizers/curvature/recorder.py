@@ -206,6 +206,24 @@ class _Look:
             self.totals = [a + b for a, b in zip(self.totals, totals, strict=True)] if self.totals else totals
             self.size = (self.size**2 + float(x.double().square().sum() * g.double().square().sum())) ** 0.5
 
+    def sized(self, layouts: Sequence[Layout], sizes: Tensor) -> bool:
+        """Whether rows are as many times those of the two halves as their examples were in a third pass.
+
+        Args:
+            layouts: one a call.
+            sizes: of the examples.
+        """
+        for layout, (one, other, last) in zip(layouts, self.energies, strict=True):
+            like = next((energy for energy in (one, other, last) if energy is not None), None)
+            if like is None:
+                continue
+            none = torch.zeros_like(like)
+            halves = (none if one is None else one) + (none if other is None else other)  # which have no row in common
+            right = halves * _by_example(sizes.square(), layout, halves.shape[layout.axis], len(sizes), halves)
+            if probe.distance([none if last is None else last], [right]) > 2 * _tolerance(self.coarse):
+                return False
+        return True
+
     def reproduces(self, layer: Layer, by_weight: dict[Tensor, Tensor | None]) -> bool:
         """Whether the rows add up to what autograd gives the parameters, but for rounding."""
         if self.wrong or not self.totals:
@@ -661,11 +679,24 @@ class Recorder:
             if verdict is None:
                 found.append(layer)
             elif verdict.reason is None:
-                if not self._fits(verdict, records, examples):
+                if not self._fits(verdict, records, examples) or self._by_chance(verdict, records, examples, now.sizes):
                     found.append(layer)
             elif verdict.rest == 0 and (verdict.reason == probe.DEAD or verdict.signature != _signature(records)):
                 found.append(layer)
         return found
+
+    def _by_chance(
+        self, verdict: _Verdict, records: Sequence[_Record], examples: int, given: Sequence[int]
+    ) -> bool:
+        """Whether a layout may be that of outputs chosen among the rows: in line by chance, and not another time.
+
+        Where the model itself folds rows, the batch is as long as what it was given, and the rows are not.
+        """
+        layouts = verdict.layouts * (len(records) if len(verdict.layouts) == 1 else 1)
+        return any(
+            layout.split in ("slow", "fast") and (examples not in given or _sizes(record)[layout.axis] in given)
+            for layout, record in zip(layouts, records, strict=True)
+        )
 
     def _fits(self, verdict: _Verdict, records: Sequence[_Record], examples: int) -> bool:
         layouts = verdict.layouts
@@ -695,14 +726,16 @@ class Recorder:
         ordered = usual + [r for r in readings if r not in usual]
         best: tuple[int, tuple[Layout, int], dict[Layer, tuple[list[Layout], str | None]]] | None = None
         for reading in ordered[:2] if records else []:
-            judged = self._look(now, records, roots, *reading, confirm=best is None)
-            wrong = sum(reason not in (None, probe.DEAD) for _, reason in judged.values())
+            judged = self._look(now, records, roots, *reading, hurry=len(ordered) > 1)
+            wrong = _wrong(judged)
             if best is None or wrong < best[0]:
                 best = (wrong, reading, judged)
             if wrong == 0:
                 break
         if best is not None:
-            _, self._reading, judged = best
+            wrong, self._reading, judged = best
+            if wrong and len(ordered) > 1:  # the look was a short one
+                judged = self._look(now, records, roots, *self._reading)
             for layer, (layouts, reason) in judged.items():
                 self._judge(layer, records[layer], layouts, reason)
 
@@ -721,44 +754,77 @@ class Recorder:
         roots: list[_Root],
         layout: Layout,
         examples: int,
-        confirm: bool,
+        hurry: bool = False,
     ) -> dict[Layer, tuple[list[Layout], str | None]]:
-        """What passes with seeds of one half of the examples, and of the other (``confirm``), show of each layer."""
+        """What passes with seeds of one half of the examples, and of the other, show of each layer.
+
+        In a hurry the first one will do, if it shows that the outputs are read in the wrong way.
+        """
         generator = torch.Generator().manual_seed(0)
         first = torch.zeros(examples, dtype=torch.bool)
         first[torch.randperm(examples, generator=generator)[: max(1, examples // 2)]] = True
-        parts = [first, ~first] if confirm and examples > 1 else [first]
+        parts = [first, ~first] if examples > 1 else [first]
         edges = [record.edge for found in records.values() for record in found]
         weights = [p for layer in records for p in layer.parameters if p.requires_grad]
         seen = {layer: _Look([[] for _ in found]) for layer, found in records.items()}
+        sent: list[list[Tensor]] = []
         by_weight: dict[Tensor, Tensor | None] = {}
-        for index, part in enumerate(parts):
-            wanted = edges if index else [*edges, *weights]
-            seeds = [(root.edge, seed) for root in roots if (seed := _seed(root, layout, part, generator)) is not None]
-            if not seeds:
-                return {layer: ([], probe.UNFIT) for layer in records}
-            self._probing = True
-            try:
-                with set_aside(now.retained):
-                    found = torch.autograd.grad(
-                        [edge for edge, _ in seeds],
-                        cast("list[Tensor]", wanted),
-                        [seed for _, seed in seeds],
-                        retain_graph=True,
-                        allow_unused=True,
-                    )
-            finally:
-                self._probing = False
-            if not index:
+        with_seeds = [root for root in roots if _seed(root, layout, first, torch.Generator()) is not None]
+        if not with_seeds:
+            return {layer: ([], probe.UNFIT) for layer in records}
+        for part in parts:
+            seeds = [cast("Tensor", _seed(root, layout, part, generator)) for root in with_seeds]
+            found = self._sent(now, with_seeds, seeds, edges if sent else [*edges, *weights])
+            if not sent:
                 by_weight = dict(zip(weights, found[len(edges) :], strict=True))
-            gradients = iter(found[: len(edges)])
-            with torch.no_grad():
-                for layer, mine in records.items():
-                    seen[layer].take(mine, [next(gradients) for _ in mine], index == 0)
-            del found, gradients
-        return {
-            layer: self._read(layer, records[layer], look, parts, examples, by_weight) for layer, look in seen.items()
-        }
+            self._take(seen, records, found, first=not sent)
+            del found
+            sent.append(seeds)
+            result = {
+                layer: self._read(layer, records[layer], look, parts, examples, by_weight)
+                for layer, look in seen.items()
+            }
+            if hurry and _wrong(result):
+                return result
+        folded = [layer for layer, (found, _) in result.items() if any(one.split in ("slow", "fast") for one in found)]
+        if len(parts) > 1 and folded and not self._lenient:
+            # Chosen rows may be in line by chance, as far as halves tell. A size for each example tells more.
+            sizes = 1 + torch.randperm(examples, generator=generator) / examples
+            seeds = [
+                (one + other) * _by_example(sizes, layout, one.shape[layout.axis], examples, one)
+                for one, other in zip(*sent, strict=True)
+            ]
+            self._take(seen, records, self._sent(now, with_seeds, seeds, edges), first=False)
+            for layer in folded:
+                if not seen[layer].sized(result[layer][0], sizes):
+                    result[layer] = [], probe.MIXED
+        return result
+
+    def _sent(
+        self, now: _Pass, roots: Sequence[_Root], seeds: Sequence[Tensor], wanted: Sequence[Any]
+    ) -> Sequence[Tensor | None]:
+        """Gradients of a backward pass of a probe."""
+        self._probing = True
+        try:
+            with set_aside(now.retained):
+                return torch.autograd.grad(
+                    [root.edge for root in roots],
+                    cast("list[Tensor]", wanted),
+                    list(seeds),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+        finally:
+            self._probing = False
+
+    @staticmethod
+    @torch.no_grad()
+    def _take(
+        seen: dict[Layer, _Look], records: dict[Layer, list[_Record]], found: Sequence[Tensor | None], first: bool
+    ) -> None:
+        gradients = iter(found)
+        for layer, mine in records.items():
+            seen[layer].take(mine, [next(gradients) for _ in mine], first)
 
     @torch.no_grad()
     def _read(
@@ -777,7 +843,7 @@ class Recorder:
             if like is None:
                 continue
             full = [torch.zeros_like(like) if energy is None else energy for energy in energies]
-            read = probe.judged(full, parts, examples, self._lenient)
+            read = probe.judged(full, parts[: len(full)], examples, self._lenient)
             if read == probe.DEAD:
                 continue
             if isinstance(read, str):
@@ -1036,6 +1102,17 @@ def _seed(root: _Root, layout: Layout, part: Tensor, generator: torch.Generator)
     mask = part[layout.labels(like.shape[layout.axis], len(part))]
     noise = noise * mask.view([-1 if axis == layout.axis else 1 for axis in range(like.dim())])
     return noise.to(like.device, like.dtype)
+
+
+def _wrong(judged: dict[Layer, tuple[list[Layout], str | None]]) -> int:
+    """How many layers' rows make no sense."""
+    return sum(reason not in (None, probe.DEAD) for _, reason in judged.values())
+
+
+def _by_example(values: Tensor, layout: Layout, size: int, examples: int, like: Tensor) -> Tensor:
+    """A value for each example, along its rows of a tensor."""
+    by_row = values[layout.labels(size, examples)].to(like)
+    return by_row.view([-1 if axis == layout.axis else 1 for axis in range(like.dim())])
 
 
 def _slice(weight: Tensor, base: Tensor) -> tuple[int, int] | None:

@@ -486,3 +486,18 @@ def test_other_functions_check_their_arguments() -> None:
         compress([matrix], [matrix], [], 1)
     with pytest.raises(ValueError, match=r"^radius must be at least 0"):
         location_mask(2, 2, -1)
+
+
+@pytest.mark.parametrize("form", ["coefficients", "locations", "gradients"])
+@pytest.mark.parametrize("ratio", [1e-3, 5e-5, 5e-6])
+def test_a_small_second_pair_is_found_from_the_first_one(ratio: float, form: str) -> None:
+    """A start that is the first pair itself leaves the Krylov space at once."""
+    a = torch.randn(1, 4, 1, 3, dtype=torch.float64)
+    g = torch.zeros(1, 4, 1, 3, dtype=torch.float64)
+    g[0, :3, 0, 0] = 1.0
+    g[0, 3, 0, 1] = ratio**0.5
+    z = rearranged(fisher(a[0], g[0]), 3, 3)
+    first = torch.diag(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
+    pairs = leading_pairs(a, g, 2, solver="lanczos", start=first, form=form)
+    difference = total(pairs, 0) - best(z, 2)
+    assert difference.norm() <= 1e-6 * best(z, 2).norm()
