@@ -6,7 +6,6 @@ The named families (densenet.py, mobilenet.py, transformers.py, focalnet.py) are
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,7 +17,6 @@ from models.plain import plain_layers
 from models.pretrained import Published, Statistics, load_pretrained, published_by_torchvision
 from models.stems import LARGEST_SMALL_IMAGE, set_first
 
-log = logging.getLogger(__name__)
 
 
 def timm_model(
@@ -137,8 +135,6 @@ def finish(
     """
     plain_layers(net)
     image = torch.zeros(1, in_channels, image_size, image_size, device=next(net.parameters()).device)
-    silent = {part: where for where, part in net.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
-    hooks = [part.register_forward_hook(lambda part, *_: silent.pop(part, None) and None) for part in silent]
     try:
         with torch.no_grad():
             outputs = net.eval()(image)
@@ -148,17 +144,8 @@ def finish(
             f"name {name} takes no images of {in_channels} × {image_size} × {image_size} ({why}): choose another model "
             "or another image size"
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not isinstance(outputs, Tensor) or outputs.shape != (1, num_classes):
         raise ValueError(f"name {name} is no classifier of images: choose another model")
-    if silent:
-        where = ", ".join(list(silent.values())[:2])
-        log.warning(
-            "%s uses the weights of %d layers (%s, ...) without calling them: optimizers that gather curvature from "
-            "layers treat these as parameters without curvature.", name, len(silent), where,
-        )  # fmt: skip
     load_pretrained(net.train(), pretrained, published)
     return net
 

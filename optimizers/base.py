@@ -249,7 +249,9 @@ class CurvatureOptimizer(Optimizer):
         model: the whole module (or None where the method needs parameters only). Wrappers are looked through.
         params: parameters or groups to train; default all of the model's.
         defaults: hyper-parameters of a group.
-        update_every: curvature is gathered every so many steps, starting with the first.
+        update_every: curvature is gathered every so many steps, starting with the first. Where no gradient has come
+            through a layer yet (behind a weight that starts at zero, say), once more after 1, 3, 7, 15, ... steps, up
+            to that interval.
         loss_reduction: how the loss sums over examples; the gradient of the per-example loss is worked out from it.
         flags: what torch's optimizers take besides: ``maximize`` (climb the loss; may differ between groups), and those
             in ``UNUSED_FLAGS``, at the values that ask for nothing.
@@ -285,6 +287,8 @@ class CurvatureOptimizer(Optimizer):
         self.loss_reduction = loss_reduction
         self.steps = 0
         self._updated_at = LONG_AGO
+        self._again: int | None = None  # the step at which curvature is gathered out of turn
+        self._silent = False  # whether no gradient has come yet through some layer
         self._unobserved = False
         self.rejected = 0  # layer statistics that were not finite and not used
         self.blocks: dict[str, Approximation] = {}
@@ -426,7 +430,10 @@ class CurvatureOptimizer(Optimizer):
 
     def _due(self) -> bool:
         """Whether the pass under way gathers curvature."""
-        return not self._unobserved and self.steps - self._updated_at >= self.update_every
+        if self._unobserved:
+            return False
+        in_turn = self.steps - self._updated_at >= self.update_every
+        return in_turn or (self._again is not None and self.steps >= self._again)
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
@@ -461,9 +468,9 @@ class CurvatureOptimizer(Optimizer):
         blocks = list(self.blocks.values())
         reasons = self._recorder.reasons() | {b.layer.name: COMPUTED for b in blocks if _is_replaced(b.layer)}
         device = blocks[0].layer.parameters[0].device
-        flags = [*(b.observed for b in blocks), *(b.layer.name in reasons for b in blocks), self._recorder.seen]
-        flags = communication.anywhere(flags, device)
-        *flags, self._saw = flags
+        own = [self._recorder.silent, self._recorder.seen]
+        flags = [*(b.observed for b in blocks), *(b.layer.name in reasons for b in blocks), *own]
+        *flags, self._silent, self._saw = communication.anywhere(flags, device)
         if not self._saw:
             warnings.warn(
                 "no backward pass came through the model in training mode since the last step, so its curvature was "
@@ -683,6 +690,8 @@ class CurvatureOptimizer(Optimizer):
             with record_function(CURVATURE):
                 if self._update_curvature():  # what saw nothing stays due
                     self._updated_at = self.steps
+                    # A weight that starts at zero lets gradients through after a step: not to wait an interval for it.
+                    self._again = 2 * self.steps + 1 if self._silent else None
         self._precondition()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -782,6 +791,7 @@ class CurvatureOptimizer(Optimizer):
         return {
             "steps": self.steps,
             "updated_at": self._updated_at,
+            "again_at": LONG_AGO if self._again is None else self._again,
             "layers": {name: dict(block.factors) for name, block in self.blocks.items() if block.factors},
             "kinds": {name: type(block).__name__ for name, block in self.blocks.items() if block.factors},
             "rows": "" if self._recorder is None else self._recorder.state(),
@@ -809,6 +819,8 @@ class CurvatureOptimizer(Optimizer):
         if self._recorder is not None and saved.get("rows"):
             self._recorder.restore(saved["rows"])
             self._reasons = self._recorder.reasons()
+        again = int(saved.get("again_at", LONG_AGO))
+        self._again = None if again == LONG_AGO else again
         for name, block in self.blocks.items():
             block.factors = adopted(saved["layers"].get(name, {}), block.layer.parameters[0])
 

@@ -6,7 +6,8 @@
 A family is a source file of its package; the smallest model of it stands for all. It is built as ``model=timm`` and
 ``model=torchvision`` build it, for images of the smallest side that it takes, and takes two steps with AdaFisher, K-FAC
 and AdaHessian on one batch of noise, in float64. ``ok`` means that the loss is finite and that every parameter with a
-gradient beyond rounding has moved. Results are kept in a file as they come; a second call goes on with what is missing.
+gradient beyond rounding has moved. Where no gradient came through some layer (behind a weight that starts at zero, or in
+front of a softmax over one place), K-FAC takes two more, on larger images if need be. Results are kept in a file as they come; a second call goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -35,12 +36,16 @@ from torch.nn import functional as F
 
 from models import timm_model, torchvision_model
 from optimizers import KFAC, AdaFisher, AdaHessian, Categorical, CurvatureOptimizer
+from optimizers.base import Coverage
+from optimizers.curvature.probe import DEAD
 from scripts.zoo import keep
 from training.schema import did_you_mean
 
 SIDES = (32, 64, 224, 240, 256)  # of images
 CLASSES = 10
 LARGEST = 150_000_000  # parameters, beyond which nothing is tried
+LARGE = 100  # side of images, beyond which a larger one is not tried for the sake of a layer without gradients
+FREE = "free parameter"
 FLAT = 1e-12  # of the largest gradient: one that is rounding alone, as of a bias in front of a batch norm
 
 # Wide factors are left to the diagonal: what is asked is what a model's layers do, not what they cost.
@@ -62,6 +67,7 @@ class Family:
         side: of the images; None: it was not built.
         why: it was not built.
         covered: share of the parameters under K-FAC's curvature.
+        layers: the same of the parameters of layers; those that belong to none (tokens, tables, scales) do not count.
         others: what the rest is, and how many lines of the coverage table say so.
         verdicts: by optimizer: ``ok``, or what happened.
     """
@@ -72,6 +78,7 @@ class Family:
     side: int | None = None
     why: str = ""
     covered: float | None = None
+    layers: float | None = None
     others: dict[str, int] = field(default_factory=dict)
     verdicts: dict[str, str] = field(default_factory=dict)
 
@@ -110,22 +117,47 @@ def examined(package: str, names: Sequence[str]) -> Family:
         try:
             model = build(found.model, in_channels=3, image_size=side, num_classes=CLASSES).double()
         except ValueError as error:
-            found.why = str(error)
-        else:
+            if found.side is None:
+                found.why = str(error)
+            continue
+        if found.side is None:
             found.side, found.why = side, ""
+            for name, make in OPTIMIZERS.items():
+                if name != "kfac":
+                    its = copy.deepcopy(model)
+                    optimizer = make(its)
+                    found.verdicts[name] = trained(its, optimizer, side)
+                    optimizer.close()
+        its = model
+        optimizer = OPTIMIZERS["kfac"](its)
+        verdict = trained(its, optimizer, side)
+        if verdict == "ok" and DEAD in _reasons(optimizer.coverage()):
+            verdict = trained(its, optimizer, side)
+        optimizer.close()
+        before, table = found.covered, optimizer.coverage()
+        if before is None or table.fraction > before:
+            found.side, found.verdicts["kfac"] = side, verdict
+            found.covered, found.layers = table.fraction, of_layers(table)
+            found.others = _reasons(table)
+        if verdict != "ok" or DEAD not in found.others or side > LARGE:
             break
-    if found.side is not None:
-        for name, make in OPTIMIZERS.items():
-            its = copy.deepcopy(model)
-            optimizer = make(its)
-            found.verdicts[name] = trained(its, optimizer, found.side)
-            if name == "kfac":
-                table = optimizer.coverage()
-                found.covered = table.fraction
-                reasons = (row[1] for row in table.rows if row[1].startswith("fallback: "))
-                found.others = dict(Counter(reason.removeprefix("fallback: ") for reason in reasons))
-            optimizer.close()
+    found.verdicts = {name: found.verdicts[name] for name in OPTIMIZERS if name in found.verdicts}
     return found
+
+
+def of_layers(table: Coverage) -> float:
+    """Share of the parameters of layers that are under curvature."""
+    counts: Counter[bool] = Counter()
+    for _, method, _, parameters, _ in table.rows:
+        if method != f"fallback: {FREE}":
+            counts[method.startswith("fallback")] += parameters
+    return counts[False] / max(counts.total(), 1)
+
+
+def _reasons(table: Coverage) -> dict[str, int]:
+    """Why there is no curvature, and how many lines of the table say so."""
+    reasons = (row[1] for row in table.rows if row[1].startswith("fallback: "))
+    return dict(Counter(reason.removeprefix("fallback: ") for reason in reasons))
 
 
 def trained(model: nn.Module, optimizer: CurvatureOptimizer, side: int) -> str:
@@ -157,13 +189,14 @@ def trained(model: nn.Module, optimizer: CurvatureOptimizer, side: int) -> str:
 
 def markdown(results: dict[str, Family]) -> str:
     """The table of docs/results/families.md."""
-    lines = ["| family | model | parameters | side | " + " | ".join(OPTIMIZERS) + " | under curvature | the rest |"]
-    lines.append("| --- | --- | ---: | ---: |" + " --- |" * len(OPTIMIZERS) + " ---: | --- |")
+    kinds = " | ".join(OPTIMIZERS)
+    lines = [f"| family | model | parameters | side | {kinds} | under curvature | of layers | the rest |"]
+    lines.append("| --- | --- | ---: | ---: |" + " --- |" * len(OPTIMIZERS) + " ---: | ---: | --- |")
     for name, it in results.items():
         verdicts = [it.verdicts.get(optimizer, "") for optimizer in OPTIMIZERS]
-        share = "" if it.covered is None else f"{math.floor(1000 * it.covered) / 10:.1f} %"
+        shares = ["" if x is None else f"{math.floor(1000 * x) / 10:.1f} %" for x in (it.covered, it.layers)]
         rest = it.why or ", ".join(f"{reason} ({count})" for reason, count in it.others.items())
-        cells = (name, f"`{it.model}`", f"{it.parameters:,}", it.side or "", *verdicts, share, rest)
+        cells = (name, f"`{it.model}`", f"{it.parameters:,}", it.side or "", *verdicts, *shares, rest)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

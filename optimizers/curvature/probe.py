@@ -22,7 +22,7 @@ LEAK = 1e-9
 #: Relative distance between the gradient of a weight and what the recorded rows make of it, by the coarsest dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 
-AROUND = "its rows do not reproduce its gradient: weights used outside of the layer, or changed by hooks"
+AROUND = "its rows do not reproduce its gradient: its weight is used outside of the layer, or changed before it is used"
 AMBIGUOUS = "its rows can be read in two ways: examples cannot be told apart"
 MIXED = (
     "rows of one example hold gradients of others: examples are mixed, regrouped or share the input (hand over outputs "

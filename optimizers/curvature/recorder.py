@@ -69,6 +69,9 @@ TWICE = (
     "for all but the last"
 )
 
+#: How often a layer that no gradient has come through is looked at pass by pass, before the pauses double.
+PATIENCE = 6
+
 #: Backward passes of our own under way, over all recorders: what they send is nobody's gradient.
 _aside = 0
 
@@ -744,7 +747,9 @@ class Recorder:
         tries = 1 if before is None else before.tries + 1
         if len(set(layouts)) == 1:
             layouts = layouts[:1]
-        rest = 0 if reason is None else 2 ** min(tries - 1, 6)
+        # A weight that starts at zero lets gradients through after a step.
+        patience = PATIENCE if reason == probe.DEAD else 1
+        rest = 0 if reason is None else 2 ** min(max(0, tries - patience), 6)
         self._verdicts[layer] = _Verdict(layouts, reason, _signature(records), tries, rest)
 
     def _look(
@@ -912,6 +917,11 @@ class Recorder:
             if verdict is not None and verdict.reason is not None:
                 found[layer.name] = verdict.reason
         return found
+
+    @property
+    def silent(self) -> bool:
+        """Whether no gradient has come yet through some layer that is called."""
+        return any(verdict.reason == probe.DEAD for verdict in self._verdicts.values())
 
     # -- showing -------------------------------------------------------------------------------------------------------
 
