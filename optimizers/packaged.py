@@ -184,7 +184,9 @@ def muon(
 def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights of linear layers and convolutions but the last, none of them shared between layers."""
     model = unwrap(model)
-    layers = [layer for name, module in model.named_modules() if isinstance(layer := adapt(name, module), AffineLayer)]
+    # What attention packs into one matrix is three, each with directions of its own: not one to orthogonalize.
+    whole = [(name, module) for name, module in model.named_modules() if not isinstance(module, nn.MultiheadAttention)]
+    layers = [layer for name, module in whole if isinstance(layer := adapt(name, module), AffineLayer)]
     weights = [layer.parameters[0] for layer in layers[:-1]]
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return [w for w in weights if owners[id(w)] == 1]

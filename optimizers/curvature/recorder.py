@@ -449,7 +449,10 @@ class Recorder:
         self._watch = _Watch(self)
         self._handles = _hooked([root], self._enter, self._leave)
         # Layers open the mode themselves as long as nobody has called the root.
-        self._doors = _hooked([m for m in self._by_module if m is not root], self._enter, self._leave)
+        self._doors = self._layer_doors()
+
+    def _layer_doors(self) -> list[RemovableHandle]:
+        return _hooked([module for module in self._by_module if module is not self._root], self._enter, self._leave)
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
@@ -558,6 +561,8 @@ class Recorder:
         self._weights = {}
         if whole and not self._deferred and not self._recomputing() and self._open:
             now = self._open[-1]
+            if now.unseen and not self._doors:  # a checkpoint may call the layers once more, in the backward pass
+                self._doors = self._layer_doors()
             for tensor in tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.requires_grad and tensor.dim() and tensor.is_floating_point():
                     now.outputs.append(_Root.of(tensor, max(1, tensor.dim() - 1)))

@@ -207,7 +207,7 @@ def test_same_padding_leaves_the_side_divided_by_the_stride(size: int, kernel: i
 
 
 def test_separate_attention_is_all_under_curvature() -> None:
-    """Of the packed module K-FAC sees nothing: its out_proj is never called."""
+    """And so is the packed module, whose out_proj is never called."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -224,5 +224,5 @@ def test_separate_attention_is_all_under_curvature() -> None:
         optimizer.step()
         return sorted(optimizer.curvature_matrices())
 
-    assert gathered(Net()) == ["head"]
+    assert gathered(Net()) == ["attention", "attention.out_proj", "head"]
     assert gathered(plain_layers(Net())) == [*(f"attention.{x}_proj" for x in ("k", "out", "q", "v")), "head"]

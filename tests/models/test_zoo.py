@@ -326,7 +326,7 @@ def test_a_name_that_timm_has_given_up_still_builds() -> None:
 
 
 @pytest.mark.parametrize("name", ["swin_t", "swinv2_tiny_window8_256", "beit_base_patch16_224"])
-def test_layers_that_are_gone_around_count_as_fallback_and_move(name: str) -> None:
+def test_layers_whose_weights_are_used_without_calling_them_are_under_curvature_and_move(name: str) -> None:
     net = goes_around(name)
     images, classes = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
     called = {layer.weight for layer in net.modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
@@ -340,20 +340,16 @@ def test_layers_that_are_gone_around_count_as_fallback_and_move(name: str) -> No
         hook.remove()
     silent = {layer for layer, module in net.named_modules() if getattr(module, "weight", None) in called}
     assert silent
-    for make in (lambda: AdaFisher(net), lambda: KFAC(net, max_factor_dim=8, likelihood=Categorical())):
+    for make in (lambda: AdaFisher(net, update_every=1), lambda: KFAC(net, max_factor_dim=8, likelihood=Categorical())):
         optimizer = make()
-        hopes = optimizer.coverage().fraction
         before = {layer: net.get_parameter(f"{layer}.weight").detach().clone() for layer in silent}
-        for _ in range(2):  # Swin-v2's branches start at zero: nothing flows back through them in the first step
+        for _ in range(3):  # Swin-v2's branches start at zero: nothing flows back through them in the first step
             optimizer.zero_grad()
             outputs = net(images)
             optimizer.backward(F.cross_entropy(outputs, classes), outputs)
             optimizer.step()
-        table = optimizer.coverage()
-        found = {row[0] for row in table.rows if row[1] == "fallback: the layer gave no statistics"}
-        assert found == silent
-        lost = sum(parameters(net.get_submodule(layer)) for layer in silent)
-        assert hopes - table.fraction == pytest.approx(lost / parameters(net))
+        table = {row[0]: row[1] for row in optimizer.coverage().rows}
+        assert not [layer for layer in silent if table[layer].startswith("fallback")], table
         assert not [layer for layer in silent if net.get_parameter(f"{layer}.weight").equal(before[layer])]
         optimizer.close()
 
