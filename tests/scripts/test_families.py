@@ -31,7 +31,7 @@ def test_two_models_and_what_is_done_stays(tmp_path: Path, capsys: pytest.Captur
     assert families.main(["test_nfnet", "--json", str(file)]) == 0
     first = json.loads(file.read_text())
     assert first["test_nfnet"]["side"] == 32 and set(first["test_nfnet"]["verdicts"].values()) == {"ok"}
-    assert first["test_nfnet"]["others"].keys() == {"unsupported layer ScaledStdConv2d"}
+    assert first["test_nfnet"]["others"].keys() == {"layer with extra parameters (gain)"}
     first["test_nfnet"]["covered"] = 0.5
     file.write_text(json.dumps(first))
     assert families.main(["test_nfnet", "mnasnet0_5", "--json", str(file), "--markdown"]) == 0
