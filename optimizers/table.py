@@ -110,7 +110,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
 NOTES = (
     "needs: the whole module, the model's outputs, a graph through gradients (no compile), an auxiliary pass.",
     "state: measured after two float32 steps on a 784-400-200-100 net.",
-    "layers: all = Linear, Conv1d, Conv2d, ConvTranspose2d, MultiheadAttention, norms, Embedding; for what else there is, Adam's step.",
+    "layers: all = Linear, Conv1d, Conv2d, ConvTranspose2d, MultiheadAttention, norms, Embedding; for what else there "
+    "is, Adam's step.",
     "numbers: all = weights in fp32, fp64 and bf16, and fp32 weights under bf16 autocast; tried out.",
     "ranks: whether curvature is averaged over processes or its statistics gathered, or made of averaged gradients.",
 )
