@@ -293,6 +293,25 @@ def _quiet(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     return lambda gradient: None if _aside else hook(gradient)
 
 
+class _QuietModuleHook:
+    """A module's backward hook of the model's own, likewise. It follows copies of the model."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return None if _aside else self.hook(*args)
+
+
+def _quieten(model: nn.Module) -> None:
+    """Put quiet ones in the place of modules' backward hooks; their handles remove them all the same."""
+    for module in model.modules():
+        for hooks in (module._backward_hooks, module._backward_pre_hooks):
+            for key, hook in hooks.items():
+                if not isinstance(hook, _QuietModuleHook):
+                    hooks[key] = _QuietModuleHook(hook)
+
+
 class Recorder:
     """Shows an observer the input and the output gradient of every layer, by example, as backward passes through it.
 
@@ -411,6 +430,7 @@ class Recorder:
         recomputing = self._recomputing()
         if recomputing and (self._deferred or not self._open or not self._open[-1].unseen):
             return
+        _quieten(self._root)
         if whole and not recomputing:
             if self._open and not self._open[-1].records and not self._open[-1].unseen:
                 self._open.pop()
