@@ -273,11 +273,17 @@ class _Arrival:
     def __init__(self, recorder: Recorder, now: _Pass, record: _Record | None = None) -> None:
         self._recorder, self._pass = weakref.ref(recorder), weakref.ref(now)
         self._record = None if record is None else weakref.ref(record)
+        self._layer = None if record is None else record.layer
 
     def __call__(self, gradient: Tensor) -> None:
         recorder, now = self._recorder(), self._pass()
-        if not _aside and recorder is not None and now is not None:
-            recorder.arrived(now, None if self._record is None else self._record(), gradient)
+        if _aside or recorder is None or now is None:
+            return
+        record = None if self._record is None else self._record()
+        if self._layer is not None and record is None:  # shown and let go of: in a backward pass before this one
+            recorder.refused[self._layer.name] = TWICE
+        else:
+            recorder.arrived(now, record, gradient)
 
 
 class _Hook:
@@ -380,6 +386,25 @@ class _Watch(TorchFunctionMode):
 def _quiet(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     """A tensor hook of the model's own that backward passes of ours do not wake."""
     return lambda gradient: None if _aside else hook(gradient)
+
+
+class _QuietModuleHook:
+    """A module's backward hook of the model's own, likewise. It follows copies of the model."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return None if _aside else self.hook(*args)
+
+
+def _quieten(model: nn.Module) -> None:
+    """Put quiet ones in the place of modules' backward hooks; their handles remove them all the same."""
+    for module in model.modules():
+        for hooks in (module._backward_hooks, module._backward_pre_hooks):
+            for key, hook in hooks.items():
+                if not isinstance(hook, _QuietModuleHook):
+                    hooks[key] = _QuietModuleHook(hook)
 
 
 class Recorder:
@@ -513,6 +538,7 @@ class Recorder:
         recomputing = self._recomputing()
         if recomputing and (self._deferred or not self._open or not self._open[-1].unseen):
             return
+        _quieten(self._root)
         if whole and not recomputing:
             if self._open and not self._open[-1].records and not self._open[-1].unseen:
                 self._open.pop()
@@ -646,10 +672,11 @@ class Recorder:
         """
         if not self._open:
             return outputs
-        now = self._open[0]
-        for other in self._open[1:]:
+        gone_through = [before for before in self._open if before.started]
+        now, *others = [one for one in self._open if not one.started] or [gone_through.pop()]
+        for other in others:
             now.merge(other)
-        self._open = [now]
+        self._open = [*gone_through, now]
         now.keep = keep
         self._find_examples(now, [_Root.of(outputs, max(1, outputs.dim() - 1))])
         return self.arrange(outputs)
@@ -940,7 +967,7 @@ class Recorder:
     def counts(self, counted: Tensor) -> None:
         """Tell which examples of the pass under way count, bool ``[examples]``: the others' gradients are zero."""
         if self._open:
-            self._open[0].counted = counted.cpu()
+            self._open[-1].counted = counted.cpu()
 
     def _count(self, now: _Pass) -> None:
         if now.serial:
