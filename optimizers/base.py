@@ -21,12 +21,16 @@ from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.layers import COMPUTED, Flow, Layer, adapt, layer_kinds
 from optimizers.curvature.losses import stated
+from optimizers.curvature.probe import DEAD
 from optimizers.curvature.recorder import NOT_CALLED, NOT_SEEN, Recorder, remove_dead_hooks
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 #: A step before all others.
 LONG_AGO = -(10**12)
+
+#: Steps within which it is no news that no gradient has come through a layer.
+STARTING = 3
 
 #: Parts of ``state_dict()["curvature"]`` that have an entry for each layer.
 BY_LAYER = ("layers", "kinds", "inverses", "block_updates", "samples", "inner")
@@ -509,8 +513,9 @@ class CurvatureOptimizer(Optimizer):
                 self._tell()
 
     def _tell(self) -> None:
-        """Warn of layers without curvature, once each."""
-        new = [name for name in self._reasons if name not in self._told]
+        """Warn of layers without curvature, once each; of one behind weights that start at zero after some steps."""
+        early = self.steps < STARTING
+        new = [n for n, reason in self._reasons.items() if n not in self._told and not (early and reason == DEAD)]
         if not new:
             return
         self._told.update(new)

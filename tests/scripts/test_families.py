@@ -31,13 +31,13 @@ def test_two_models_and_what_is_done_stays(tmp_path: Path, capsys: pytest.Captur
     assert families.main(["test_nfnet", "--json", str(file)]) == 0
     first = json.loads(file.read_text())
     assert first["test_nfnet"]["side"] == 32 and set(first["test_nfnet"]["verdicts"].values()) == {"ok"}
-    assert first["test_nfnet"]["others"].keys() == {"unsupported layer ScaledStdConv2d"}
+    assert first["test_nfnet"]["others"].keys() == {"layer with extra parameters (gain)"}
     first["test_nfnet"]["covered"] = 0.5
     file.write_text(json.dumps(first))
     assert families.main(["test_nfnet", "mnasnet0_5", "--json", str(file), "--markdown"]) == 0
     *_, nfnet, mnasnet = capsys.readouterr().out.splitlines()
-    assert nfnet.startswith("| test_nfnet | `test_nfnet` |") and "| 50.0 % | unsupported" in nfnet
-    assert mnasnet == "| mnasnet0_5 | `mnasnet0_5` | 2,218,512 | 32 | ok | ok | ok | 100.0 % |  |"
+    assert nfnet.startswith("| test_nfnet | `test_nfnet` |") and "| 50.0 % | 9.2 % | layer with" in nfnet
+    assert mnasnet == "| mnasnet0_5 | `mnasnet0_5` | 2,218,512 | 32 | ok | ok | ok | 100.0 % | 100.0 % |  |"
 
 
 @pytest.mark.usefixtures("float64")
