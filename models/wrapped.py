@@ -18,7 +18,6 @@ from models.pretrained import Published, Statistics, load_pretrained, published_
 from models.stems import LARGEST_SMALL_IMAGE, set_first
 
 
-
 def timm_model(
     name: str,
     pretrained: bool | str = False,

@@ -29,6 +29,9 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 #: A step before all others.
 LONG_AGO = -(10**12)
 
+#: Steps within which it is no news that no gradient has come through a layer.
+STARTING = 3
+
 #: Parts of ``state_dict()["curvature"]`` that have an entry for each layer.
 BY_LAYER = ("layers", "kinds", "inverses", "block_updates", "samples", "inner")
 
@@ -510,9 +513,9 @@ class CurvatureOptimizer(Optimizer):
                 self._tell()
 
     def _tell(self) -> None:
-        """Warn of layers without curvature, once each."""
-        # What has no gradient is not trained, either, and may have one later.
-        new = [name for name, reason in self._reasons.items() if name not in self._told and reason != DEAD]
+        """Warn of layers without curvature, once each; of one behind weights that start at zero after some steps."""
+        early = self.steps < STARTING
+        new = [n for n, reason in self._reasons.items() if n not in self._told and not (early and reason == DEAD)]
         if not new:
             return
         self._told.update(new)

@@ -1,13 +1,14 @@
 """Every family of timm and torchvision with three optimizers: does it build, does every parameter train, under what?
 
     python scripts/families.py --markdown
-    python scripts/families.py lcnet vit_b_32
+    python scripts/families.py lcnet vit_b_32 --optimizers kfac
 
 A family is a source file of its package; the smallest model of it stands for all. It is built as ``model=timm`` and
 ``model=torchvision`` build it, for images of the smallest side that it takes, and takes two steps with AdaFisher, K-FAC
 and AdaHessian on one batch of noise, in float64. ``ok`` means that the loss is finite and that every parameter with a
 gradient beyond rounding has moved. Where no gradient came through some layer (behind a weight that starts at zero, or in
-front of a softmax over one place), K-FAC takes two more, on larger images if need be. Results are kept in a file as they come; a second call goes on with what is missing.
+front of a softmax over one place), K-FAC takes two more, on larger images if need be. Results are kept in a file as
+they come; a second call goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -105,44 +106,53 @@ def smallest(package: str, names: Sequence[str]) -> tuple[str, int]:
     return name, sizes[name]
 
 
-def examined(package: str, names: Sequence[str]) -> Family:
-    """Build the smallest of some models and train it."""
-    found = Family(package, *smallest(package, names))
+def examined(package: str, names: Sequence[str], chosen: Sequence[str], found: Family | None = None) -> Family:
+    """Build the smallest of some models and train it.
+
+    Args:
+        package: timm or torchvision.
+        names: of models.
+        chosen: the optimizers.
+        found: what is known of others.
+    """
+    found = found or Family(package, *smallest(package, names))
     if found.parameters > LARGEST:
         found.why = f"more than {LARGEST:,} parameters"
         return found
     build = timm_model if package == "timm" else torchvision_model
+    left = list(chosen)
     for side in SIDES:
         torch.manual_seed(0)
         try:
             model = build(found.model, in_channels=3, image_size=side, num_classes=CLASSES).double()
         except ValueError as error:
-            if found.side is None:
-                found.why = str(error)
+            found.why = "" if found.side else str(error)
             continue
-        if found.side is None:
-            found.side, found.why = side, ""
-            for name, make in OPTIMIZERS.items():
-                if name != "kfac":
-                    its = copy.deepcopy(model)
-                    optimizer = make(its)
-                    found.verdicts[name] = trained(its, optimizer, side)
-                    optimizer.close()
-        its = model
-        optimizer = OPTIMIZERS["kfac"](its)
-        verdict = trained(its, optimizer, side)
-        if verdict == "ok" and DEAD in _reasons(optimizer.coverage()):
+        found.side, found.why = found.side or side, ""
+        for name in list(left):
+            its = copy.deepcopy(model)
+            optimizer = OPTIMIZERS[name](its)
             verdict = trained(its, optimizer, side)
-        optimizer.close()
-        before, table = found.covered, optimizer.coverage()
-        if before is None or table.fraction > before:
-            found.side, found.verdicts["kfac"] = side, verdict
-            found.covered, found.layers = table.fraction, of_layers(table)
-            found.others = _reasons(table)
-        if verdict != "ok" or DEAD not in found.others or side > LARGE:
+            if name != "kfac":
+                left.remove(name)
+                found.verdicts[name] = verdict
+            elif _looked_at(found, its, optimizer, side, verdict):
+                left.remove(name)
+            optimizer.close()
+        if not left:
             break
-    found.verdicts = {name: found.verdicts[name] for name in OPTIMIZERS if name in found.verdicts}
     return found
+
+
+def _looked_at(found: Family, model: nn.Module, optimizer: CurvatureOptimizer, side: int, verdict: str) -> bool:
+    """Take down what K-FAC covers, if it is more than is known; whether a larger image would show no more."""
+    if verdict == "ok" and DEAD in _reasons(optimizer.coverage()):
+        verdict = trained(model, optimizer, side)
+    table = optimizer.coverage()
+    if found.covered is None or table.fraction > found.covered:
+        found.side, found.verdicts["kfac"] = side, verdict
+        found.covered, found.layers, found.others = table.fraction, of_layers(table), _reasons(table)
+    return verdict != "ok" or DEAD not in found.others or side > LARGE
 
 
 def of_layers(table: Coverage) -> float:
@@ -205,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 1 if something that was built does not train."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, default=Path("families.json"), help="where results are kept (%(default)s)")
+    parser.add_argument("--optimizers", nargs="+", choices=[*OPTIMIZERS], default=[*OPTIMIZERS], help="(all)")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown at the end")
     parser.add_argument("names", nargs="*", help="families or models; none: all families")
     options = parser.parse_args(argv)
@@ -220,10 +231,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = json.loads(options.json.read_text()) if options.json.exists() else {}
     results = {name: Family(**kept[name]) for name in dict.fromkeys([*known, *kept]) if name in kept}
     for name, (package, models) in chosen.items():
-        if name not in results:
+        before = results.get(name)
+        left = [key for key in options.optimizers if before is None or not (before.why or key in before.verdicts)]
+        if left:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                results[name] = examined(package, models)
+                results[name] = examined(package, models, left, before)
             keep({key: asdict(value) for key, value in results.items()}, options.json)
             gc.collect()  # of the models that hooks and optimizers refer to in circles
         it = results[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -298,13 +297,6 @@ def test_every_optimizer_takes_two_steps(name: str) -> None:
             optimizer.close()
 
 
-def test_a_model_that_goes_around_its_layers_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), torch.device("meta"):
-        build("torchvision_model", CIFAR, name="swin_t")
-        build("torchvision_model", CIFAR, name="vit_b_32")
-    assert [r.getMessage().split(" (")[0] for r in caplog.records] == ["swin_t uses the weights of 24 layers"]
-
-
 def goes_around(name: str) -> nn.Module:
     """A net that multiplies by the weights of its attention's layers instead of calling them."""
     if name == "swin_t":
@@ -326,7 +318,7 @@ def test_a_name_that_timm_has_given_up_still_builds() -> None:
 
 
 @pytest.mark.parametrize("name", ["swin_t", "swinv2_tiny_window8_256", "beit_base_patch16_224"])
-def test_layers_whose_weights_are_used_without_calling_them_are_under_curvature_and_move(name: str) -> None:
+def test_layers_that_are_gone_around_have_curvature_and_move(name: str) -> None:
     net = goes_around(name)
     images, classes = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
     called = {layer.weight for layer in net.modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
@@ -340,16 +332,16 @@ def test_layers_whose_weights_are_used_without_calling_them_are_under_curvature_
         hook.remove()
     silent = {layer for layer, module in net.named_modules() if getattr(module, "weight", None) in called}
     assert silent
-    for make in (lambda: AdaFisher(net, update_every=1), lambda: KFAC(net, max_factor_dim=8, likelihood=Categorical())):
+    for make in (lambda: AdaFisher(net), lambda: KFAC(net, max_factor_dim=8, likelihood=Categorical())):
         optimizer = make()
         before = {layer: net.get_parameter(f"{layer}.weight").detach().clone() for layer in silent}
-        for _ in range(3):  # Swin-v2's branches start at zero: nothing flows back through them in the first step
+        for _ in range(2):  # Swin-v2's branches start at zero: nothing flows back through them in the first step
             optimizer.zero_grad()
             outputs = net(images)
             optimizer.backward(F.cross_entropy(outputs, classes), outputs)
             optimizer.step()
-        table = {row[0]: row[1] for row in optimizer.coverage().rows}
-        assert not [layer for layer in silent if table[layer].startswith("fallback")], table
+        found = {row[0] for row in optimizer.coverage().rows if not row[1].startswith("fallback")}
+        assert silent <= found
         assert not [layer for layer in silent if net.get_parameter(f"{layer}.weight").equal(before[layer])]
         optimizer.close()
 
