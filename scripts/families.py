@@ -6,8 +6,8 @@
 A family is a source file of its package; the smallest model of it stands for all. It is built as ``model=timm`` and
 ``model=torchvision`` build it, for images of the smallest side that it takes, and takes two steps with AdaFisher, K-FAC
 and AdaHessian on one batch of noise, in float64. ``ok`` means that the loss is finite and that every parameter with a
-gradient beyond rounding has moved. Where no gradient came through some layer (behind a weight that starts at zero, or in
-front of a softmax over one place), K-FAC takes two more, on larger images if need be. Results are kept in a file as
+gradient beyond rounding has moved. Where no gradient came through some layer (behind a weight that starts at zero, or
+in front of a softmax over one place), K-FAC takes two more, on larger images if need be. Results are kept in a file as
 they come; a second call goes on with what is missing.
 """
 

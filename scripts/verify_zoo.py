@@ -1,12 +1,12 @@
-"""Every model of configs/model: is what K-FAC and AdaFisher record of each layer right? (``check_curvature``)
+"""Every model of configs/model: is what K-FAC and AdaFisher record of each layer right, by ``check_curvature``?
 
     python scripts/verify_zoo.py --markdown
     python scripts/verify_zoo.py resnet18 gpt1_mini --verbose
 
 A model is built as ``python train.py model=...`` builds it, for small noise images or short random text, four examples.
-Each example's gradient, alone, is compared with the recorded one, layer by layer; the more so as nothing needs real data.
-Models that fit are checked in float64, the others in their own precision. Residual branches and heads that start at zero
-are given small random weights first, so that a gradient comes through every layer. Results are kept in a file as they
+Each example goes through the model alone, and its gradient is compared with the recorded one, layer by layer. Models
+that fit are checked in float64, the others in their own precision. Parameters that start at zero (branches, heads,
+biases) get small random values first, so that a gradient comes through every layer. Results are kept in a file as they
 come; a second call goes on with what is missing.
 """
 
@@ -113,7 +113,8 @@ def prepared(row: Row) -> tuple[nn.Module, Any, Tensor, Tensor]:
         text = torch.randint(known["vocabulary"], (EXAMPLES, known["sequence"] + 1), generator=generator)
         inputs, targets = text[:, :-1], text[:, 1:]
     else:
-        inputs = torch.rand(EXAMPLES, known["in_channels"], known["image_size"], known["image_size"], generator=generator)
+        side = known["image_size"]
+        inputs = torch.rand(EXAMPLES, known["in_channels"], side, side, generator=generator)
         targets = torch.randint(CLASSES, (EXAMPLES,), generator=generator)
         targets = inputs.flatten(1) if task == "reconstruction" else targets
     seed_everything(0)
