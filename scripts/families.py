@@ -199,11 +199,12 @@ def trained(model: nn.Module, optimizer: CurvatureOptimizer, side: int) -> str:
 
 def markdown(results: dict[str, Family]) -> str:
     """The table of docs/results/families.md."""
-    kinds = " | ".join(OPTIMIZERS)
+    shown = [name for name in OPTIMIZERS if any(name in it.verdicts for it in results.values())]
+    kinds = " | ".join(shown)
     lines = [f"| family | model | parameters | side | {kinds} | under curvature | of layers | the rest |"]
-    lines.append("| --- | --- | ---: | ---: |" + " --- |" * len(OPTIMIZERS) + " ---: | ---: | --- |")
+    lines.append("| --- | --- | ---: | ---: |" + " --- |" * len(shown) + " ---: | ---: | --- |")
     for name, it in results.items():
-        verdicts = [it.verdicts.get(optimizer, "") for optimizer in OPTIMIZERS]
+        verdicts = [it.verdicts.get(optimizer, "") for optimizer in shown]
         shares = ["" if x is None else f"{math.floor(1000 * x) / 10:.1f} %" for x in (it.covered, it.layers)]
         rest = it.why or ", ".join(f"{reason} ({count})" for reason, count in it.others.items())
         cells = (name, f"`{it.model}`", f"{it.parameters:,}", it.side or "", *verdicts, *shares, rest)

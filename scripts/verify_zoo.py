@@ -1,13 +1,13 @@
-"""Every model of configs/model: is what K-FAC and AdaFisher record of each layer right? ``check_curvature`` knows.
+"""Every model of configs/model: is what K-FAC and AdaFisher record of each layer right, by ``check_curvature``?
 
     python scripts/verify_zoo.py --markdown
     python scripts/verify_zoo.py resnet18 gpt1_mini --verbose
 
 A model is built as ``python train.py model=...`` builds it, for small noise images or short random text, four examples.
-Each example's gradient, alone, is compared with the recorded one, layer by layer; nothing needs real data. Models that
-fit are checked in float64, the others in their own precision. Residual branches and heads that start at zero are given
-small random weights first, so that a gradient comes through every layer. Results are kept in a file as they come; a
-second call goes on with what is missing.
+Each example goes through the model alone, and its gradient is compared with the recorded one, layer by layer. Models
+that fit are checked in float64, the others in their own precision. Parameters that start at zero (branches, heads,
+biases) get small random values first, so that a gradient comes through every layer. Results are kept in a file as they
+come; a second call goes on with what is missing.
 """
 
 from __future__ import annotations

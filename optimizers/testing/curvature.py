@@ -194,7 +194,7 @@ def check_curvature(
             return report
         case.settle_modes(twin)
         recording = recorded_gradients(optimizer, case.caller(twin), case.loss, case.inputs, case.rolled(), count)
-        errors, reached = _compare(case, recording, loss_reduction, dense_limit)
+        errors, reached = _compare(case, recording, loss_reduction, dense_limit, report.tolerance)
         plain = {key: value for key, value in PLAIN.items() if maker.accepts(key)}
         judge = case.copy()
         stepped = maker(judge, **given | plain)
@@ -399,7 +399,7 @@ class _Errors:
 
 
 def _compare(
-    case: _Case, recording: Recording, reduction: str, dense_limit: int
+    case: _Case, recording: Recording, reduction: str, dense_limit: int, tolerance: float
 ) -> tuple[dict[str, _Errors], dict[str, float]]:
     """What was recorded of every layer, against the references; and the norms of the loss's gradients by parameter."""
     references = case.references(reduction)
@@ -429,7 +429,10 @@ def _compare(
     for name, found in errors.items():
         own = [key for key in recording.names(name) if key in singles]
         layer_size = math.hypot(*(reached[key] for key in own)) * unit
-        negligible = max(NEGLIGIBLE * layer_size, NEGLIGIBLE**2 * everything * unit)
+        # A share of the layer's gradient that is rounding: of attention's key bias, say, on which nothing depends.
+        eps = torch.finfo(recording.layers[name].parameters[0].dtype).eps
+        negligible = max(NEGLIGIBLE, 100 * eps / tolerance) * layer_size
+        negligible = max(negligible, NEGLIGIBLE**2 * everything * unit)
         for key in own:
             apart = float((sums[key] - total[key] * unit).norm())
             found.reproduced = max(found.reproduced, _relative(apart, max(reached[key] * unit, negligible)))
