@@ -904,7 +904,8 @@ class CurvatureOptimizer(Optimizer):
     def _by_parameter(self, curvature: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         """Curvature as entries of the parameters' state; ``_joined`` is the inverse."""
         whole, layers = self._carriers()
-        rest = {key: value for key, value in curvature.items() if key not in BY_LAYER}
+        # What was found out of rows has no fixed size, which these checkpoints need: it is found out again.
+        rest = {key: value for key, value in curvature.items() if key not in (*BY_LAYER, "rows")}
         entries: dict[Tensor, dict[str, Any]] = {whole: {"whole": encoded(rest)}}
         for name, carrier in layers.items():
             own = {key: curvature[key][name] for key in BY_LAYER if name in curvature.get(key, {})}

@@ -359,15 +359,23 @@ class _Watch(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._owner = weakref.ref(recorder)
+        self._recorder: Recorder | None = None
 
-    @property
-    def _recorder(self) -> Recorder:
-        return cast("Recorder", self._owner())
+    def __enter__(self) -> _Watch:
+        """While active, the recorder lives, whoever has let go of it: it has to leave again."""
+        self._recorder = self._owner()
+        return super().__enter__()
+
+    def release(self) -> None:
+        """The pass is over."""
+        self._recorder = None
 
     @torch._disable_dynamo
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept one call of a torch function."""
         kwargs = kwargs or {}
+        if self._recorder is None:
+            return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             query = args[0] if args else kwargs["query"]
             with self, self._recorder.folded(query.shape[:-1]):
@@ -583,6 +591,7 @@ class Recorder:
             return
         self._door[1].close()
         self._door = None
+        self._watch.release()
         self._calls.clear()
         self._weights = {}
         if whole and not self._deferred and not self._recomputing() and self._open:
