@@ -1209,6 +1209,7 @@ class TwiceDifferentiable:
         if torch.is_grad_enabled() and self._due():
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             mode = stack.enter_context(SecondOrder())
+            mode.owner = self  # which lives until it has left again
         self._entered.append((stack, mode))
 
     def _exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

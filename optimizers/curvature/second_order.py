@@ -169,6 +169,7 @@ class SecondOrder(TorchFunctionMode):
     """
 
     attention = False
+    owner: Any = None
 
     @torch._disable_dynamo
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
