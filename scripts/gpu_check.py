@@ -1,7 +1,7 @@
 """Everything about the optimizers that a GPU may change, by one command: is it right, does it wait, what does it cost.
 
     python scripts/gpu_check.py
-    python scripts/gpu_check.py device=cpu size=toy only=kfac json=/tmp/gpu.json markdown=/tmp/gpu.md
+    python scripts/gpu_check.py device=cpu size=toy only=kfac json=toy.json markdown=toy.md
 
 It needs no data and no network. Checks go from the most to the least valuable, each one goes on after the failure of
 another, and those that would begin after ``seconds`` are listed as not run. Both files are written after every check,

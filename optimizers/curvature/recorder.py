@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from optimizers.curvature import probe
+from optimizers.curvature.approximations import statistics_dtype
 from optimizers.curvature.layers import Flow, Layer
 from optimizers.curvature.probe import Layout
 from optimizers.curvature.second_order import SecondOrder
@@ -134,7 +135,7 @@ class _Record:
     @property
     def dtype(self) -> torch.dtype:
         """Of the layer's statistics."""
-        return torch.float64 if self.layer.parameters[0].dtype == torch.float64 else torch.float32
+        return statistics_dtype(self.layer.parameters[0])
 
     def input(self) -> Tensor:
         """The input as the adapter takes it."""
@@ -265,6 +266,10 @@ class _Verdict:
     signature: tuple[int, ...]
     tries: int = 1
     rest: int = 0
+
+    def of(self, calls: int) -> list[Layout]:
+        """The layouts of so many calls; of another number if they are not alike."""
+        return self.layouts * calls if len(self.layouts) == 1 else self.layouts
 
 
 class _Arrival:
@@ -736,16 +741,13 @@ class Recorder:
 
         Where the model itself folds rows, the batch is as long as what it was given, and the rows are not.
         """
-        layouts = verdict.layouts * (len(records) if len(verdict.layouts) == 1 else 1)
         return any(
             layout.split in ("slow", "fast") and (examples not in given or _sizes(record)[layout.axis] in given)
-            for layout, record in zip(layouts, records, strict=True)
+            for layout, record in zip(verdict.of(len(records)), records, strict=True)
         )
 
     def _fits(self, verdict: _Verdict, records: Sequence[_Record], examples: int) -> bool:
-        layouts = verdict.layouts
-        if len(layouts) == 1:
-            layouts = layouts * len(records)
+        layouts = verdict.of(len(records))
         if len(layouts) != len(records):
             return False
         for layout, record in zip(layouts, records, strict=True):
@@ -920,7 +922,7 @@ class Recorder:
         verdict = self._verdicts.get(layer)
         if verdict is None or verdict.reason is not None:
             return None
-        return verdict.layouts * len(records) if len(verdict.layouts) == 1 else verdict.layouts
+        return verdict.of(len(records))
 
     def state(self) -> str:
         """What has been found out of the layers, as text: a run that goes on need not find it out again."""
