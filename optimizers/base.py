@@ -265,11 +265,14 @@ class CurvatureOptimizer(Optimizer):
         TypeError: for an argument that is none.
     """
 
+    #: Whether curvature is gathered more often at first: after 1, 3, 7, 15, ... steps, up to the interval.
+    early_updates: bool = False
+
     #: Whether gradients must be differentiable (no torch.compile, no fused attention on due steps).
     needs_graph: ClassVar[bool] = False
 
     #: Attributes that ``_attach`` and ``_restore`` make: a copy makes its own.
-    _bound: ClassVar[frozenset[str]] = frozenset({"blocks", "_recorder", "_uncovered", "_watching"})
+    _bound: ClassVar[frozenset[str]] = frozenset({"blocks", "_recorder", "_uncovered", "_watching", "_owners"})
 
     def __init__(
         self,
@@ -297,7 +300,7 @@ class CurvatureOptimizer(Optimizer):
         self.blocks: dict[str, Approximation] = {}
         self._recorder: Recorder | None = None
         self._watching: dict[str, Any] | None = None  # arguments of ``_watch``, once it was called
-        self._groups: dict[str, int] = {}  # which group a layer belongs to, by name
+        self._owners: dict[Tensor, int] = {}  # which group a parameter is in; made when asked for
         self._scale = 1.0
         self._uncovered: dict[str, str] = {}  # why parameters have no block, by name
         self._reasons: dict[str, str] = {}  # why layers with a block have no curvature, by name
@@ -388,7 +391,7 @@ class CurvatureOptimizer(Optimizer):
 
     def _watch_layers(self) -> None:
         assert self.model is not None and self._watching is not None
-        self._groups.clear()
+        self._owners = {}
         skip = self._watching["skip"]
         owners: dict[nn.Parameter, list[str]] = {}
         for module_name, module in self.model.named_modules():
@@ -426,10 +429,13 @@ class CurvatureOptimizer(Optimizer):
 
     def _group(self, layer: Layer) -> dict[str, Any]:
         """The group of a layer's weight; of its bias, where the weight is frozen and was left out."""
-        if layer.name not in self._groups:
-            owner = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
-            self._groups[layer.name] = next(owner[p] for p in layer.parameters if p in owner)
-        return self.param_groups[self._groups[layer.name]]
+        return next(group for p in layer.parameters if (group := self._group_of(p)) is not None)
+
+    def _group_of(self, p: Tensor) -> dict[str, Any] | None:
+        """The group that a parameter is in."""
+        if not self._owners:
+            self._owners = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        return self.param_groups[self._owners[p]] if p in self._owners else None
 
     def _due(self) -> bool:
         """Whether the pass under way gathers curvature."""
@@ -694,12 +700,13 @@ class CurvatureOptimizer(Optimizer):
                 if self._update_curvature():  # what saw nothing stays due
                     self._updated_at = self.steps
                     # A weight that starts at zero lets gradients through after a step: not to wait an interval for it.
-                    self._again = 2 * self.steps + 1 if self._silent else None
+                    self._again = 2 * self.steps + 1 if self._silent or self.early_updates else None
         self._precondition()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self._update_parameters(group, params, [p.grad for p in params])
+        self._look_back()
         self._reset()
         self.steps += 1
 
@@ -713,6 +720,9 @@ class CurvatureOptimizer(Optimizer):
 
     def _precondition(self) -> None:
         """Before the parameters' update: what has to be worked out over all groups together."""
+
+    def _look_back(self) -> None:
+        """After the parameters' update: what depends on where it led."""
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Update, in place, the parameters of one group that have gradients."""
@@ -861,7 +871,7 @@ class CurvatureOptimizer(Optimizer):
         """What a copy still has to do: attach itself to its model."""
         if (brought := self.__dict__.pop("_brought", None)) is None:
             return
-        self.blocks, self._recorder, self._uncovered, self._watching = {}, None, {}, None
+        self.blocks, self._recorder, self._uncovered, self._watching, self._owners = {}, None, {}, None, {}
         self._attach()
         self._restore(brought)
         self._reset()

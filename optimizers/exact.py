@@ -21,7 +21,7 @@ from optimizers.curvature.kronecker import Options
 from optimizers.curvature.layers import Layer
 from optimizers.curvature.samples import Observations, Samples
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Fisher, NaturalGradient, Stack
+from optimizers.natural_gradient import Fisher, KLOf, NaturalGradient, Stack, inner
 
 
 class SampledFisher(NaturalGradient):
@@ -57,8 +57,8 @@ class SampledFisher(NaturalGradient):
             samples.reset()
 
     def _damping(self, layer: Layer) -> float:
-        """Lambda of the layer's weight's group."""
-        return float(self._group(layer)["damping"])
+        """Lambda of a layer: its weight's group's, in units of the layer's mean eigenvalue if ``damping_unit`` says."""
+        return float(self._dampings([self.blocks[layer.name]]).mean())
 
     def _curvature(self) -> dict[str, Any]:
         """See NaturalGradient; also the samples in use, whose shapes are those of the last update's batch."""
@@ -95,12 +95,15 @@ class ExactNaturalGradient(SampledFisher):
         lr: learning rate.
         momentum: decay of the sum of past directions.
         damping: lambda.
+        damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         damping_mode: ``standard``: lambda; ``heuristic``: ``lambda (s_max(A) + s_max(G)) + lambda²``, layer by layer,
             with K-FAC's factors A and G of the same samples. That is how much the ``(A + lambda I) (x) (G + lambda I)``
             of a factored damping adds at most. Layers without such factors (norms, Embedding) have lambda.
         blocks: ``full``: F as it is; ``layer``: its diagonal blocks, a layer each (each layer has a damping of its own
             in either case).
         kl_clip: kappa; None: off.
+        kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
+        kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that F is taken on.
         update_every: steps between updates of the samples and of the decomposition.
@@ -125,9 +128,12 @@ class ExactNaturalGradient(SampledFisher):
         lr: float = 0.1,
         momentum: float = 0.9,
         damping: float = 1e-2,
+        damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["standard", "heuristic"] = "standard",
         blocks: Literal["full", "layer"] = "full",
         kl_clip: float | None = 1e-2,
+        kl_of: KLOf = "step",
+        kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 1.0,
         update_every: int = 1,
@@ -144,10 +150,12 @@ class ExactNaturalGradient(SampledFisher):
         check_choice("blocks", blocks, ("full", "layer"))
         self.damping_mode, self.coupled = damping_mode, blocks == "full"
         self._root = torch.empty(0)  # [1 or layers, m, m]: the Cholesky factors of I + Sᵀ L^-1 S
-        self._dampings = torch.empty(0)  # L, one a layer
+        self._shifts = torch.empty(0)  # L, one a layer
         super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
-            batch_fraction=batch_fraction, decay=0.0, update_every=update_every, refresh_every=1,
+            model, params, lr=lr, momentum=momentum, damping=damping,
+            damping_unit=damping_unit, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup, fisher=fisher,
+            batch_fraction=batch_fraction, decay=0.0,
+            update_every=update_every, early_updates=False, refresh_every=1,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=Options(), likelihood=likelihood,
             seed=seed, loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, flags=flags,
         )  # fmt: skip
@@ -177,8 +185,8 @@ class ExactNaturalGradient(SampledFisher):
         if not used:
             return
         members: list[Samples] = used  # type: ignore[assignment]
-        self._dampings = torch.stack([self._damping_of(samples) for samples in members])
-        grams = torch.stack([s.gram() / damping for s, damping in zip(members, self._dampings, strict=True)])
+        self._shifts = torch.stack([self._damping_of(samples) for samples in members])
+        grams = torch.stack([s.gram() / damping for s, damping in zip(members, self._shifts, strict=True)])
         if self.coupled:
             grams = grams.sum(0, keepdim=True)
         self._root, repaired = linalg.cholesky(linalg.symmetrize(grams), grams.new_ones(len(grams)))
@@ -202,25 +210,39 @@ class ExactNaturalGradient(SampledFisher):
         if not members:
             return []
         products = [s.dots(s.from_matrix(g)) for s, g in zip(members, gradients, strict=True)]
-        scaled = torch.stack(products).double() / self._dampings.unsqueeze(1)
+        scaled = torch.stack(products).double() / self._shifts.unsqueeze(1)
         if self.coupled:
             scaled = scaled.sum(0, keepdim=True)
         weights = torch.cholesky_solve(scaled.unsqueeze(-1), self._root).squeeze(-1).expand(len(members), -1)
         directions = []
-        for s, g, w, damping in zip(members, gradients, weights, self._dampings, strict=True):
+        for s, g, w, damping in zip(members, gradients, weights, self._shifts, strict=True):
             seen = s.to_matrix(s.combine(w))
             directions.append(((g - seen) / damping.to(seen.dtype)).to(g.dtype))
         return directions
+
+    def _has_moved(self) -> bool:
+        return self._updated_at == self.steps
+
+    def _squared(self, tensors: list[Tensor]) -> list[Tensor]:
+        """See NaturalGradient. Each layer's share of ``xᵀ (F + L) x``: blocks between layers go half to either."""
+        members: list[Samples] = [stack.blocks[0] for stack in self._stacks]  # type: ignore[misc]
+        seen = [s.dots(s.from_matrix(x)) for s, x in zip(members, tensors, strict=True)]
+        total = torch.stack(seen).sum(0) if self.coupled and seen else None
+        shares = []
+        for own, x, shift in zip(seen, tensors, self._shifts, strict=True):
+            product = torch.dot(own, own if total is None else total)
+            shares.append(product.view(1) + shift.to(own.dtype) * inner(x, x))
+        return self._by_group(shares)
 
     def _cache_bytes(self, block: Approximation) -> int:
         return self._root.numel() * self._root.element_size() // max(len(self._stacks), 1) if block.factors else 0
 
     def _curvature(self) -> dict[str, Any]:
         """See SampledFisher; also the decomposition."""
-        return super()._curvature() | {"inverses": {}, "gram": {"root": self._root, "dampings": self._dampings}}
+        return super()._curvature() | {"inverses": {}, "gram": {"root": self._root, "dampings": self._shifts}}
 
     def _restore(self, saved: dict[str, Any]) -> None:
         super()._restore(saved)
         self._stack()
         devices = [block.layer.parameters[0].device for block in self.blocks.values()] or [torch.device("cpu")]
-        self._root, self._dampings = (saved["gram"][key].to(devices[0], copy=True) for key in ("root", "dampings"))
+        self._root, self._shifts = (saved["gram"][key].to(devices[0], copy=True) for key in ("root", "dampings"))

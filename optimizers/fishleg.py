@@ -645,21 +645,9 @@ class FishLeg(CurvatureOptimizer):
     def _aside(self) -> Iterator[None]:
         """Forward passes that leave no trace, and all find the same random state."""
         assert self.model is not None
-        buffers = list(self.model.buffers())
-        saved = [buffer.clone() for buffer in buffers]
-        devices = {p.device for p in self.model.parameters()}
-        kind = next(iter(devices)).type
-        self._inputs.paused = True
-        try:
-            with (
-                torch.random.fork_rng([d for d in devices if d.type == "cuda"]),
-                torch.autocast(kind, enabled=False),
-            ):
-                yield
-        finally:
-            self._inputs.paused = False
-            for buffer, value in zip(buffers, saved, strict=True):
-                buffer.copy_(value)
+        kind = next(self.model.parameters()).device.type
+        with self._inputs.aside(), torch.autocast(kind, enabled=False):
+            yield
 
     def _outputs(self, call: Call) -> Tensor:
         assert self.model is not None

@@ -20,7 +20,7 @@ from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import EigenFactors, KroneckerFactors, Options
 from optimizers.curvature.layers import AffineLayer
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Fisher, NaturalGradient
+from optimizers.natural_gradient import Fisher, KLOf, NaturalGradient
 
 SOLVE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -46,14 +46,18 @@ class KFAC(NaturalGradient):
         lr: learning rate (alpha).
         momentum: decay of the sum of past directions.
         damping: lambda.
+        damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         damping_mode: ``factored``: ``(A + pi sqrt(lambda) I) (x) (G + sqrt(lambda) / pi I)``, two matrix products a
             solve; ``tikhonov``: ``A (x) G + lambda I`` in the eigenbasis, four.
         pi: split the factored damping by ``pi² = (tr A / dim A) / (tr G / dim G)``; false: evenly.
         kl_clip: kappa; None: off.
+        kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
+        kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that statistics are taken on.
         decay: weight of the past in the averages (rho).
         update_every: steps between updates of the factors (T_cov).
+        early_updates: update and invert more often at first: after 1, 3, 7, 15, ... steps, up to the intervals.
         refresh_every: steps between inversions (T_inv).
         sharing: ``expand`` (each position of a shared weight an example of its own; for convolutions K-FAC's own
             spatial homogeneity) or ``reduce``.
@@ -81,13 +85,17 @@ class KFAC(NaturalGradient):
         lr: float = 0.1,
         momentum: float = 0.9,
         damping: float = 1e-2,
+        damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["factored", "tikhonov"] = "factored",
         pi: bool = True,
         kl_clip: float | None = 1e-2,
+        kl_of: KLOf = "step",
+        kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 1.0,
         decay: float = 0.95,
         update_every: int = 10,
+        early_updates: bool = True,
         refresh_every: int = 10,
         sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 8192,
@@ -104,8 +112,10 @@ class KFAC(NaturalGradient):
         dtype = check_options(damping_mode, sharing, max_factor_dim, solve_dtype)
         options = Options(damping_mode, pi, sharing, max_factor_dim, dtype)
         super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
-            batch_fraction=batch_fraction, decay=decay, update_every=update_every, refresh_every=refresh_every,
+            model, params, lr=lr, momentum=momentum, damping=damping,
+            damping_unit=damping_unit, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup, fisher=fisher,
+            batch_fraction=batch_fraction, decay=decay, update_every=update_every,
+            early_updates=early_updates, refresh_every=refresh_every,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,
             seed=seed, loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, flags=flags,
         )  # fmt: skip
@@ -127,11 +137,15 @@ class EKFAC(NaturalGradient):
         lr: learning rate.
         momentum: decay of the sum of past directions.
         damping: epsilon in the paper, added to the moments.
+        damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         kl_clip: kappa; None: off.
+        kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
+        kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that statistics are taken on.
         decay: weight of the past in the averages.
         update_every: steps between updates of the factors and of the moments.
+        early_updates: update and invert more often at first: after 1, 3, 7, 15, ... steps, up to the intervals.
         refresh_every: steps between eigendecompositions.
         sharing: see KFAC; of the factors, and of the gradient whose moments are taken.
         max_factor_dim: a wider factor has the identity for its eigenbasis; None: none has.
@@ -157,11 +171,15 @@ class EKFAC(NaturalGradient):
         lr: float = 0.1,
         momentum: float = 0.9,
         damping: float = 1e-2,
+        damping_unit: Literal["absolute", "layer"] = "absolute",
         kl_clip: float | None = 1e-2,
+        kl_of: KLOf = "step",
+        kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 1.0,
         decay: float = 0.95,
         update_every: int = 10,
+        early_updates: bool = True,
         refresh_every: int = 100,
         sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 8192,
@@ -178,8 +196,10 @@ class EKFAC(NaturalGradient):
         dtype = check_options("tikhonov", sharing, max_factor_dim, solve_dtype)
         options = Options("tikhonov", sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=dtype)
         super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
-            batch_fraction=batch_fraction, decay=decay, update_every=update_every, refresh_every=refresh_every,
+            model, params, lr=lr, momentum=momentum, damping=damping,
+            damping_unit=damping_unit, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup, fisher=fisher,
+            batch_fraction=batch_fraction, decay=decay, update_every=update_every,
+            early_updates=early_updates, refresh_every=refresh_every,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,
             seed=seed, loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, flags=flags,
         )  # fmt: skip

@@ -30,7 +30,7 @@ from optimizers.curvature.kronecker import (
 from optimizers.curvature.layers import AffineLayer
 from optimizers.kfac import check_options
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Fisher, NaturalGradient
+from optimizers.natural_gradient import Fisher, KLOf, NaturalGradient
 
 Solver = Literal["gram", "power", "lanczos"]
 
@@ -44,10 +44,13 @@ class KPSVD(NaturalGradient):
         lr: learning rate.
         momentum: decay of the sum of past directions.
         damping: lambda.
+        damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         damping_mode: see KFAC; the two-term methods know ``factored`` only. The published damping, lambda added to each
             factor, is ``pi=False`` with lambda squared.
         pi: see KFAC.
         kl_clip: kappa; None: off.
+        kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
+        kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that statistics are taken on.
         decay: weight of the past in the averages.
@@ -86,13 +89,17 @@ class KPSVD(NaturalGradient):
         lr: float = 0.1,
         momentum: float = 0.9,
         damping: float = 1e-2,
+        damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["factored", "tikhonov"] = "factored",
         pi: bool = True,
         kl_clip: float | None = 1e-2,
+        kl_of: KLOf = "step",
+        kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 0.25,
         decay: float = 0.95,
         update_every: int = 10,
+        early_updates: bool = True,
         refresh_every: int = 10,
         solver: Solver | None = None,
         sharing: Literal["expand", "reduce"] = "expand",
@@ -120,8 +127,10 @@ class KPSVD(NaturalGradient):
             raise ValueError("damping_mode must be 'factored' for a sum of two products: lambda I would be a third")
         options = Options(damping_mode, pi, sharing, max_factor_dim, dtype, solver, radius, rank)
         super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip, fisher=fisher,
-            batch_fraction=batch_fraction, decay=decay, update_every=update_every, refresh_every=refresh_every,
+            model, params, lr=lr, momentum=momentum, damping=damping,
+            damping_unit=damping_unit, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup, fisher=fisher,
+            batch_fraction=batch_fraction, decay=decay, update_every=update_every,
+            early_updates=early_updates, refresh_every=refresh_every,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,
             seed=seed, loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, flags=flags,
         )  # fmt: skip

@@ -176,6 +176,18 @@ class Likelihood(ABC):
             targets: theirs, as ``sample`` draws them.
         """
 
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """KL divergence ``KL(p(. | before) || p(. | after))`` of each observation, ``[n, ...]``; no weights.
+
+        Of a likelihood that does not say otherwise to second order: ``dᵀ F d / 2`` of the difference d.
+
+        Args:
+            before: observations, ``[n, ..., features]``.
+            after: of the same shape.
+        """
+        difference = (after - before).unsqueeze(-1)
+        return (self.hessian_sqrt(before).mT @ difference).square().sum((-2, -1)) / 2
+
     @abstractmethod
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """``R [..., features, rank]``: ``R Rᵀ`` is the Hessian (= Fisher) of one observation's nll by its outputs."""
@@ -369,6 +381,11 @@ class Categorical(Likelihood):
         gradient = outputs.detach().softmax(-1)
         return gradient.scatter_add(-1, classes, -torch.ones_like(gradient[..., :1])) * counted
 
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """See Likelihood."""
+        old, new = before.log_softmax(-1), after.log_softmax(-1)
+        return (old.exp() * (old - new)).sum(-1)
+
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """See Likelihood. ``diag(p) - p pᵀ = R Rᵀ`` with ``R = (I - p 1ᵀ) diag(sqrt p)``."""
         p = outputs.detach().softmax(-1)
@@ -453,6 +470,11 @@ class Bernoulli(Likelihood):
         """See Likelihood."""
         return outputs.detach().sigmoid() - targets
 
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """See Likelihood. Of independent features: the sum of theirs."""
+        terms = F.binary_cross_entropy_with_logits(after, before.sigmoid(), reduction="none")
+        return (terms - F.binary_cross_entropy_with_logits(before, before.sigmoid(), reduction="none")).sum(-1)
+
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """See Likelihood."""
         p = outputs.detach().sigmoid()
@@ -501,6 +523,10 @@ class Gaussian(Likelihood):
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See Likelihood."""
         return (outputs.detach() - targets) / self.sigma**2
+
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """See Likelihood."""
+        return (after - before).square().sum(-1) / (2 * self.sigma**2)
 
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """See Likelihood."""

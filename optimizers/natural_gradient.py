@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,17 +26,18 @@ from optimizers.base import (
 )
 from optimizers.checks import check_choice, check_range
 from optimizers.curvature import communication
-from optimizers.curvature.approximations import Approximation
+from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
 from optimizers.curvature.layers import AffineLayer, Layer
 from optimizers.curvature.losses import stated, targets_of
-from optimizers.curvature.recorder import set_aside
+from optimizers.curvature.recorder import RootInputs, set_aside
 from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, check_outputs
 
 #: Wider matrices than this keep a processor busy one by one.
 LARGE = 512
 
 Fisher = Literal["sampled", "empirical", "exact"]
+KLOf = Literal["step", "direction", "measured"]
 
 
 class Block(Invertible, Approximation):
@@ -60,25 +61,27 @@ class Stack:
         self.blocks, self.cache = blocks, cache
 
     @classmethod
-    def build(cls, blocks: list[Block], damping: list[float], counts: Counts, last: list[Factors] | None) -> Stack:
+    def build(cls, blocks: list[Block], damping: Tensor, counts: Counts, last: list[Factors] | None) -> Stack:
         """Invert the blocks' factors.
 
         Args:
             blocks: of one kind and shape.
-            damping: one a block.
+            damping: one a stacked matrix.
             counts: where repairs are counted.
             last: each block's share of the last cache, if all have one.
         """
         factors = {key: stacked([block.factors[key] for block in blocks]) for key in blocks[0].factors}
-        first = next(iter(factors.values()))
-        groups = len(first) // len(blocks)
         before = None if last is None else {key: stacked([part[key] for part in last]) for key in last[0]}
-        cache = blocks[0].invert(factors, first.new_tensor(damping).repeat_interleave(groups), counts, before)
+        cache = blocks[0].invert(factors, damping, counts, before)
         for key, tensor in factors.items():
             if cache.get(key) is tensor:  # what the solve uses as it is need not be kept twice
                 for block, part in zip(blocks, tensor.chunk(len(blocks)), strict=True):
                     block.factors[key] = part
         return cls(blocks, cache)
+
+    def factors(self) -> Factors:
+        """Its blocks' factors, stacked."""
+        return {key: stacked([block.factors[key] for block in self.blocks]) for key in self.blocks[0].factors}
 
     def members(self) -> Iterator[tuple[Block, Factors]]:
         """Each block with its share of the cache, as views."""
@@ -94,12 +97,21 @@ class Stack:
 class NaturalGradient(CurvatureOptimizer):
     """Steps along ``(F + damping)^-1 grad`` with F block-diagonal over layers, one block approximation a layer.
 
-    ``v = nu (F + damping)^-1 g``, then ``m = momentum m + v + weight_decay theta`` and ``theta -= lr m``. The KL clip
-    holds the step's quadratic model of the KL divergence, without momentum, to ``kl_clip``::
+    ``v = (F + damping)^-1 g``, then ``m = nu (momentum m + v + weight_decay theta)`` and ``theta -= lr m``. The KL clip
+    nu holds the length of the step that is *taken*, past directions included::
 
-        nu = min(1, sqrt(kl_clip / sum over layers of lr² vᵀ (F + damping) v)),    v = (F + damping)^-1 g
+        nu = min(1, sqrt(kl_clip / (lr² q))),    q = sum over layers of xᵀ (F + damping) x,   x = momentum m + v + ...
 
-    where ``vᵀ (F + damping) v`` is just ``vᵀ g``. It bounds ``lr² vᵀ F v`` from above.
+    ``lr² q`` is twice the quadratic model of the KL divergence between the model's predictions before and after the
+    step, and bounds it from above by the damping. It costs two inner products and no product with F: as
+    ``(F + damping) v = g``,
+
+        q = momentum² mᵀ (F + damping) m + 2 momentum mᵀ g + vᵀ g,
+
+    whose first term is nu² q of the step before. Only where F has moved since then (a refresh), and where x holds
+    more than directions (coupled weight decay), q is multiplied out. With ``kl_of="direction"`` it is each new
+    direction that is held to ``kl_clip``, as published: ``m = momentum m + nu v + ...``, ``q = vᵀ g``. A momentum of
+    0.9 then sums ten of them.
 
     Curvature is that of the training loss: F is the mean over observations of the Fisher of one, so that it equals the
     generalized Gauss-Newton matrix of a loss that averages over observations.
@@ -113,11 +125,20 @@ class NaturalGradient(CurvatureOptimizer):
         momentum: decay of the sum of past directions.
         damping: lambda.
         kl_clip: kappa; None: off.
+        kl_of: what kappa bounds: the ``"step"``, by the quadratic model; its new ``"direction"`` alone; or the step as
+            ``"measured"``: another forward pass of what the model saw gives its true KL divergence d, fallback and all,
+            and where ``2 d > kl_clip`` the step is shortened by the root of their ratio. The model's F is an average
+            over steps without the terms between layers, and can be wrong by a factor of ten; this costs a third of a
+            step.
+        kl_warmup: the radius ``sqrt(kl_clip)`` grows over so many steps, the k-th one having k / kl_warmup of it: the
+            curvature of a first batch is not to be trusted any farther.
+        damping_unit: lambda is ``"absolute"``, or in units of the mean eigenvalue of each ``"layer"``.
         fisher: targets are ``"sampled"`` from the model's predictions (one more backward pass to the layers' outputs),
             those of the data (``"empirical"``), or all of them, weighed (``"exact"``: a pass an output; small nets).
         batch_fraction: share of the batch that statistics are taken on.
         decay: weight of the past in the averages; smaller at first: ``min(1 - 1/k, decay)`` at the k-th update.
         update_every: steps between updates of the factors (T_cov).
+        early_updates: update and invert more often at first: after 1, 3, 7, 15, ... steps, up to the intervals.
         refresh_every: steps between inversions (T_inv).
         weight_decay: L2 coefficient, added to the preconditioned gradient.
         fallback_lr: Adam's step for the parameters without curvature, at the initial ``lr``; schedules of lr scale it.
@@ -134,7 +155,7 @@ class NaturalGradient(CurvatureOptimizer):
         ValueError: for a hyper-parameter out of its range.
     """
 
-    _bound = CurvatureOptimizer._bound | {"_stacks", "_generator"}
+    _bound = CurvatureOptimizer._bound | {"_stacks", "_generator", "_inputs", "_shown"}
 
     kl_clip = OfGroups()
     decay = OfGroups()
@@ -147,7 +168,11 @@ class NaturalGradient(CurvatureOptimizer):
         lr: float,
         momentum: float,
         damping: float,
+        damping_unit: Literal["absolute", "layer"],
         kl_clip: float | None,
+        kl_of: KLOf,
+        kl_warmup: int,
+        early_updates: bool,
         fisher: Fisher,
         batch_fraction: float,
         decay: float,
@@ -168,6 +193,11 @@ class NaturalGradient(CurvatureOptimizer):
         check_range("damping", damping, 0, open_low=True)
         if kl_clip is not None:
             check_range("kl_clip", kl_clip, 0, open_low=True)
+        check_choice("damping_unit", damping_unit, ("absolute", "layer"))
+        check_choice("kl_of", kl_of, ("step", "direction", "measured"))
+        if kl_of == "measured" and likelihood is None:
+            raise ValueError("likelihood must be given for kl_of='measured', such as Categorical()")
+        check_range("kl_warmup", kl_warmup, 0)
         check_choice("fisher", fisher, ("sampled", "empirical", "exact"))
         if likelihood is None and fisher != "empirical":
             raise ValueError(f"likelihood must be given for fisher={fisher!r}, such as Categorical()")
@@ -194,6 +224,8 @@ class NaturalGradient(CurvatureOptimizer):
         super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction, flags=flags)
         self.fisher, self.batch_fraction = fisher, batch_fraction
         self.refresh_every, self.likelihood, self.seed = refresh_every, likelihood, seed
+        self.damping_unit, self.kl_of, self.kl_warmup = damping_unit, kl_of, kl_warmup
+        self.early_updates = early_updates
         self.options = options
         self.updates = 0  # of the factors
         self.refreshes = 0  # of the inverses
@@ -203,6 +235,9 @@ class NaturalGradient(CurvatureOptimizer):
         self._stacks: list[Stack] = []
         self._directions: dict[Tensor, Tensor] = {}
         self._kl_scales: dict[float, Tensor] = {}  # nu by kl_clip
+        self._shown: list[tuple[Tensor, Tensor | None, Tensor]] = []  # outputs, targets, weights if kl_of="measured"
+        self._measured: Tensor | None = None  # what the last step was shortened by
+        self._squares: list[Tensor] = []  # mᵀ (F + damping) m of each group's layers, as of the last step
         self._generator: torch.Generator | None = None
         self._said: set[str] = set()  # warnings that were given
         self.skip = skip
@@ -211,6 +246,11 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _attach(self) -> None:
         super()._attach()
+        self._shown = []
+        self._inputs: RootInputs | None = None
+        if self.kl_of == "measured":
+            assert self.model is not None
+            self._inputs = RootInputs(self.model, lambda: not self._unobserved)
         self._watch(self._block, skip=self.skip, deferred=self.fisher != "empirical", fraction=self.batch_fraction)
 
     def _complete(self, group: dict[str, Any]) -> None:
@@ -274,6 +314,11 @@ class NaturalGradient(CurvatureOptimizer):
                     recorder.differentiate(seen, gradients)
             finally:
                 self._scale = 1.0
+        if self._inputs is not None and self._inputs.calls and outputs is not None:
+            assert self.likelihood is not None
+            told = targets_of(self.likelihood, loss, check_outputs(outputs)) if targets is None else targets
+            weights = self._weights(loss, outputs, told, mask, told=True)
+            self._shown.append((outputs.detach(), told, weights))
         super().backward(loss, outputs, targets=targets, mask=mask, scale=scale, retain_graph=retain_graph)
 
     def _as_observations(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
@@ -377,6 +422,9 @@ class NaturalGradient(CurvatureOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self._generator = None
+        self._shown.clear()
+        if self._inputs is not None:
+            self._inputs.reset()
 
     # -- curvature -----------------------------------------------------------------------------------------------------
 
@@ -425,7 +473,8 @@ class NaturalGradient(CurvatureOptimizer):
         return min(1 - 1 / (self._block_updates.get(name, 0) + 1), decay)
 
     def _refresh_due(self) -> bool:
-        return self.steps - self._refreshed_at >= self.refresh_every
+        elapsed = self.steps - self._refreshed_at
+        return elapsed >= self.refresh_every or (self.early_updates and elapsed > self._refreshed_at)
 
     def _must_refresh(self) -> bool:
         """Whether inverses are due, or a block with factors has none yet (its layer was thawed, say)."""
@@ -445,7 +494,7 @@ class NaturalGradient(CurvatureOptimizer):
             alike.setdefault(_kind(block, block.factors), []).append(block)
         stacks = []
         for members in alike.values():
-            damping = [float(self._group(block.layer)["damping"]) for block in members]
+            damping = self._dampings(members)
             known = [last[id(block)] for block in members] if all(id(block) in last for block in members) else None
             stack = Stack.build(members, damping, self._counts, known)
             good = stack.finite()
@@ -457,6 +506,15 @@ class NaturalGradient(CurvatureOptimizer):
                 if usable or id(block) in last:
                     stacks.append(Stack([block], part if usable else last[id(block)]))
         return stacks
+
+    def _dampings(self, blocks: list[Block]) -> Tensor:
+        """Lambda of each stacked matrix of some blocks, ``[n]``."""
+        units = [block.mean_eigenvalue(block.factors) for block in blocks]
+        damping = [float(self._group(block.layer)["damping"]) for block in blocks]
+        scales = units[0].new_tensor(damping).repeat_interleave(len(units[0]))
+        if self.damping_unit == "absolute":
+            return scales
+        return scales * torch.cat(units).clamp(min=torch.finfo(scales.dtype).tiny)
 
     def _precondition(self) -> None:
         usable = [block for block in self.blocks.values() if block.factors]
@@ -481,12 +539,12 @@ class NaturalGradient(CurvatureOptimizer):
         """Directions ``(F + damping)^-1 g`` of all covered parameters, and the factor nu that is still to come."""
         gradients = [stacked([block.to_matrix(_grads(block)) for block in stack.blocks]) for stack in self._stacks]
         directions = self._solve_blocks(gradients)
-        self._clip(gradients, directions)
         for stack, direction in zip(self._stacks, directions, strict=True):
             for block, part in zip(stack.blocks, direction.chunk(len(stack.blocks)), strict=True):
                 for p, entry in zip(block.layer.parameters, block.from_matrix(part), strict=True):
                     if p.grad is not None:
                         self._directions[p] = entry
+        self._clip(gradients, directions)
 
     def _solve_blocks(self, gradients: list[Tensor]) -> list[Tensor]:
         """Each block's damped inverse times its gradient. Methods that couple layers extend this.
@@ -501,25 +559,99 @@ class NaturalGradient(CurvatureOptimizer):
         return [stack.blocks[0].solve(stack.cache, gradient) for stack, gradient in pairs]
 
     def _clip(self, gradients: list[Tensor], directions: list[Tensor]) -> None:
-        """Set nu from ``lr² vᵀ g`` summed over the layers of one ``kl_clip``."""
-        products: dict[float, list[Tensor]] = {}
-        for stack, gradient, direction in zip(self._stacks, gradients, directions, strict=True):
-            own = [self._clip_setting(block.layer) for block in stack.blocks]
-            alike = all(clip == own[0][0] and (lr is own[0][1] or lr == own[0][1]) for clip, lr in own[1:])
-            count = 1 if alike else len(own)
-            for (clip, lr), v, g in zip(own[:count], direction.chunk(count), gradient.chunk(count), strict=True):
-                if clip is not None:
-                    product = torch.dot(v.flatten(), g.flatten())
-                    products.setdefault(clip, []).append((lr**2 * product).to(product.dtype))
+        """Set nu by ``kl_clip`` from the squared lengths of what the groups' layers are about to do."""
+        if all(group["kl_clip"] is None for group in self.param_groups):
+            self._kl_scales, self._squares = {}, []
+            return
+        squares = self._lengths(gradients, directions)
         self._kl_scales = {}
-        for clip, found in products.items():
-            scale = (clip / torch.stack(found).sum()).sqrt()
+        shares = self.kl_share()
+        for clip in {group["kl_clip"] for group in self.param_groups} - {None}:
+            own = [rate(g) ** 2 * q for g, q in zip(self.param_groups, squares, strict=True) if g["kl_clip"] == clip]
+            scale = (clip * shares**2 / torch.stack([t.to(own[0].dtype) for t in own]).sum()).sqrt()
             self._kl_scales[clip] = torch.where(scale < 1, scale, torch.ones_like(scale))  # NaN of a negative sum: 1
+        if self.kl_of != "direction":
+            one = squares[0].new_ones(())
+            scales = [self._kl_scales.get(group["kl_clip"], one) for group in self.param_groups]
+            self._squares = [q.clamp(min=0) * nu**2 for q, nu in zip(squares, scales, strict=True)]
 
-    def _clip_setting(self, layer: Layer) -> tuple[float | None, float | Tensor]:
-        """The clip and the learning rate of a layer's group."""
-        group = self._group(layer)
-        return group["kl_clip"], rate(group)
+    def kl_share(self) -> float:
+        """What there is of the radius ``sqrt(kl_clip)`` in this step: 1 after ``kl_warmup`` of them."""
+        return min(1.0, (self.steps + 1) / self.kl_warmup) if self.kl_warmup else 1.0
+
+    def _lengths(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+        """``xᵀ (F + damping) x`` of each group's layers, x being what ``kl_of`` says: without lr."""
+        if self.kl_of != "direction" and self._must_multiply():
+            return self._squared(self._stacked(self._step_of))
+        products = self._by_group([inner(v, g) for v, g in zip(directions, gradients, strict=True)])
+        if self.kl_of == "direction":
+            return products
+        momenta = self._stacked(self._momentum_of)
+        if self._has_moved() or len(self._squares) != len(products):
+            self._squares = self._squared(momenta)
+        crossed = self._by_group([inner(m, g) for m, g in zip(momenta, gradients, strict=True)])
+        betas = [group["momentum"] for group in self.param_groups]
+        return [
+            beta**2 * past + 2 * beta * both + new
+            for beta, past, both, new in zip(betas, self._squares, crossed, products, strict=True)
+        ]
+
+    def _must_multiply(self) -> bool:
+        """Whether layers move by more or less than directions of theirs: coupled decay; frozen or grouped in part."""
+        if any(group["weight_decay"] and not group["decoupled_decay"] for group in self.param_groups):
+            return True
+        for layer in (block.layer for stack in self._stacks for block in stack.blocks):
+            own = self._group(layer)
+            for p in layer.parameters:
+                group = self._group_of(p) or own
+                if p.grad is None or (group is not own and _pace(group) != _pace(own)):
+                    return True
+        return False
+
+    def _has_moved(self) -> bool:
+        """Whether the inverses in use are of another F than those of the last step."""
+        follows = any(stack.blocks[0].inverts_on_update for stack in self._stacks)
+        return self._refreshed_at == self.steps or (follows and self._updated_at == self.steps)
+
+    def _stacked(self, entry: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Something that each parameter has, in the shape of the stacks' gradients."""
+        return [
+            stacked([block.to_matrix([entry(p) for p in block.layer.parameters]) for block in stack.blocks])
+            for stack in self._stacks
+        ]
+
+    def _momentum_of(self, p: Tensor) -> Tensor:
+        return self.state[p]["momentum_buffer"] if "momentum_buffer" in self.state[p] else torch.zeros_like(p)
+
+    def _step_of(self, p: Tensor) -> Tensor:
+        """What a covered parameter would move by, in units of its layer's lr, were there no clip."""
+        group = self._group_of(p)
+        if p.grad is None or group is None:
+            return torch.zeros_like(p)
+        step = self._momentum_of(p) * group["momentum"] + self._directions[p]
+        if group["weight_decay"] and not group["decoupled_decay"]:
+            step.add_(p, alpha=group["weight_decay"])
+        return step
+
+    def _squared(self, tensors: list[Tensor]) -> list[Tensor]:
+        """``xᵀ (F + damping) x`` of each group's layers, for x in the shape of the stacks' gradients."""
+        found = []
+        for stack, x in zip(self._stacks, tensors, strict=True):
+            factors, damping = stack.factors(), self._dampings(stack.blocks)
+            found.append(stack.blocks[0].squared(factors, stack.cache, damping, x))
+        return self._by_group(found)
+
+    def _by_group(self, numbers: list[Tensor]) -> list[Tensor]:
+        """Sums over each group's layers of numbers ``[n]`` a stack."""
+        first = numbers[0] if numbers else self.param_groups[0]["params"][0].detach()
+        sums = [first.new_zeros(()) for _ in self.param_groups]
+        places = {id(group): index for index, group in enumerate(self.param_groups)}
+        for stack, values in zip(self._stacks, numbers, strict=True):
+            own = [places[id(self._group(block.layer))] for block in stack.blocks]
+            parts = [values] if len(set(own)) == 1 else values.chunk(len(own))
+            for index, part in zip(own, parts, strict=False):
+                sums[index] = sums[index] + part.sum()
+        return sums
 
     def _scale_of(self) -> dict[Tensor, Tensor]:
         """By parameter the factor nu, if there is a clip: that of its layer's weight's ``kl_clip``."""
@@ -548,12 +680,55 @@ class NaturalGradient(CurvatureOptimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers, params = real(self.state[p]["momentum_buffer"] for p in params), real(params)
         torch._foreach_mul_(buffers, beta)
-        torch._foreach_addcmul_(buffers, directions, scales)
+        if self.kl_of != "direction":
+            torch._foreach_add_(buffers, directions)
+        else:
+            torch._foreach_addcmul_(buffers, directions, scales)
         if decay and group["decoupled_decay"]:
             torch._foreach_mul_(params, 1 - lr * decay)
         elif decay:
             torch._foreach_add_(buffers, params, alpha=decay)
+        if self.kl_of != "direction" and clipped:
+            torch._foreach_mul_(buffers, scales)
         descend(params, buffers, lr)
+
+    def _look_back(self) -> None:
+        """Shorten the step that was taken to the KL divergence that it is found to have, of all ranks' examples."""
+        if self._inputs is None or self.kl_clip is None:
+            return
+        if not self._shown or len(self._shown) != len(self._inputs.calls):
+            raise RuntimeError(
+                f"kl_of='measured' compares what the model returns before and after a step, and saw "
+                f"{len(self._inputs.calls)} forward passes for {len(self._shown)} backward(loss, outputs): call the "
+                "model once for each of them."
+            )
+        with record_function(CURVATURE):
+            divergence = torch.stack([self._divergence(index) for index in range(len(self._shown))]).mean()
+            if communication.world_size() > 1:
+                communication.average_([divergence], torch.ones(1, device=divergence.device))
+            scale = (self.kl_share() ** 2 * self.kl_clip / (2 * divergence)).sqrt()
+            self._measured = torch.where(scale < 1, scale, torch.ones_like(scale))
+            for group in self.param_groups:
+                mine = [p for p in group["params"] if p.grad is not None]
+                buffers, params = real(self.state[p]["momentum_buffer"] for p in mine), real(mine)
+                excess = torch._foreach_mul(buffers, self._measured - 1)
+                descend(params, list(excess), rate(group))
+                torch._foreach_mul_(buffers, self._measured)
+            self._squares = [q * self._measured**2 for q in self._squares]
+
+    def _divergence(self, index: int) -> Tensor:
+        """KL divergence of a call's predictions as they were from those that they are now."""
+        assert self._inputs is not None and self.likelihood is not None
+        outputs, targets, weights = self._shown[index]
+        before, after = (self.likelihood.observations(o, targets) for o in (outputs, self._inputs.again(index)))
+        wide = statistics_dtype(before)
+        return (weights * self.likelihood.divergence(before.to(wide), after.to(wide))).sum()
+
+    def close(self) -> None:
+        """See CurvatureOptimizer."""
+        super().close()
+        if self._inputs is not None:
+            self._inputs.close()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -573,7 +748,8 @@ class NaturalGradient(CurvatureOptimizer):
             "curvature/refreshes": float(self.refreshes),
             "curvature/fallbacks": float(self._counts.repaired),
             "curvature/floored": float(self._counts.floored),
-            "curvature/kl_scale": min((float(scale) for scale in self._kl_scales.values()), default=1.0),
+            "curvature/kl_scale": min((float(scale) for scale in self._kl_scales.values()), default=1.0)
+            * (1.0 if self._measured is None else float(self._measured)),
         }
 
     def _curvature(self) -> dict[str, Any]:
@@ -581,6 +757,7 @@ class NaturalGradient(CurvatureOptimizer):
         return super()._curvature() | {
             "inverses": {block.layer.name: part for stack in self._stacks for block, part in stack.members()},
             "block_updates": dict(self._block_updates),
+            "kl_squares": self._kl_squares(),
             "counters": {
                 "updates": self.updates,
                 "refreshes": self.refreshes,
@@ -589,6 +766,12 @@ class NaturalGradient(CurvatureOptimizer):
                 "floored": int(self._counts.floored),
             },
         }
+
+    def _kl_squares(self) -> Tensor:
+        """What the clip remembers, one number a group."""
+        if len(self._squares) == len(self.param_groups):
+            return torch.stack(self._squares)
+        return torch.zeros(len(self.param_groups))
 
     def _check(self, saved: dict[str, Any]) -> None:
         super()._check(saved)
@@ -613,6 +796,9 @@ class NaturalGradient(CurvatureOptimizer):
             for members in alike.values()
         ]
         self._directions.clear()
+        weights = [block.layer.parameters[0] for block in self.blocks.values()]
+        if weights and "kl_squares" in saved:
+            self._squares = list(saved["kl_squares"].to(weights[0].device, statistics_dtype(weights[0]), copy=True))
 
     def _initial(self, p: Tensor) -> dict[str, Any]:
         """See CurvatureOptimizer."""
@@ -638,6 +824,20 @@ class NaturalGradient(CurvatureOptimizer):
         wide = adopted({key: t for key, t in part.items() if key[0] == "W"}, weight)
         rest = adopted({key: t for key, t in part.items() if key[0] != "W"}, weight, narrow)
         return {key: wide[key] if key in wide else rest[key] for key in part}
+
+
+def inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of stacked tensors ``[n, ...]``, in the precision of statistics."""
+    dtype = statistics_dtype(left)
+    left, right = left.to(dtype), right.to(dtype)
+    if len(left) == 1:
+        return torch.dot(left.flatten(), right.flatten()).view(1)
+    return (left * right).flatten(1).sum(1)
+
+
+def _pace(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the parameters of a layer have in common if it moves as a whole."""
+    return group["momentum"], group["lr"]
 
 
 def _kind(block: Block, tensors: Factors) -> Any:

@@ -25,7 +25,7 @@ from optimizers.curvature.samples import Samples
 from optimizers.exact import SampledFisher
 from optimizers.kfac import KFAC
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Fisher, Stack, stacked
+from optimizers.natural_gradient import Fisher, KLOf, Stack, stacked
 
 Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
 
@@ -81,6 +81,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         lr: learning rate.
         momentum: decay of the sum of past directions.
         damping: lambda.
+        damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         coarse: the vectors of a layer: ``nicolaides``: ones; ``residual``: its share of ``P^-1 (g - (F + L) d0)``,
             renewed in every step; ``tselepidis``: ones, their matrix averaged over updates, the right-hand side R0 g;
             ``spectral``: the eigenvector of the smallest eigenvalue of ``A (x) G``.
@@ -88,10 +89,13 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         damping_mode: see KFAC; of P.
         pi: see KFAC.
         kl_clip: kappa; None: off.
+        kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
+        kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that statistics are taken on.
         decay: weight of the past in the averages of P's factors (rho).
         update_every: steps between updates of the factors and samples (T_cov).
+        early_updates: update and invert more often at first: after 1, 3, 7, 15, ... steps, up to the intervals.
         refresh_every: steps between inversions (T_inv).
         sharing: see KFAC; of P.
         max_factor_dim: see KFAC.
@@ -117,15 +121,19 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         lr: float = 0.1,
         momentum: float = 0.9,
         damping: float = 1e-2,
+        damping_unit: Literal["absolute", "layer"] = "absolute",
         coarse: Coarse = "nicolaides",
         krylov: bool = False,
         damping_mode: Literal["factored", "tikhonov"] = "factored",
         pi: bool = True,
         kl_clip: float | None = 1e-2,
+        kl_of: KLOf = "step",
+        kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 0.25,
         decay: float = 0.95,
         update_every: int = 10,
+        early_updates: bool = True,
         refresh_every: int = 10,
         sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 8192,
@@ -145,13 +153,16 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         self.coarse, self.krylov = coarse, krylov
         self._space: CoarseSpace | None = None  # of residual, which is renewed in every step: none is kept
         self._names: list[str] = []  # the layers that the stacks hold, in their order
-        self._dampings = torch.empty(0)  # L, one a layer of the stacks
+        self._shifts = torch.empty(0)  # L, one a layer of the stacks
+        self._moving: Tensor | None = None  # Sᵀ m by layer, m the sum of directions; None: not to be known
         self._averaged: Tensor | None = None  # R0 F R0ᵀ of tselepidis
         self._seen: Tensor | None = None  # Sᵀ d by layer; None: not to be known
         self._uphill: Tensor | int = 0  # corrections left out, as the gradient would have grown along them
         super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping, damping_mode=damping_mode, pi=pi, kl_clip=kl_clip,
+            model, params, lr=lr, momentum=momentum, damping=damping, damping_unit=damping_unit,
+            damping_mode=damping_mode, pi=pi, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup,
             fisher=fisher, batch_fraction=batch_fraction, decay=decay, update_every=update_every,
+            early_updates=early_updates,
             refresh_every=refresh_every, sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=solve_dtype,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, likelihood=likelihood, seed=seed,
             loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, **flags,
@@ -199,7 +210,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             assert self._space is not None
             space, shares = self._space, self._space.solve(self._restricted(self._space, gradients))
         else:
-            dampings = self._dampings.split(sizes)
+            dampings = self._shifts.split(sizes)
             undamped = [g - _layerwise(d, x) for g, d, x in zip(gradients, fine, dampings, strict=True)]
             seen = self._images(fine)
             space = self._space or self._spanned(self._residual(undamped, seen.sum(0)))
@@ -219,19 +230,40 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         return torch.stack([s.dots(d) if s.factors else d[0].new_zeros(rows) for s, d in self._shares(tensors)])
 
     def _clip(self, gradients: list[Tensor], directions: list[Tensor]) -> None:
-        """See NaturalGradient. Of a projection ``vᵀ (F + L) v`` is not ``vᵀ g``, but known."""
+        """See NaturalGradient. Of a projection ``(F + L) v`` is not g, but what the samples see of v is known."""
         if self._seen is None:
             super()._clip(gradients, directions)
             return
-        own = [self._clip_setting(block.layer) for stack in self._stacks for block in stack.blocks]
-        device = self._seen.device
-        lrs = torch.stack([torch.as_tensor(lr, dtype=torch.float64, device=device) for _, lr in own])
-        squares = self._inner(directions, directions)
-        self._kl_scales = {}
-        for kl_clip in {clip for clip, _ in own if clip is not None}:
-            lr = lrs * torch.tensor([clip == kl_clip for clip, _ in own], device=device)
-            total = (lr @ self._seen.double()).square().sum() + (lr.square() * self._dampings * squares).sum()
-            self._kl_scales[kl_clip] = (kl_clip / total).sqrt().clamp(max=1.0).to(self._seen.dtype)
+        seen, steps = self._seen, directions
+        if self.kl_of == "step":
+            steps = self._stacked(self._step_of)
+            if self._must_multiply():
+                seen = self._images(steps)
+            else:
+                if self._updated_at == self.steps or self._moving is None or self._moving.shape != seen.shape:
+                    self._moving = self._images(self._stacked(self._momentum_of))
+                seen = self._of_layers("momentum", seen) * self._moving + seen
+        lrs = self._of_layers("lr", seen)
+        squares = self._inner(steps, steps)
+        self._kl_scales, self._squares = {}, []
+        shares = torch.ones_like(lrs)
+        for kl_clip in {group["kl_clip"] for group in self.param_groups} - {None}:
+            mine = torch.tensor([c == kl_clip for c in self._settings("kl_clip")], device=seen.device).unsqueeze(1)
+            lr = lrs * mine
+            total = (lr * seen.double()).sum(0).square().sum() + (lr[:, 0].square() * self._shifts * squares).sum()
+            scale = (kl_clip * self.kl_share() ** 2 / total).sqrt().clamp(max=1.0).to(seen.dtype)
+            self._kl_scales[kl_clip] = scale
+            shares = torch.where(mine, scale.to(shares.dtype), shares)
+        self._moving = (shares * seen).to(seen.dtype) if self.kl_of == "step" else None
+
+    def _settings(self, name: str) -> list[Any]:
+        """A hyper-parameter of each layer of the stacks."""
+        return [self._group(block.layer)[name] for stack in self._stacks for block in stack.blocks]
+
+    def _of_layers(self, name: str, like: Tensor) -> Tensor:
+        """The same as a column ``[layers, 1]`` in double precision."""
+        values = [torch.as_tensor(v, dtype=torch.float64, device=like.device) for v in self._settings(name)]
+        return torch.stack(values).view(-1, 1)
 
     def _shares(self, tensors: list[Tensor]) -> Iterator[tuple[Samples, list[Tensor]]]:
         """Each layer's samples, and its share of the stacks' tensors in the shape of its parameters."""
@@ -261,7 +293,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             self._averaged = None
         self._names = names
         dampings = [self._damping(layer) for layer in layers]
-        self._dampings = torch.tensor(dampings, dtype=torch.float64).to(like[0].device)
+        self._shifts = torch.tensor(dampings, dtype=torch.float64).to(like[0].device)
         if self.coarse != "residual":
             kept = None if moved or self._space is None else self._space.vectors
             self._space = self._spanned(kept or self._vectors(like))
@@ -304,7 +336,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         if self._averaged is not None:
             matrix = self._averaged
         products = torch.stack([torch.stack([self._inner(a, b) for a in scaled]) for b in scaled])
-        matrix = matrix + torch.diag_embed(products * self._dampings).transpose(1, 2).reshape(matrix.shape)
+        matrix = matrix + torch.diag_embed(products * self._shifts).transpose(1, 2).reshape(matrix.shape)
         scale = matrix.diagonal().clamp(min=torch.finfo(matrix.dtype).tiny).rsqrt()
         scale = torch.where(matrix.diagonal() > 0, scale, torch.ones_like(scale))
         matrix = matrix * scale * scale.unsqueeze(1)
@@ -342,8 +374,9 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         return super()._curvature() | {
             "coarse": {
                 "layers": list(self._names),
-                "dampings": self._dampings,
+                "dampings": self._shifts,
                 "averaged": self._averaged,
+                "moving": self._moving,
                 "uphill": int(self._uphill),
                 "vectors": [] if space is None else [self._apart(vectors) for vectors in space.vectors],
                 "matrix": {} if space is None else {"images": space.images, "root": space.root, "scale": space.scale},
@@ -359,8 +392,9 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             return tensor.to(weights[0].device, copy=True)  # of double precision, whatever the layers are
 
         self._names, self._uphill = list(coarse["layers"]), int(coarse["uphill"])
-        self._dampings = own(coarse["dampings"])
+        self._shifts = own(coarse["dampings"])
         self._averaged = None if coarse["averaged"] is None else own(coarse["averaged"])
+        self._moving = None if coarse.get("moving") is None else own(coarse["moving"])
         self._space = None
         if coarse["vectors"] and self._names == [block.layer.name for stack in self._stacks for block in stack.blocks]:
             parts = [iter(vectors) for vectors in coarse["vectors"]]

@@ -114,6 +114,21 @@ class Invertible:
         """The damped inverse times a stacked gradient ``[n, d_out, columns]``, in the gradient's shape and dtype."""
 
     @abstractmethod
+    def squared(self, factors: Factors, cache: Factors, damping: Tensor, matrix: Tensor) -> Tensor:
+        """``xᵀ (F + damping) x`` of a stacked ``x [n, d_out, columns]``: ``[n]``.
+
+        Args:
+            factors: stacked, of which the cache was made.
+            cache: see ``invert``.
+            damping: as of ``invert``.
+            matrix: x.
+        """
+
+    @abstractmethod
+    def mean_eigenvalue(self, factors: Factors) -> Tensor:
+        """Of each stacked matrix's F, ``[n]``."""
+
+    @abstractmethod
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of the cache of this one block."""
 
@@ -140,6 +155,14 @@ class ExactDiagonal(Invertible, Diagonal):
     def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
         """See Invertible."""
         return cache["W"].to(matrix.dtype) * matrix
+
+    def squared(self, factors: Factors, cache: Factors, damping: Tensor, matrix: Tensor) -> Tensor:
+        """See Invertible."""
+        return (matrix.square() / cache["W"]).sum(1)
+
+    def mean_eigenvalue(self, factors: Factors) -> Tensor:
+        """See Invertible."""
+        return factors["D"].mean(1)
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See Invertible."""
@@ -261,12 +284,7 @@ class Kronecker(Invertible, Approximation):
         root = damping.sqrt()
         if not self.options.pi:
             return {"A": root, "G": root}
-        means = {}
-        for key in ("A", "G"):
-            factor = factors[key]
-            trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1) if self.full[key] else factor.sum(-1)
-            means[key] = trace / self.dims[key]
-        pi = (means["A"] / means["G"]).sqrt()
+        pi = (self._mean(factors, "A") / self._mean(factors, "G")).sqrt()
         pi = torch.where(pi.isfinite() & (pi > 0), pi, torch.ones_like(pi))  # zero statistics have no scale
         return {"A": root * pi, "G": root / pi}
 
@@ -280,6 +298,34 @@ class Kronecker(Invertible, Approximation):
             rotated = self._rotate(matrix, cache.get("U_A"), cache.get("U_G"), forward=True)
             return self._rotate(rotated * cache["W"], cache.get("U_A"), cache.get("U_G"), forward=False).to(matrix)
         return self._sandwich(cache, matrix).to(matrix.dtype)
+
+    def squared(self, factors: Factors, cache: Factors, damping: Tensor, matrix: Tensor) -> Tensor:
+        """See Invertible."""
+        matrix = matrix.to(self._dtype)
+        if "W" in cache:
+            rotated = self._rotate(matrix, cache.get("U_A"), cache.get("U_G"), forward=True)
+            return (rotated.square() / cache["W"]).flatten(1).sum(1)
+        shares = self._shares(factors, damping)
+        left, right = (self._times(factors[key], matrix, key, shares[key]) for key in ("G", "A"))
+        return (left * right).flatten(1).sum(1)
+
+    @staticmethod
+    def _times(factor: Tensor, matrix: Tensor, key: str, damping: Tensor) -> Tensor:
+        """``(G + damping) V`` or ``V (A + damping)``."""
+        shift = damping.view(-1, 1, 1) * matrix
+        if factor.dim() == 2:  # a diagonal
+            return factor.unsqueeze(-1 if key == "G" else -2) * matrix + shift
+        return (_product(factor, matrix) if key == "G" else _product(matrix, factor)) + shift
+
+    def mean_eigenvalue(self, factors: Factors) -> Tensor:
+        """See Invertible."""
+        return self._mean(factors, "A") * self._mean(factors, "G")
+
+    def _mean(self, factors: Factors, key: str) -> Tensor:
+        """Mean eigenvalue of a factor, ``[n]``."""
+        factor = factors[key]
+        full = factor.dim() == 3
+        return factor.diagonal(dim1=-2, dim2=-1).mean(-1) if full else factor.mean(-1)
 
     def _sandwich(self, cache: Factors, matrix: Tensor) -> Tensor:
         """``G^-1 V A^-1``, in the dtype of the inverses."""
@@ -397,6 +443,10 @@ class EigenFactors(KroneckerFactors):
                 s = self.factors["S"]
                 self.factors["S"] = _product(mixing, s) if key == "G" else _product(s, mixing.mT)
         return 0
+
+    def mean_eigenvalue(self, factors: Factors) -> Tensor:
+        """See Invertible."""
+        return factors["S"].mean((1, 2))
 
     def moments(self, gradient_scale: float, examples: int) -> Factors:
         """See Invertible: this step's S, in the present basis."""
@@ -649,6 +699,22 @@ class KroneckerPairs(Kronecker):
         if self._truncated:
             result = result + self._sandwich(cache, matrix)
         return result.to(matrix)
+
+    def squared(self, factors: Factors, cache: Factors, damping: Tensor, matrix: Tensor) -> Tensor:
+        """See Invertible. The second term is floored, as in the inverse, but as a whole."""
+        if self.terms == 1:
+            return super().squared(factors, cache, damping, matrix)
+        matrix = matrix.to(self._dtype)
+        shares = self._shares(factors, damping)
+        left, right = (self._times(factors[key], matrix, key, shares[key]) for key in ("G", "A"))
+        first = (left * right).flatten(1).sum(1)
+        second = (_product(factors["D"], matrix) * _product(matrix, factors["C"])).flatten(1).sum(1)
+        return torch.maximum(first + second, self.options.floor * first)
+
+    def mean_eigenvalue(self, factors: Factors) -> Tensor:
+        """See Invertible."""
+        first = super().mean_eigenvalue(factors)
+        return first if self.terms == 1 else first + self._mean(factors, "C") * self._mean(factors, "D")
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See Invertible."""

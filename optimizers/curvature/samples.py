@@ -166,6 +166,12 @@ class Samples(Approximation):
             return self.from_matrix((weights @ self.factors["V"]).unsqueeze(0))
         return self.layer.combine(self.factors["x"], self.factors["g"], weights)
 
+    def mean_eigenvalue(self, factors: dict[str, Tensor]) -> Tensor:
+        """Of the layer's Fisher block, ``[1]``."""
+        if "V" in factors:
+            return factors["V"].square().sum(1).sum(0, keepdim=True) / sum(self._sizes)
+        return self.layer.gram(factors["x"], factors["g"]).trace().view(1).to(self._dtype) / sum(self._sizes)
+
     def gram(self) -> Tensor:
         """This layer's share of ``Sᵀ S``, in float64 whatever the samples are: its square root matters, too."""
         if "V" in self.factors:

@@ -541,7 +541,10 @@ def test_ekfac_keeps_its_moments_when_the_basis_turns() -> None:
 @pytest.mark.parametrize(("update_every", "refresh_every"), [(10, 20), (7, 7), (1, 50)])
 def test_curvature_really_refreshes(method: type[NaturalGradient], update_every: int, refresh_every: int) -> None:
     model, batch = mlp(), images()
-    optimizer = method(model, likelihood=Categorical(), lr=1e-3, update_every=update_every, refresh_every=refresh_every)
+    optimizer = method(
+        model, likelihood=Categorical(), lr=1e-3, update_every=update_every, refresh_every=refresh_every,
+        early_updates=False,
+    )  # fmt: skip
     block = optimizer.blocks["3"]
     factors, inverses = [], []
     for _ in range(200):
@@ -555,6 +558,20 @@ def test_curvature_really_refreshes(method: type[NaturalGradient], update_every:
         assert len(list(itertools.groupby(inverses))) == optimizer.refreshes
 
 
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_early_updates_come_at_doubling_intervals(method: type[NaturalGradient]) -> None:
+    model, batch = mlp(), images()
+    optimizer = method(model, likelihood=Categorical(), lr=1e-3, update_every=5, refresh_every=10, early_updates=True)
+    updates, refreshes = [], []
+    for step in range(40):
+        before = optimizer.updates, optimizer.refreshes
+        train(optimizer, model, batch, 1)
+        updates += [step] * (optimizer.updates - before[0])
+        refreshes += [step] * (optimizer.refreshes - before[1])
+    assert updates == [0, 1, 3, 7, *range(12, 40, 5)]
+    assert refreshes == [0, 1, 3, 7, 15, 25, 35]
+
+
 @pytest.mark.parametrize("option", ["update_every", "refresh_every"])
 def test_intervals_change_the_trajectory(option: str) -> None:
     losses = []
@@ -562,7 +579,10 @@ def test_intervals_change_the_trajectory(option: str) -> None:
         torch.manual_seed(0)
         model, batch = mlp(), images()
         optimizer = KFAC(
-            model, likelihood=Categorical(), **{"update_every": 1, "refresh_every": 1} | {option: interval}
+            model,
+            likelihood=Categorical(),
+            early_updates=False,
+            **{"update_every": 1, "refresh_every": 1} | {option: interval},
         )
         losses.append(train(optimizer, model, batch, 8, vary=True))
     assert losses[0][:2] == losses[1][:2] and losses[0][3:] != losses[1][3:]

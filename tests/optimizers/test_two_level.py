@@ -208,7 +208,7 @@ def test_tselepidis_averages_its_matrix_over_updates() -> None:
     model, inputs, targets = problem("mlp")
     optimizer = TwoLevelKFAC(
         model, lr=0.0, coarse="tselepidis", fisher="empirical", update_every=2, refresh_every=3, decay=0.6,
-        batch_fraction=1.0,
+        batch_fraction=1.0, early_updates=False,
     )  # fmt: skip
     mean = torch.zeros(2, 2)
     ones = torch.zeros(2, sum(p.numel() for p in model.parameters()))
@@ -226,7 +226,10 @@ def test_tselepidis_averages_its_matrix_over_updates() -> None:
 @pytest.mark.parametrize("space", SPACES)
 def test_samples_and_space_are_renewed_when_due(space: str) -> None:
     model, batch = mlp(), images()
-    optimizer = TwoLevelKFAC(model, lr=1e-3, likelihood=Categorical(), update_every=2, refresh_every=3, **SPACES[space])
+    optimizer = TwoLevelKFAC(
+        model, lr=1e-3, likelihood=Categorical(), update_every=2, refresh_every=3,
+        early_updates=False, **SPACES[space],
+    )  # fmt: skip
     seen = []
     for index in range(7):
         train(optimizer, model, (batch[0] + index, batch[1]), 1)
@@ -318,7 +321,7 @@ def test_a_correction_that_leads_uphill_is_left_out_and_counted() -> None:
         model, inputs, targets = problem("mlp")
         optimizer = TwoLevelKFAC(
             model, lr=0.0, momentum=0.0, kl_clip=None, fisher="empirical", damping=1e-3, refresh_every=1,
-            update_every=100,
+            update_every=100, early_updates=False,
         )  # fmt: skip
         train(optimizer, model, (inputs, targets), 1)
         torch.manual_seed(seed)
