@@ -1,27 +1,27 @@
 """Every optimizer at its default values on twelve small problems: what it reaches, and how far that is from its best.
 
     CURVLAB_DATA=datasets python scripts/defaults.py
-    python scripts/defaults.py set=tuning seeds=[0] rates=false optimizers=[kfac,ekfac] options=[momentum=0] \\
-        results=search.jsonl
+    python scripts/defaults.py set=tuning seeds=[0] rates=false optimizers=[kfac] options=[momentum=0] results=try.jsonl
     python scripts/defaults.py report=true
 
 A cell is one run of train.py: an optimizer on a problem (scripts/problems.py) with a seed, at equal steps for all and
-the default schedule. Cells that are missing are run, one after the other on one thread, and each is a line of the results
-file as soon as it is done; a second call goes on with what is missing, and a cell whose configuration has changed (an
-optimizer's default, say) is missing. At the end the tables of the results are written beside them: FILE.jsonl, FILE.md.
-What stands in that file from the line "## Notes" on stays.
+the default schedule. Cells that are missing are run, one after the other on one thread, and each is a line of the
+results file as soon as it is done. A second call goes on with what is missing, and a cell whose configuration has
+changed (an optimizer's default, say) is missing. At the end the tables of the results are written beside them:
+FILE.jsonl, FILE.md. What stands in that file from the line "## Notes" on stays.
 
-    set=all             tuning | held_out | all: of the problems, those that values are chosen on, or the others
-    problems=[...]      some of them by name
-    optimizers=[...]    some of the table's (python -m optimizers)
-    seeds=[0,1,2]       of the runs
-    rates=true          also run each optimizer at five learning rates on six of the problems, with seed 0
-    options=[...]       other values than the defaults, for all chosen optimizers that have the option (momentum=0) or for
-                        one (kfac.momentum=0); with results=FILE of its own
-    results=...         docs/results/defaults.jsonl unless given
-    data=FOLDER         of the data sets; $CURVLAB_DATA or datasets unless given; problems without data are passed over
-    limit=600           seconds after which a run is broken off, which is a result, too
-    report=false        true: run nothing, write the tables of what is there
+    set=all           tuning | held_out | all: of the problems, those that values are chosen on, or the others
+    problems=[...]    some of them by name
+    optimizers=[...]  some of the table's (python -m optimizers)
+    seeds=[0,1,2]     of the runs
+    rates=true        also run each optimizer at five learning rates on six of the problems, with seed 0
+    options=[...]     other values than the defaults, for all chosen optimizers that have the option (momentum=0) or for
+                      one (kfac.momentum=0); with results=FILE of their own
+    results=...       docs/results/defaults.jsonl unless given
+    data=FOLDER       of the data sets; $CURVLAB_DATA or datasets unless given; problems without data are passed over
+    limit=600         seconds after which a run is broken off, which is a result, too
+    report=false      true: run nothing, write the tables of what is there
+    split=test        val: the tables are of the validation sets, which is what to choose values by
 
 A run that diverges is a result; one that ends in another error is reported, and tried again by the next call.
 """
@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -59,10 +59,11 @@ from training.config import compose
 from training.errors import UserError
 from training.finite import Diverged
 from training.run import Run
-from training.run_config import RunConfig
+from training.run_config import RunConfig, replace_folder
 from training.schema import did_you_mean
 from training.signals import CTRL_C, Interrupted
 
+DATA = "datasets"  # what stands for the folder of the data sets, wherever it is
 RESULTS = "docs/results/defaults.jsonl"
 SEEDS = (0, 1, 2)
 #: Of the default learning rate: what each optimizer is tried at to see how far from its best the default is.
@@ -84,9 +85,10 @@ class Choices:
     rates: bool = True
     options: list[str] = field(default_factory=list)
     results: str = RESULTS
-    data: str = field(default_factory=lambda: os.environ.get("CURVLAB_DATA", "datasets"))
+    data: str = field(default_factory=lambda: os.environ.get("CURVLAB_DATA", DATA))
     limit: float = 600.0
     report: bool = False
+    split: str = "test"
 
 
 @dataclass(frozen=True)
@@ -189,11 +191,11 @@ class TimeLimit(Callback):
 
 @cache
 def problem_config(name: str) -> RunConfig:
-    """The configuration of a problem, with the data in the folder ``datasets``."""
+    """The configuration of a problem, with the data in the folder ``DATA``."""
     problem = PROBLEMS[name]
     return compose(
         [
-            f"hydra.searchpath=['file://{CONFIGS}']", "paths.data=datasets", "name=cell", "logger=quiet",
+            f"hydra.searchpath=['file://{CONFIGS}']", f"paths.data={DATA}", "name=cell", "logger=quiet",
             "callbacks=none", "trainer.device=cpu", "trainer.max_epochs=null", f"trainer.max_steps={problem.steps}",
             "trainer.eval_every_epochs=null", f"trainer.eval_every_steps={problem.steps}",
             "trainer.checkpoint_every_epochs=null", *problem.overrides,
@@ -306,8 +308,11 @@ def run(what: Cell, data: Path, limit: float = math.inf, options: Sequence[str] 
     if summary.get("status") == "stopped_early":
         outcome.status, outcome.error = "broken off", summary["stop_reason"]
     elif summary.get("status") == "finished":
-        outcome.status = "finished"
-        outcome.value, outcome.val = (summary["final"][f"{split}/{what.problem.metric}"] for split in ("test", "val"))
+        value, val = (summary["final"][f"{split}/{what.problem.metric}"] for split in ("test", "val"))
+        if math.isfinite(value):
+            outcome.status, outcome.value, outcome.val = "finished", value, val
+        else:  # the trainer asks the validation set alone
+            outcome.status, outcome.error = "diverged", f"the test set's {what.problem.metric} is {value}"
     return outcome
 
 
@@ -315,9 +320,7 @@ def _placed(config: RunConfig, problem: Problem, data: Path, folder: Path, limit
     """The configuration with the folders of this machine; what is made rather than read stays for the next run."""
     made = Path(tempfile.gettempdir()) / "curvlab-problems"
     place = str(data if problem.folder else made)
-    dataset = dict(config.values["dataset"])
-    if "root" in dataset:
-        dataset["root"] = dataset["root"].replace("datasets", place, 1)
+    dataset = replace_folder(config.values["dataset"], DATA, place)
     values = config.values | {"dataset": dataset, "paths": {"data": place, "runs": str(folder), "sweeps": str(folder)}}
     if limit < math.inf:
         values["callbacks"] = {"limit": {"_target_": f"{TimeLimit.__module__}.TimeLimit", "seconds": limit}}
@@ -420,7 +423,9 @@ def _described(outcome: Outcome) -> str:
     if outcome.value is None:
         return f"{outcome.status} after {outcome.steps} steps, {outcome.wall:.1f} s ({outcome.error})"
     learned = "" if outcome.learned else " (does not learn)"
-    return f"{_number(PROBLEMS[outcome.problem], outcome.value)}{learned} in {outcome.wall:.1f} s"
+    problem = PROBLEMS[outcome.problem]
+    val = "" if outcome.val is None else f" (validation {_number(problem, outcome.val)})"
+    return f"{_number(problem, outcome.value)}{val}{learned}, {outcome.wall:.1f} s"
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------
@@ -432,9 +437,13 @@ class Results:
     Args:
         outcomes: by key.
         options: other values than the defaults, see ``options_of``.
+        split: test | val: the set whose values are looked up.
     """
 
-    def __init__(self, outcomes: Mapping[str, Outcome], options: Sequence[str] = ()) -> None:
+    def __init__(self, outcomes: Mapping[str, Outcome], options: Sequence[str] = (), split: str = "test") -> None:
+        if split == "val":
+            outcomes = {key: replace(it, value=it.val) for key, it in outcomes.items()}
+        self.split = split
         self.found: dict[tuple[str, str, int, float], Outcome] = {}
         pairs = {(it.optimizer, it.problem) for it in outcomes.values() if it.problem in PROBLEMS}
         names = [name for name, _, _ in present()]
@@ -471,6 +480,10 @@ class Results:
         # Of equals that nearest to the default.
         values.sort(key=lambda pair: (_loss(problem, pair[1]), abs(math.log(pair[0]))))
         return values[0] if values else None
+
+
+def _title(problem: Problem) -> str:
+    return problem.name if problem.tuning else f"{problem.name} *"
 
 
 def _loss(problem: Problem, value: float) -> float:
@@ -538,30 +551,27 @@ def page(results: Results, options: Sequence[str] = (), notes: str = "") -> str:
         notes: the page's last section, from ``NOTES`` on.
     """
     known, problems = results.optimizers, results.problems
-    titles = ["optimizer", *(f"{it.name}{'' if it.tuning else ' *'}" for it in problems)]
+    titles = ["optimizer", *map(_title, problems)]
     lines = ["# Optimizers at their default values", ""]
     if options:
         lines += [f"With `{' '.join(options)}` in place of the default values of the optimizers that have them.", ""]
+    seeds, sets = ", ".join(map(str, SEEDS)), {"test": "test", "val": "validation"}[results.split]
     lines += [
-        "Made by `python scripts/defaults.py`, which runs what is missing; every number is a run of `train.py` with the",
-        "values of `configs/optimizer` and the default schedule (a cosine over the budget), at equal steps for all. Values",
-        f"are the test set's after the last step: accuracy in percent (above is better) or the loss (below is better), the",
-        f"mean over the seeds {', '.join(map(str, SEEDS))} or those that were run. **Bold**: a run diverged, was broken off, "
-        "or has learned",
-        "nothing: its accuracy is below the one in the next table, or its loss not below "
-        f"{LEARNED:g} of the best constant output's.",
-        "",
-        f"Default values may be chosen on six of the problems (by their validation sets); the others, marked *, are held "
-        f"out. {SPLIT}",
-        "",
+        "Made by `python scripts/defaults.py`, which runs what is missing: every number is a run of `train.py` with",
+        "the values of `configs/optimizer` and the default schedule (a cosine over the budget), at equal steps for",
+        f"all. Values are of the {sets} sets, after the last step: accuracy in percent (more is better) or the loss (less",
+        f"is better), means over the seeds {seeds}, or those that were run. **Bold**: a run diverged, was broken off, or",
+        "has learned nothing, which is to say that its accuracy is below the one in the next table, or its loss not",
+        f"below {LEARNED:g} of the best constant output's.", "",
+        "Default values may be chosen on six of the problems, by their validation sets; the others, marked *, are held",
+        f"out. {SPLIT}", "",
     ]  # fmt: skip
     rows = []
     for it in problems:
         config = problem_config(it.name).values
-        least = f"{100 * it.least:g} %" if it.metric == "accuracy" else "" if it.constant is None else f"{it.constant:g}"
-        size = config["dataset"]["batch_size"]
-        rows.append([f"{it.name}{'' if it.tuning else ' *'}", it.title, str(it.steps), str(size), it.metric, least])
-    lines += _table(["problem", "what it is", "steps", "batch", "measured", "to learn"], rows)
+        least = f"{100 * it.least:g} %" if it.metric == "accuracy" else ""
+        rows.append([_title(it), it.title, str(it.steps), str(config["dataset"]["batch_size"]), it.metric, least])
+    lines += _table(["problem", "what it is", "steps", "batch", "measured", "at least"], rows)
     lines += ["## At default values", ""]
     lines += _table(titles, [[name, *(_value(results, name, it) for it in problems)] for name in known])
     counted = [(name, it) for name in known for it in problems if results.seeds(name, it)]
@@ -580,11 +590,11 @@ def _rates(results: Results) -> list[str]:
     lines = [
         "## Beside their own best learning rate", "",
         f"Seed 0 at {', '.join(f'{factor:g}' for factor in FACTORS)} times the default rate: the default's distance to "
-        "the best of the five (in points of accuracy, or percent of the loss), and where that is. **Bold**: it is farther",
-        f"than {100 * NEAR_ACCURACY:g} points or {100 * NEAR_LOSS:g} %.",
+        "the best of the five (in points of accuracy, or percent of the loss), and where that is. **Bold**: it is",
+        f"farther than {100 * NEAR_ACCURACY:g} points or {100 * NEAR_LOSS:g} %.",
         "",
     ]  # fmt: skip
-    lines += _table(["optimizer", *(f"{it.name}{'' if it.tuning else ' *'}" for it in problems)], rows)
+    lines += _table(["optimizer", *map(_title, problems)], rows)
     entries = [text for row in rows for text in row[1:] if text]
     far = sum(text.startswith("**") for text in entries)
     return [*lines, f"{len(entries) - far} of {len(entries)} are near their best.", ""]
@@ -604,7 +614,7 @@ def _reference(results: Results) -> list[str]:
             rows.append([name, *sides, f"{len(reached)} of {len(reached) + len(short)}", ", ".join(short)])
     if not rows:
         return []
-    lines = ["## Beside Adam at its default values", "", "On how many problems the mean reaches Adam's at equal steps.", ""]
+    lines = ["## Beside Adam at its default values", "", "On how many problems the mean reaches Adam's.", ""]
     return lines + _table(["optimizer", "to choose by", "held out", "together", "short of Adam on"], rows)
 
 
@@ -617,20 +627,21 @@ def _costs(results: Results) -> list[str]:
     for name in results.optimizers:
         seconds = [[it.seconds for it in results.seeds(name, problem)] for problem in results.problems]
         rows.append([name, *(f"{fmean(some):.3g}" if some else "" for some in seconds)])
-    return lines + _table(["optimizer", *(it.name for it in results.problems)], rows) if rows else []
+    return lines + _table(["optimizer", *map(_title, results.problems)], rows) if rows else []
 
 
-def write_page(path: Path, options: Sequence[str] = ()) -> Path:
+def write_page(path: Path, options: Sequence[str] = (), split: str = "test") -> Path:
     """Write the tables of a results file beside it.
 
     Args:
         path: of the results.
         options: see ``options_of``.
+        split: test | val: of which sets.
     """
     target = path.with_suffix(".md")
     before = target.read_text(encoding="utf-8") if target.exists() else ""
     notes = before[before.index(NOTES) :] if NOTES in before else ""
-    text = page(Results(read(path), options), options, notes)
+    text = page(Results(read(path), options, split), options, notes)
     partial = target.with_suffix(".part")
     partial.write_text(text, encoding="utf-8")
     partial.replace(target)
@@ -659,6 +670,10 @@ def chosen(given: Sequence[str]) -> Choices:
                 raise UserError(f"{key} has no {name!r}{did_you_mean(name, names)}")
     if merged.set not in ("tuning", "held_out", "all"):
         raise UserError(f"set must be tuning, held_out or all, got {merged.set!r}")
+    if merged.split not in ("test", "val"):
+        raise UserError(f"split must be test or val, got {merged.split!r}")
+    if merged.split == "val" and merged.results == RESULTS:
+        raise UserError(f"split=val needs results=FILE of its own: the tables beside {RESULTS} are of the test sets")
     if not merged.limit > 0:
         raise UserError(f"limit must be above 0, got {merged.limit:g}")
     if merged.options and merged.results == RESULTS:
@@ -667,7 +682,7 @@ def chosen(given: Sequence[str]) -> Choices:
         owner = text.partition("=")[0].rpartition(".")[0]
         users = [name for name in merged.optimizers if options_of(name, [text])]
         if "=" not in text or not users:
-            raise UserError(f"options: {text!r} is of no chosen optimizer: write option=value or optimizer.option=value")
+            raise UserError(f"options: {text!r} is of no chosen optimizer: write OPTION=VALUE or NAME.OPTION=VALUE")
         if owner and owner not in merged.optimizers:
             raise UserError(f"options: {owner!r} is no chosen optimizer{did_you_mean(owner, merged.optimizers)}")
     return merged
@@ -683,7 +698,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices = chosen(given)
         path = Path(choices.results)
         good = choices.report or run_missing(choices, path)
-        target = write_page(path, choices.options)
+        target = write_page(path, choices.options, choices.split)
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
