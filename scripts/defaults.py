@@ -561,8 +561,8 @@ def page(results: Results, options: Sequence[str] = (), notes: str = "") -> str:
         "the values of `configs/optimizer` and the default schedule (a cosine over the budget), at equal steps for",
         f"all. Values are of the {sets} sets, after the last step: accuracy in percent (more is better) or the loss",
         f"(less is better), means over the seeds {seeds}, or those that were run. **Bold**: a run diverged, was broken",
-        "off, or has learned nothing, which is to say that its accuracy is below the one in the next table, or its loss",
-        f"not below {LEARNED:g} of the best constant output's.", "",
+        "off, or has learned nothing, which is to say that its accuracy is below the one in the next table, or its",
+        f"loss not below {LEARNED:g} of the best constant output's.", "",
         "Default values may be chosen on six of the problems, by their validation sets; the others, marked *, are held",
         f"out. {SPLIT}", "",
     ]  # fmt: skip

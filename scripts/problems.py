@@ -116,7 +116,7 @@ PROBLEMS = {
         Problem(
             "ill_conditioned", "ill-conditioned linear regression",
             ("dataset=ill_conditioned", "model=deep_linear", "model.hidden=[]"),
-            steps=300, tuning=True, metric="loss",
+            steps=1000, tuning=True, metric="loss",
         ),
         Problem(
             "mnist_mlp", "a tenth of MNIST, MLP",
