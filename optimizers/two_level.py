@@ -391,9 +391,9 @@ def _smoothest(stack: Stack) -> Tensor:
     for key in keys:
         factor = stacked([block.factors[key] for block in stack.blocks])
         if factor.dim() == 3:
-            eigenvalues, basis = linalg.eigh(factor)
-            values.append(eigenvalues[:, 0].clamp(min=0))
-            vectors.append(basis[..., 0])
+            smallest, vector = linalg.smallest(factor)
+            values.append(smallest.clamp(min=0))
+            vectors.append(vector)
         else:
             smallest, where = factor.min(1)
             values.append(smallest)

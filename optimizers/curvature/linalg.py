@@ -45,6 +45,44 @@ def _eigh_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix.new_full(matrix.shape[:1], float("nan")), torch.full_like(matrix, float("nan"))
 
 
+def smallest(matrices: Tensor, tolerance: float = 0.01, block: int = 4, steps: int = 12) -> tuple[Tensor, Tensor]:
+    """The smallest eigenvalue, and an eigenvector of it.
+
+    Those of large matrices come from the block Krylov space of the inverse, a few steps of it, for the price of a Cholesky
+    factorization. What is not an eigenvector of some matrix as near as ``tolerance`` is decomposed after all.
+
+    Args:
+        matrices: ``[n, d, d]``, symmetric and positive semi-definite.
+        tolerance: in mean eigenvalues.
+        block: how many vectors the iteration starts from.
+        steps: of the iteration.
+
+    Returns:
+        ``[n]`` and ``[n, d]``.
+    """
+    n, d, _ = matrices.shape
+    if d <= 2 * block * steps:
+        values, vectors = eigh(matrices)
+        return values[:, 0], vectors[..., 0]
+    traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+    roots, failed = torch.linalg.cholesky_ex(damped(matrices, 4 * torch.finfo(matrices.dtype).eps * traces))
+    generator = torch.Generator(matrices.device).manual_seed(d)
+    start = torch.randn(d, block, generator=generator, dtype=matrices.dtype, device=matrices.device)
+    krylov = [start.expand(n, d, block)]
+    for _ in range(steps):
+        krylov.append(torch.linalg.qr(torch.cholesky_solve(krylov[-1], roots))[0])
+    basis = torch.linalg.qr(torch.cat(krylov[1:], -1))[0]
+    vectors = basis @ eigh(symmetrize(basis.mT @ (matrices @ basis)))[1][..., :1]
+    images = matrices @ vectors
+    values = (vectors * images).sum(-2)
+    found = (failed == 0) & ((images - values.unsqueeze(-2) * vectors).norm(dim=(-2, -1)) <= tolerance / d * traces)
+    values, vectors = values[:, 0], vectors[..., 0]
+    for i in (~found).nonzero().flatten().tolist():
+        exact = eigh(matrices[i : i + 1])
+        values[i], vectors[i] = exact[0][0, 0], exact[1][0, :, 0]
+    return values, vectors
+
+
 def damped(matrices: Tensor, damping: Tensor) -> Tensor:
     """``M + damping I``: a copy.
 
