@@ -426,7 +426,7 @@ class EigenFactors(KroneckerFactors):
     def basis(self, key: str) -> Tensor:
         """U_A or U_G as a matrix ``[groups, d, d]``."""
         if (basis := self.factors.get(f"U_{key}")) is not None:
-            return linalg.as_matrix(basis)
+            return linalg.as_matrix(basis).contiguous()  # what torch.kron asks of one of its two
         return torch.eye(self.dims[key]).to(self.factors["S"]).expand(self.layer.groups, -1, -1)
 
     def moments(self, gradient_scale: float, examples: int) -> Factors:
@@ -447,7 +447,7 @@ class EigenFactors(KroneckerFactors):
         """``[groups, batch, shared, d]`` in the present basis."""
         if not self.full[key]:
             return rows
-        return linalg.turned(rows.flatten(1, 2), self.factors[f"U_{key}"]).view(rows.shape)
+        return linalg.turned(rows.flatten(1, 2), self.factors[f"U_{key}"]).reshape(rows.shape)
 
     def _blocks(self, factors: Factors) -> list[Tensor]:
         dense = []

@@ -226,7 +226,7 @@ def as_matrix(basis: Tensor) -> Tensor:
     n, d, wide = basis.shape
     if wide == d:
         return basis
-    return turned(torch.eye(d, dtype=basis.dtype, device=basis.device).expand(n, d, d), basis)
+    return turned(torch.eye(d, dtype=basis.dtype, device=basis.device).repeat(n, 1, 1), basis)
 
 
 def leading_columns(basis: Tensor) -> Tensor:
