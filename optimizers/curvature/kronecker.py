@@ -290,7 +290,7 @@ class Kronecker(Invertible, Approximation):
 
     def _sandwich(self, cache: Factors, matrix: Tensor) -> Tensor:
         """``G^-1 V A^-1``, in the dtype of the inverses."""
-        result = matrix.to(self.options.solve_dtype or self._dtype)
+        result = matrix.to(next(t.dtype for key, t in cache.items() if key in ("A", "G", "L_A", "L_G")))
         for key, left in (("G", True), ("A", False)):
             if (lower := cache.get(f"L_{key}")) is not None:
                 first, second = (lower, lower.mT) if left else (lower.mT, lower)

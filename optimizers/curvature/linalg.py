@@ -70,7 +70,8 @@ def smallest(matrices: Tensor, tolerance: float = 0.01, block: int = 4, steps: i
     start = torch.randn(d, block, generator=generator, dtype=matrices.dtype, device=matrices.device)
     krylov = [start.expand(n, d, block)]
     for _ in range(steps):
-        krylov.append(torch.linalg.qr(torch.cholesky_solve(krylov[-1], roots))[0])
+        half = torch.linalg.solve_triangular(roots, krylov[-1], upper=False)
+        krylov.append(torch.linalg.qr(torch.linalg.solve_triangular(roots.mT, half, upper=True))[0])
     basis = torch.linalg.qr(torch.cat(krylov[1:], -1))[0]
     vectors = basis @ eigh(symmetrize(basis.mT @ (matrices @ basis)))[1][..., :1]
     images = matrices @ vectors
