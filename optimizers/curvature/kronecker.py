@@ -370,8 +370,8 @@ class EigenFactors(KroneckerFactors):
         super().__init__(layer, options)
         self._kept: list[Flow] = []
         self.decompositions = 0
-        limit = options.rank or float("inf")
-        self._ranks = {key: min(limit, dim) if 2 * limit < dim else dim for key, dim in self.dims.items()}
+        kept = options.rank
+        self._ranks = {key: dim if kept is None or 2 * kept >= dim else kept for key, dim in self.dims.items()}
 
     def accumulate(self, flow: Flow) -> None:
         """See Approximation."""

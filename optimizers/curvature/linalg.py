@@ -255,9 +255,9 @@ def overlaps(new: Tensor, old: Tensor) -> Tensor:
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """The basis whose first columns are the orthonormal factor of these: ``[n, d, d]``, or ``[n, d, r]`` with r < d / 2.
+    """The basis whose first columns are the orthonormal factor of these, ``[n, d, d]``, or ``[n, d, r]`` with r < d / 2.
 
-    Of a matrix the Q of its QR decomposition; of fewer columns the reflections that it is made of.
+    It is Q of their QR decomposition, as a matrix or as the reflections that LAPACK makes it of.
     """
     d, r = columns.shape[-2:]
     if r == d:
