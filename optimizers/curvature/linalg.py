@@ -48,8 +48,8 @@ def _eigh_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def smallest(matrices: Tensor, tolerance: float = 0.01, block: int = 4, steps: int = 12) -> tuple[Tensor, Tensor]:
     """The smallest eigenvalue, and an eigenvector of it.
 
-    Those of large matrices come from the block Krylov space of the inverse, a few steps of it, for the price of a Cholesky
-    factorization. What is not an eigenvector of some matrix as near as ``tolerance`` is decomposed after all.
+    Those of large matrices come from a block Krylov space of the inverse, for the price of a Cholesky factorization.
+    What is not an eigenvector of some matrix as near as ``tolerance`` is decomposed after all.
 
     Args:
         matrices: ``[n, d, d]``, symmetric and positive semi-definite.
@@ -255,7 +255,7 @@ def overlaps(new: Tensor, old: Tensor) -> Tensor:
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """The basis whose first columns are the orthonormal factor of these, ``[n, d, d]``, or ``[n, d, r]`` with r < d / 2.
+    """The basis whose first columns are the orthonormal factor of ``[n, d, d]`` or ``[n, d, r]``, r < d / 2.
 
     It is Q of their QR decomposition, as a matrix or as the reflections that LAPACK makes it of.
     """
