@@ -39,7 +39,12 @@ def rademacher(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
 
 
 def hutchinson(
-    gradients: Sequence[Tensor], params: Sequence[Tensor], seed: int, samples: int = 1, retain_graph: bool = False
+    gradients: Sequence[Tensor],
+    params: Sequence[Tensor],
+    seed: int,
+    samples: int = 1,
+    retain_graph: bool = False,
+    signed: bool = True,
 ) -> list[Tensor | None]:
     """``mean_s z_s * (H z_s)``, whose expectation is the Hessian's diagonal: signed, one tensor a parameter.
 
@@ -49,6 +54,7 @@ def hutchinson(
         seed: of the probes; the same seed gives the same probes on every rank and in every micro-batch.
         samples: how many probes are averaged.
         retain_graph: keep the graph for another backward pass.
+        signed: false: of a single sample ``H z``, where the magnitude alone is asked for: a pass less.
 
     Returns:
         None for a parameter that the gradients do not depend on (its Hessian is zero). Complex parameters count as
@@ -72,7 +78,10 @@ def hutchinson(
                 (hz,) = real([hz])
                 # Out of place: what autograd returns may be an expanded view, or shared.
                 previous = result[i]
-                result[i] = z * hz if previous is None else torch.addcmul(previous, z, hz)
+                if samples == 1 and not signed:
+                    result[i] = hz
+                else:
+                    result[i] = z * hz if previous is None else torch.addcmul(previous, z, hz)
     if samples > 1:
         result = [None if r is None else r / samples for r in result]
     return result
@@ -217,9 +226,11 @@ class AdaHessian(CurvatureOptimizer):
         given = None if isinstance(params, nn.Module) else params
         super().__init__(model, given, defaults, update_every=hessian_every, flags=flags)
         self.samples, self.block_size, self.seed = samples, block_size, seed
-        self._pending: dict[Tensor, Tensor] = {}  # z * (H z) of this step, summed over micro-batches
+        # z * (H z) of this step, summed over micro-batches, which have the same z: of one sample without z's signs.
+        self._pending: dict[Tensor, Tensor] = {}
         self._complete_losses: set[Any] = set()  # kinds of losses that hide no parameter
         self._denominators: dict[Tensor, tuple[Tensor, float]] = {}
+        self._spare: dict[Tensor, Tensor] = {}  # room for new ones
         self._attach()
 
     def _attach(self) -> None:
@@ -317,9 +328,10 @@ class AdaHessian(CurvatureOptimizer):
 
     def _collect(self, params: list[Tensor], grads: list[Tensor], scale: float, retain_graph: bool = False) -> None:
         with record_function(CURVATURE):
-            terms = hutchinson(grads, params, self._probe_seed(), self.samples, retain_graph)
-        for p, term in zip(params, terms, strict=True):
-            term = torch.zeros_like(*real([p.detach()])) if term is None else term if scale == 1.0 else term / scale
+            terms = hutchinson(grads, params, self._probe_seed(), self.samples, retain_graph, signed=False)
+        zeros = (torch.zeros_like(*real([p.detach()])) if t is None else t for p, t in zip(params, terms, strict=True))
+        for p, term in zip(params, _owned(list(zeros)), strict=True):
+            term = term if scale == 1.0 else term / scale
             self._pending[p] = self._pending[p] + term if p in self._pending else term
 
     def _probe_seed(self) -> int:
@@ -342,6 +354,7 @@ class AdaHessian(CurvatureOptimizer):
             beta = group["betas"][1]
             torch._foreach_mul_(squares, beta)
             torch._foreach_addcmul_(squares, means, means, value=1 - beta)
+        self._spare = {p: denominator for p, (denominator, _) in self._denominators.items()}
         self._denominators.clear()
         return True
 
@@ -373,7 +386,11 @@ class AdaHessian(CurvatureOptimizer):
                 return torch.ones_like(*real([p])), 1.0
             correction = (1 - group["betas"][1] ** state["hessian_step"]) ** (power / 2)
             square = state["exp_hessian_sq"]
-            root = (square.sqrt() if power == 1 else square ** (power / 2)).add_(group["eps"] * correction)
+            room = self._spare.pop(p, None)
+            if room is None or room.shape != square.shape or room.dtype != square.dtype or room.device != square.device:
+                room = torch.empty_like(square)
+            root = torch.sqrt(square, out=room) if power == 1 else torch.pow(square, power / 2, out=room)
+            root.add_(group["eps"] * correction)
             self._denominators[p] = block_expand(root, real([p])[0].shape, self.block_size).contiguous(), correction
         return self._denominators[p]
 
@@ -399,6 +416,7 @@ class AdaHessian(CurvatureOptimizer):
     def _restore(self, saved: dict[str, Any]) -> None:
         super()._restore(saved)
         self._denominators.clear()
+        self._spare.clear()
 
     def close(self) -> None:
         """See CurvatureOptimizer."""

@@ -146,7 +146,11 @@ class EKFAC(NaturalGradient):
         decay: weight of the past in the averages.
         update_every: steps between updates of the factors and of the moments.
         early_updates: update and invert more often at first: after 1, 3, 7, 15, ... steps, up to the intervals.
-        refresh_every: steps between eigendecompositions.
+        refresh_every: steps between renewals of the bases.
+        basis: how a basis is renewed: ``iterate``: by one step of orthogonal iteration, ``QR(A U)``, from the last one,
+            and by a decomposition (``eigh``) at the start and where it has lost its factor; ``eigh``: always by one.
+        rank: a factor that is more than twice as wide has the eigenvectors of so many of its largest eigenvalues in
+            its basis, and some completion of them, which takes fewer operations; None: all have all.
         sharing: see KFAC; of the factors, and of the gradient whose moments are taken.
         max_factor_dim: a wider factor has the identity for its eigenbasis; None: none has.
         solve_dtype: see KFAC.
@@ -181,6 +185,8 @@ class EKFAC(NaturalGradient):
         update_every: int = 10,
         early_updates: bool = True,
         refresh_every: int = 100,
+        basis: Literal["iterate", "eigh"] = "iterate",
+        rank: int | None = 128,
         sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 8192,
         solve_dtype: Literal["float32", "bfloat16"] = "float32",
@@ -194,7 +200,13 @@ class EKFAC(NaturalGradient):
         **flags: Any,
     ) -> None:
         dtype = check_options("tikhonov", sharing, max_factor_dim, solve_dtype)
-        options = Options("tikhonov", sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=dtype)
+        check_choice("basis", basis, ("iterate", "eigh"))
+        if rank is not None:
+            check_range("rank", rank, 1)
+        options = Options(
+            "tikhonov", sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=dtype, rank=rank, basis=basis
+        )
+        self._decompositions = 0  # up to the last time that a state was restored
         super().__init__(
             model, params, lr=lr, momentum=momentum, damping=damping,
             damping_unit=damping_unit, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup, fisher=fisher,
@@ -207,3 +219,25 @@ class EKFAC(NaturalGradient):
     def affine_block(self, layer: AffineLayer) -> Approximation:
         """See NaturalGradient."""
         return EigenFactors(layer, self.options)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _decomposed(self) -> int:
+        blocks = [block for block in self.blocks.values() if isinstance(block, EigenFactors)]
+        return self._decompositions + sum(block.decompositions for block in blocks)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Adds how often a factor's basis was made by a full decomposition."""
+        return super().diagnostics() | {"curvature/decompositions": float(self._decomposed())}
+
+    def _curvature(self) -> dict[str, Any]:
+        """See NaturalGradient; also the count of decompositions."""
+        saved = super()._curvature()
+        return saved | {"counters": saved["counters"] | {"decompositions": self._decomposed()}}
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
+        self._decompositions = int(saved["counters"].get("decompositions", 0))
+        for block in self.blocks.values():
+            if isinstance(block, EigenFactors):
+                block.decompositions = 0

@@ -86,6 +86,9 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             renewed in every step; ``tselepidis``: ones, their matrix averaged over updates, the right-hand side R0 g;
             ``spectral``: the eigenvector of the smallest eigenvalue of ``A (x) G``.
         krylov: ``nicolaides`` and ``residual``: also P^-1 of each vector.
+        coarse_dtype: of the products with P^-1 that coarse vectors are made by where statistics are float32. The
+            correction is the projection on whatever vectors there are; ``auto``: bfloat16 on processors (no GPUs) that
+            have instructions for it.
         damping_mode: see KFAC; of P.
         pi: see KFAC.
         kl_clip: kappa; None: off.
@@ -124,6 +127,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         damping_unit: Literal["absolute", "layer"] = "absolute",
         coarse: Coarse = "nicolaides",
         krylov: bool = False,
+        coarse_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         damping_mode: Literal["factored", "tikhonov"] = "factored",
         pi: bool = True,
         kl_clip: float | None = 1e-2,
@@ -150,7 +154,8 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         check_choice("coarse", coarse, ("nicolaides", "residual", "tselepidis", "spectral"))
         if krylov and coarse not in ("nicolaides", "residual"):
             raise ValueError(f"krylov must be false for coarse={coarse!r}: it enriches nicolaides and residual")
-        self.coarse, self.krylov = coarse, krylov
+        check_choice("coarse_dtype", coarse_dtype, ("auto", "float32", "bfloat16"))
+        self.coarse, self.krylov, self.coarse_dtype = coarse, krylov, coarse_dtype
         self._space: CoarseSpace | None = None  # of residual, which is renewed in every step: none is kept
         self._names: list[str] = []  # the layers that the stacks hold, in their order
         self._shifts = torch.empty(0)  # L, one a layer of the stacks
@@ -210,18 +215,18 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             assert self._space is not None
             space, shares = self._space, self._space.solve(self._restricted(self._space, gradients))
         else:
-            dampings = self._shifts.split(sizes)
-            undamped = [g - _layerwise(d, x) for g, d, x in zip(gradients, fine, dampings, strict=True)]
             seen = self._images(fine)
-            space = self._space or self._spanned(self._residual(undamped, seen.sum(0)))
-            shares = space.solve(self._restricted(space, undamped) - space.images.mT @ seen.sum(0).double())
-            slope = self._inner(fine, gradients).sum() + shares.flatten() @ self._restricted(space, gradients)
+            space = self._space or self._spanned(self._residual(gradients, fine, seen.sum(0)))
+            slopes = self._restricted(space, gradients)
+            damped = self._restricted(space, fine) * self._shifts.repeat(len(space.vectors))
+            shares = space.solve(slopes - damped - space.images.mT @ seen.sum(0).double())
+            slope = self._inner(fine, gradients).sum() + shares.flatten() @ slopes
             self._uphill = self._uphill + (slope <= 0)
             shares = torch.where(slope > 0, shares, 0.0)
             self._seen = seen + (space.images.view(-1, *shares.shape) * shares).sum(1).mT.to(seen)
         for vectors, share in zip(space.vectors, shares, strict=True):
             parts = zip(fine, vectors, share.split(sizes), strict=True)
-            fine = [d + _layerwise(v, part) for d, v, part in parts]
+            fine = [_plus(d, v, part) for d, v, part in parts]
         return fine
 
     def _images(self, tensors: list[Tensor]) -> Tensor:
@@ -277,8 +282,11 @@ class TwoLevelKFAC(SampledFisher, KFAC):
 
     def _inner(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
         """Inner products, layer by layer."""
-        triples = zip(self._stacks, left, right, strict=True)
-        return torch.cat([(a * b).reshape(len(stack.blocks), -1).sum(1) for stack, a, b in triples]).double()
+        found = []
+        for stack, a, b in zip(self._stacks, left, right, strict=True):
+            count = len(stack.blocks)
+            found.append(torch.bmm(a.reshape(count, 1, -1), b.reshape(count, -1, 1)).view(count))
+        return torch.cat(found).double()
 
     # -- the coarse space ----------------------------------------------------------------------------------------------
 
@@ -304,22 +312,41 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             return [[_smoothest(stack).view_as(t) for stack, t in zip(self._stacks, like, strict=True)]]
         return self._enriched([torch.ones_like(t) for t in like])
 
-    def _residual(self, undamped: list[Tensor], seen: Tensor) -> list[list[Tensor]]:
+    def _residual(self, gradients: list[Tensor], fine: list[Tensor], seen: Tensor) -> list[list[Tensor]]:
         """``P^-1 r`` with ``r = (g - L d0) - S (Sᵀ d0)``."""
         residuals = []
-        for stack, tensor in zip(self._stacks, undamped, strict=True):
-            parts = []
+        dampings = self._shifts.split([len(stack.blocks) for stack in self._stacks])
+        for stack, g, d, damping in zip(self._stacks, gradients, fine, dampings, strict=True):
+            tensor, parts = _plus(g, d, -damping), []
             for block, part in zip(stack.blocks, tensor.chunk(len(stack.blocks)), strict=True):
                 samples = self.samples[block.layer.name]
                 parts.append(part - block.to_matrix(samples.combine(seen)) if samples.factors else part)
             residuals.append(stacked(parts))
-        return self._enriched(super()._solve_blocks(residuals))
+        return self._enriched(self._smoothed(residuals))
 
     def _enriched(self, vectors: list[Tensor]) -> list[list[Tensor]]:
-        return [vectors, super()._solve_blocks(vectors)] if self.krylov else [vectors]
+        return [vectors, self._smoothed(vectors)] if self.krylov else [vectors]
+
+    def _smoothed(self, vectors: list[Tensor]) -> list[Tensor]:
+        """``P^-1 v``, which nothing but a coarse vector is made of: so in ``coarse_dtype``."""
+        found = []
+        for stack, v in zip(self._stacks, vectors, strict=True):
+            cache = stack.cache
+            if self._narrow(v) and not any(key.startswith("L_") for key in cache):  # with which triangles are solved
+                cache = {key: _narrowed(key, t) for key, t in cache.items()}
+            found.append(stack.blocks[0].solve(cache, v))
+        return found
+
+    def _narrow(self, vectors: Tensor) -> bool:
+        if vectors.dtype != torch.float32 or self.coarse_dtype == "float32":
+            return False
+        if self.coarse_dtype == "bfloat16":
+            return True
+        alone = communication.world_size() == 1  # another process may have another processor
+        return alone and vectors.device.type == "cpu" and multiplies_bfloat16()
 
     def _spanned(self, vectors: list[list[Tensor]]) -> CoarseSpace:
-        """The space of some vectors, which are brought to a largest entry of 1 first.
+        """The space of some vectors, which are brought to a largest entry of 1 first, in place.
 
         A layer without samples takes no part: its vectors become zero. Neither zeros nor dependent vectors do any harm:
         whatever the ridge, the correction brings d0 no farther from the solution.
@@ -347,8 +374,9 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         return CoarseSpace(scaled, seen, roots.index_select(0, first)[0], scale)
 
     def _scaled(self, stack: Stack, vectors: Tensor) -> Tensor:
-        flat = vectors.reshape(len(stack.blocks), -1)
-        flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)
+        flat = vectors.view(len(stack.blocks), -1)
+        largest = torch.maximum(flat.amax(1, keepdim=True), -flat.amin(1, keepdim=True))  # faster than that of abs
+        flat.div_(largest.clamp(min=torch.finfo(flat.dtype).tiny))
         if not all(has := [bool(self.samples[block.layer.name].factors) for block in stack.blocks]):
             flat = flat * torch.tensor(has, device=flat.device).unsqueeze(1)
         return flat.view(vectors.shape)
@@ -411,9 +439,22 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         return [part for stack, t in zip(self._stacks, tensors, strict=True) for part in t.chunk(len(stack.blocks))]
 
 
-def _layerwise(stack: Tensor, factors: Tensor) -> Tensor:
-    """Each layer's part of a stacked tensor times a number of its own."""
-    return (stack.reshape(len(factors), -1) * factors.to(stack.dtype).unsqueeze(1)).view(stack.shape)
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def _narrowed(key: str, tensor: Tensor) -> Tensor:
+    """A part of an inverse in bfloat16; a factor's inverse, which is symmetric, by rows: they multiply faster."""
+    if key[0] == "W":
+        return tensor
+    return (tensor.mT if key in ("A", "G") and tensor.dim() == 3 else tensor).bfloat16()
+
+
+def _plus(first: Tensor, second: Tensor, factors: Tensor) -> Tensor:
+    """Each layer's part of a stacked tensor plus a number of its own times that of another one."""
+    flat = first.reshape(len(factors), -1)
+    return torch.addcmul(flat, second.reshape(flat.shape), factors.to(flat).unsqueeze(1)).view(first.shape)
 
 
 def _smoothest(stack: Stack) -> Tensor:
@@ -425,9 +466,9 @@ def _smoothest(stack: Stack) -> Tensor:
     for key in keys:
         factor = stacked([block.factors[key] for block in stack.blocks])
         if factor.dim() == 3:
-            eigenvalues, basis = linalg.eigh(factor)
-            values.append(eigenvalues[:, 0].clamp(min=0))
-            vectors.append(basis[..., 0])
+            smallest, vector = linalg.smallest(factor)
+            values.append(smallest.clamp(min=0))
+            vectors.append(vector)
         else:
             smallest, where = factor.min(1)
             values.append(smallest)

@@ -19,6 +19,7 @@ from torch import Tensor
 from optimizers.curvature import communication, linalg
 from optimizers.curvature.approximations import Approximation, Diagonal, statistics_dtype
 from optimizers.curvature.layers import AffineLayer, Flow, Layer
+from optimizers.curvature.linalg import product as _product
 from optimizers.curvature.rearranged import Pairs, Terms, compress_many, leading_pairs_many, location_mask
 
 Factors = dict[str, Tensor]
@@ -26,6 +27,9 @@ Factors = dict[str, Tensor]
 #: From this width on a processor keeps Cholesky factors: two triangular solves a step cost little more than a product
 #: with the inverse, which itself costs several products.
 WIDE = 4096
+
+#: A basis is made anew where more than this share of ``|M Q|²`` has come off the diagonal of ``Qᵀ M Q``.
+DRIFTED = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,10 @@ class Options:
         solve_dtype: of the products with the inverse; None: the statistics'.
         solver: how leading pairs are found, see ``rearranged``.
         radius: farthest positions, along either axis, whose products count; None: all pairs.
-        rank: eigenvalues of the second term that its inverse keeps on either side, the largest; None: all.
+        rank: eigenvalues of the second term that its inverse keeps on either side, the largest, or eigenvectors that a
+            wide factor's basis has; None: all.
         floor: least value of ``1 + s t`` in a two-term inverse.
+        basis: eigenbases follow their factors by one step of orthogonal iteration a refresh, or are made anew.
     """
 
     damping_mode: Literal["factored", "tikhonov"] = "factored"
@@ -55,6 +61,7 @@ class Options:
     radius: int | None = None
     rank: int | None = None
     floor: float = 0.1
+    basis: Literal["iterate", "eigh"] = "eigh"
 
 
 @dataclass
@@ -329,7 +336,7 @@ class Kronecker(Invertible, Approximation):
 
     def _sandwich(self, cache: Factors, matrix: Tensor) -> Tensor:
         """``G^-1 V A^-1``, in the dtype of the inverses."""
-        result = matrix.to(self.options.solve_dtype or self._dtype)
+        result = matrix.to(next(t.dtype for key, t in cache.items() if key in ("A", "G", "L_A", "L_G")))
         for key, left in (("G", True), ("A", False)):
             if (lower := cache.get(f"L_{key}")) is not None:
                 first, second = (lower, lower.mT) if left else (lower.mT, lower)
@@ -357,11 +364,6 @@ class Kronecker(Invertible, Approximation):
         if self.options.damping_mode == "factored":
             return {f"L_{k}" if self._solves_triangles(k) else k: v for k, v in square.items()}
         return {f"U_{k}": v for k, v in square.items() if self.full[k]} | {"W": (self._matrix, self._dtype)}
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` over stacks."""
-    return torch.mm(a[0], b[0]).unsqueeze(0) if len(a) == 1 else torch.bmm(a, b)
 
 
 class KroneckerFactors(Kronecker):
@@ -398,8 +400,14 @@ class EigenFactors(KroneckerFactors):
     """EKFAC (George et al. 2018): K-FAC's eigenbases, and in them the exact second moments ``S`` of the gradient.
 
     ``F ~ (U_G (x) U_A) diag(S) (U_G (x) U_A)ᵀ`` with ``S = mean_i (U_Gᵀ V_i U_A)²``, which no other diagonal betters in
-    Frobenius norm. When a refresh moves the basis, the average S moves along: the new diagonal of the old approximation
-    is ``(P_G∘P_G) S (P_A∘P_A)ᵀ`` with ``P`` the products of old and new bases.
+    Frobenius norm, whatever the orthogonal bases. Theirs are those of the eigenvectors, or what one step of orthogonal
+    iteration a refresh has made of earlier ones; a factor more than twice as wide as ``rank`` has the eigenvectors of
+    its ``rank`` largest eigenvalues and some completion of these. When a refresh moves the basis, the average S moves
+    along: the new diagonal of the old approximation is ``(P_G∘P_G) S (P_A∘P_A)ᵀ`` with ``P`` the products of old and
+    new bases.
+
+    Attributes:
+        decompositions: how often a factor was decomposed in full.
     """
 
     inverts_on_update = True
@@ -407,6 +415,9 @@ class EigenFactors(KroneckerFactors):
     def __init__(self, layer: AffineLayer, options: Options) -> None:
         super().__init__(layer, options)
         self._kept: list[Flow] = []
+        self.decompositions = 0
+        kept = options.rank
+        self._ranks = {key: dim if kept is None or 2 * kept >= dim else kept for key, dim in self.dims.items()}
 
     def accumulate(self, flow: Flow) -> None:
         """See Approximation."""
@@ -421,7 +432,11 @@ class EigenFactors(KroneckerFactors):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See Approximation."""
         shapes = super().shapes()
-        bases = {f"U_{k}": shape for k, shape in shapes.items() if self.full[k]}
+        bases = {}
+        for key, dim in self.dims.items():
+            if self.full[key]:
+                width = dim if self._ranks[key] == dim else 2 * self._ranks[key]
+                bases[f"U_{key}"] = (self.layer.groups, dim, width)
         return shapes | bases | {"S": self._matrix}
 
     def zeros(self) -> Factors:
@@ -433,13 +448,13 @@ class EigenFactors(KroneckerFactors):
         for key in ("A", "G"):
             if not self.full[key]:
                 continue
-            new = linalg.eigh(self.factors[key])[1]
+            old = self.factors.get(f"U_{key}")
+            new = self._renewed(key, old)
             if not bool(new.isfinite().all()):
                 return 1  # the old basis will do
-            old = self.factors.get(f"U_{key}")
             self.factors[f"U_{key}"] = new
             if old is not None and "S" in self.factors:
-                mixing = _product(new.mT, old).square()
+                mixing = linalg.overlaps(new, old).square_()
                 s = self.factors["S"]
                 self.factors["S"] = _product(mixing, s) if key == "G" else _product(s, mixing.mT)
         return 0
@@ -448,15 +463,29 @@ class EigenFactors(KroneckerFactors):
         """See Invertible."""
         return factors["S"].mean((1, 2))
 
+    def _renewed(self, key: str, old: Tensor | None) -> Tensor:
+        """The basis that follows the last one, or, where there is none or it has lost its factor, a fresh one."""
+        factor = self.factors[key]
+        if old is not None and self.options.basis == "iterate":
+            new, off = linalg.iterated(factor, old)
+            if bool((off < DRIFTED).all() & new.isfinite().all()):
+                return new
+        self.decompositions += 1
+        return linalg.eigenbasis(factor, self._ranks[key])
+
+    def basis(self, key: str) -> Tensor:
+        """U_A or U_G as a matrix ``[groups, d, d]``."""
+        if (basis := self.factors.get(f"U_{key}")) is not None:
+            return linalg.as_matrix(basis).contiguous()  # what torch.kron asks of one of its two
+        return torch.eye(self.dims[key]).to(self.factors["S"]).expand(self.layer.groups, -1, -1)
+
     def moments(self, gradient_scale: float, examples: int) -> Factors:
         """See Invertible: this step's S, in the present basis."""
         if any(self.full[key] and f"U_{key}" not in self.factors for key in self.full):
             return {}
         total = torch.zeros(self._matrix, dtype=self._dtype, device=self.layer.parameters[0].device)
         for flow in self._kept:
-            a, g = self._samples(flow)
-            a = a if not self.full["A"] else a @ self.factors["U_A"].unsqueeze(1)
-            g = g if not self.full["G"] else g @ self.factors["U_G"].unsqueeze(1)
+            a, g = (self._in_basis(key, t) for key, t in zip(("A", "G"), self._samples(flow), strict=True))
             if a.shape[2] == 1:
                 total += _product(g.squeeze(2).square().mT, a.squeeze(2).square())
             else:
@@ -464,11 +493,15 @@ class EigenFactors(KroneckerFactors):
                     total += (some_g.mT @ some_a).square().sum(1)
         return {"S": total * (gradient_scale**2 / examples)}
 
+    def _in_basis(self, key: str, rows: Tensor) -> Tensor:
+        """``[groups, batch, shared, d]`` in the present basis."""
+        if not self.full[key]:
+            return rows
+        return linalg.turned(rows.flatten(1, 2), self.factors[f"U_{key}"]).reshape(rows.shape)
+
     def _blocks(self, factors: Factors) -> list[Tensor]:
-        eye = {k: torch.eye(d).to(factors["S"]).expand(self.layer.groups, -1, -1) for k, d in self.dims.items()}
-        bases = zip(factors.get("U_G", eye["G"]), factors.get("U_A", eye["A"]), factors["S"], strict=True)
         dense = []
-        for u_g, u_a, s in bases:
+        for u_g, u_a, s in zip(self.basis("G"), self.basis("A"), factors["S"], strict=True):
             basis = torch.kron(u_g, u_a)
             dense.append((basis * s.flatten()) @ basis.mT)
         return dense
@@ -477,6 +510,17 @@ class EigenFactors(KroneckerFactors):
         """See Invertible. The damping is Tikhonov's: S is a diagonal."""
         bases = self._in_solve_dtype({k: v for k, v in factors.items() if k.startswith("U_")})
         return bases | {"W": 1 / (factors["S"] + damping.view(-1, 1, 1))}
+
+    def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
+        """See Invertible."""
+        result = matrix
+        for back in (False, True):
+            for key, left in (("G", True), ("A", False)):
+                if (basis := cache.get(f"U_{key}")) is not None:
+                    result = linalg.turned(result.to(basis.dtype), basis, left=left, back=back)
+            if not back:
+                result = result * cache["W"]
+        return result.to(matrix.dtype)
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See Invertible."""

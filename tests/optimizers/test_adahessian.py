@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from optimizers import AdaHessian
 from optimizers.adahessian import block_expand, block_mean, hutchinson, rademacher
@@ -63,6 +64,49 @@ def test_one_probe_is_z_times_the_dense_hessian_times_z() -> None:
     grads = torch.autograd.grad(F.cross_entropy(model(inputs), targets), params, create_graph=True)
     z = dense.flatten(rademacher(params, seed=5))
     torch.testing.assert_close(dense.flatten(hutchinson(grads, params, seed=5)), z * (full @ z), rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_average_is_of_the_squares_of_what_the_dense_hessian_gives(samples: int, parts: int) -> None:
+    """Of one sample the sign is never worked out; micro-batches are summed before it would matter."""
+    model, (inputs, targets) = small_net(), images(8)
+    params = list(model.parameters())
+    optimizer = AdaHessian(model, lr=0.0, samples=samples, betas=(0.9, 0.5))
+    full = dense.hessian(F.cross_entropy(model(inputs), targets), params)
+    for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
+        optimizer.backward(F.cross_entropy(model(x), y) / parts)
+    probes = [dense.flatten(rademacher(params, optimizer._probe_seed() + i)) for i in range(samples)]
+    expected = (sum(z * (full @ z) for z in probes) / samples).abs().split([p.numel() for p in params])
+    optimizer.step()
+    for p, d in zip(params, expected, strict=True):
+        d = d.view_as(p)
+        d = d.mean((2, 3), keepdim=True) if d.dim() == 4 else d
+        torch.testing.assert_close(optimizer.state[p]["exp_hessian_sq"], d.square() / 2, rtol=1e-8, atol=1e-14)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside, self.part = inside, nn.Sequential(nn.Linear(192, 5), nn.Tanh(), nn.Linear(5, 4, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x.flatten(1), use_reentrant=False) if self.inside else self.part(x.flatten(1))
+
+
+def test_a_checkpoint_changes_nothing() -> None:
+    """Its second pass saves what its first one did, though only the first runs on kernels of our own."""
+    found, batch = [], images()
+    for inside in (False, True):
+        torch.manual_seed(0)
+        optimizer = AdaHessian(model := Checkpointed(inside), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.backward(F.cross_entropy(model(batch[0]), batch[1]))
+            optimizer.step()
+        found.append(dense.flatten([p.detach() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("float64")

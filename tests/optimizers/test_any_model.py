@@ -452,6 +452,8 @@ def options(method: type, fisher: str) -> dict[str, Any]:
     found = {**OPTIONS, "fisher": fisher, "likelihood": Worst(), "batch_fraction": 1.0, "kl_clip": None}
     if method is ExactNaturalGradient:
         del found["decay"]
+    if method is EKFAC:
+        found["basis"] = "eigh"  # as the definition has it
     return found if method is ExactNaturalGradient else {**found, "refresh_every": 1}
 
 

@@ -63,6 +63,8 @@ OPTIMIZERS: dict[str, partial[torch.optim.Optimizer]] = {
     "kfac_direction": partial(KFAC, **KRONECKER, kl_of="direction", early_updates=False),
     "ekfac": partial(EKFAC, **KRONECKER | {"refresh_every": 6}),
     "ekfac_empirical": partial(EKFAC, **KRONECKER | {"fisher": "empirical", "batch_fraction": 0.5, "update_every": 1}),
+    "ekfac_rank": partial(EKFAC, **KRONECKER, rank=2),
+    "ekfac_eigh": partial(EKFAC, **KRONECKER, basis="eigh"),
     "kpsvd": partial(KPSVD, **KRONECKER, weight_decay=5e-4),
     "deflation": partial(Deflation, **KRONECKER | {"batch_fraction": 0.5}),
     "deflation_empirical": partial(Deflation, **KRONECKER, fisher="empirical", solver="power"),

@@ -33,6 +33,7 @@ CASES |= {
 }
 CASES |= {
     "twolevel_krylov": ("twolevel_kfac", {"krylov": True}),
+    "ekfac_rank": ("ekfac_rank", {}),
     "exact_ng_exact": ("exact_ng", {"fisher": "exact", "blocks": "layer"}),
     **{
         name: (name, {})

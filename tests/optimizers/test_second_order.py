@@ -22,6 +22,9 @@ LAYERS = {
     "batch norm": nn.BatchNorm2d(4),
     "batch norm without running statistics": nn.BatchNorm2d(4, track_running_stats=False),
     "batch norm without weights": nn.BatchNorm2d(4, affine=False),
+    "linear": nn.Linear(6, 3),
+    "linear without bias": nn.Linear(6, 3, bias=False),
+    "linear on rows": nn.Sequential(nn.Flatten(), nn.Linear(168, 5), nn.Tanh(), nn.Linear(5, 2)),
     "conv and batch norm": nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 2)),
 }
 
@@ -70,7 +73,7 @@ def test_hard_gates_have_second_derivatives(function: Callable[..., Tensor], gat
     torch.testing.assert_close(second, 2 * (slopes.square() + y.detach() * bends))
 
 
-@pytest.mark.parametrize("name", ["conv", "batch norm"])
+@pytest.mark.parametrize("name", ["conv", "batch norm", "linear"])
 @pytest.mark.parametrize("only", [0, 1, 2])
 def test_directions_that_touch_one_derivative_only(name: str, only: int) -> None:
     """The Hessian rows of input, weight and bias each on their own (the others' directions are None)."""
@@ -102,11 +105,14 @@ def test_running_statistics_move_as_usual() -> None:
 
 def test_the_mode_covers_what_it_claims_and_nothing_else() -> None:
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
-    conv, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    conv, norm, linear = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Linear(6, 2)
     with SecondOrder():
+        assert type(linear(x[0, 0]).grad_fn).__name__ == "_LinearBackward"
+        assert "_LinearBackward" not in type(linear(x[0, 0, 0]).grad_fn).__name__, "one row has no batch"
         assert type(conv(x).grad_fn).__name__ == "_Conv2dBackward"
         assert type(norm(x).grad_fn).__name__ == "_BatchNormBackward"
         assert type(norm.eval()(x).grad_fn).__name__ == "NativeBatchNormBackward0"
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert "Convolution" in type(conv(x).grad_fn).__name__
+            assert type(linear(x[0, 0]).grad_fn).__name__ != "_LinearBackward"
     assert type(F.conv2d(x, conv.weight).grad_fn).__name__ == "ConvolutionBackward0"
