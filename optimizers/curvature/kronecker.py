@@ -513,14 +513,21 @@ class EigenFactors(KroneckerFactors):
 
     def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
         """See Invertible."""
-        result = matrix
-        for back in (False, True):
-            for key, left in (("G", True), ("A", False)):
-                if (basis := cache.get(f"U_{key}")) is not None:
-                    result = linalg.turned(result.to(basis.dtype), basis, left=left, back=back)
-            if not back:
-                result = result * cache["W"]
-        return result.to(matrix.dtype)
+        rotated = self._turned(cache, matrix, back=False)
+        return self._turned(cache, rotated * cache["W"], back=True).to(matrix.dtype)
+
+    def squared(self, factors: Factors, cache: Factors, damping: Tensor, matrix: Tensor) -> Tensor:
+        """See Invertible."""
+        rotated = self._turned(cache, matrix.to(self._dtype), back=False)
+        return (rotated.square() / cache["W"]).flatten(1).sum(1)
+
+    @staticmethod
+    def _turned(cache: Factors, matrix: Tensor, back: bool) -> Tensor:
+        """A stacked gradient in the bases, or back from them."""
+        for key, left in (("G", True), ("A", False)):
+            if (basis := cache.get(f"U_{key}")) is not None:
+                matrix = linalg.turned(matrix.to(basis.dtype), basis, left=left, back=back)
+        return matrix
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See Invertible."""

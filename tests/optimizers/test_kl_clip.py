@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optimizers import KFAC, Bernoulli, Categorical, ExactNaturalGradient, Gaussian, TwoLevelKFAC
+from optimizers import EKFAC, KFAC, Bernoulli, Categorical, ExactNaturalGradient, Gaussian, TwoLevelKFAC
 from optimizers.likelihoods import Likelihood
 from optimizers.natural_gradient import NaturalGradient
 from tests import dense
@@ -362,3 +362,22 @@ def test_the_methods_all_know_the_options() -> None:
         assert issubclass(method, NaturalGradient)
         optimizer = method(net(), likelihood=Categorical(), kl_of="measured", kl_warmup=3, damping_unit="layer")
         optimizer.close()
+
+
+@pytest.mark.usefixtures("float64")
+def test_eigenbases_of_low_rank_measure_as_they_solve() -> None:
+    """``xᵀ (F + damping) x`` with ``(F + damping) x = g`` where x is the solution for g."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
+    inputs, targets = torch.randn(16, 40), torch.randint(3, (16,))
+    optimizer = EKFAC(model, fisher="empirical", kl_clip=None, rank=5, lr=0.1)
+    outputs = model(inputs)
+    optimizer.backward(F.cross_entropy(outputs, targets), outputs)
+    optimizer.step()
+    for stack in optimizer._stacks:
+        block = stack.blocks[0]
+        gradient = torch.randn(1, block.dims["G"], block.dims["A"])
+        x = block.solve(stack.cache, gradient)
+        dampings = optimizer._dampings(stack.blocks)
+        found = block.squared(stack.factors(), stack.cache, dampings, x)
+        torch.testing.assert_close(found, (x * gradient).sum().view(1))
