@@ -20,7 +20,8 @@ from optimizers.base import CURVATURE, Params
 from optimizers.checks import check_choice
 from optimizers.curvature import communication, linalg
 from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.layers import Flow
+from optimizers.curvature.kronecker import Factors, Invertible
+from optimizers.curvature.layers import Flow, Layer
 from optimizers.curvature.samples import Samples
 from optimizers.exact import SampledFisher
 from optimizers.kfac import KFAC
@@ -116,6 +117,8 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         ValueError: for a hyper-parameter out of its range.
     """
 
+    _bound = SampledFisher._bound | {"_rough"}
+
     def __init__(
         self,
         model: nn.Module,
@@ -173,6 +176,11 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, **flags,
         )  # fmt: skip
 
+    def _attach(self) -> None:
+        super()._attach()
+        # What coarse vectors are made by, and the stacks that it is of.
+        self._rough: tuple[list[Stack], list[Factors]] = ([], [])
+
     # -- statistics ----------------------------------------------------------------------------------------------------
 
     def _observe(self, flow: Flow) -> None:
@@ -226,7 +234,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             self._seen = seen + (space.images.view(-1, *shares.shape) * shares).sum(1).mT.to(seen)
         for vectors, share in zip(space.vectors, shares, strict=True):
             parts = zip(fine, vectors, share.split(sizes), strict=True)
-            fine = [_plus(d, v, part) for d, v, part in parts]
+            fine = [_plus(d, v, part, d) for d, v, part in parts]
         return fine
 
     def _images(self, tensors: list[Tensor]) -> Tensor:
@@ -320,7 +328,9 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             tensor, parts = _plus(g, d, -damping), []
             for block, part in zip(stack.blocks, tensor.chunk(len(stack.blocks)), strict=True):
                 samples = self.samples[block.layer.name]
-                parts.append(part - block.to_matrix(samples.combine(seen)) if samples.factors else part)
+                if samples.factors and not samples.deduct(part, seen):
+                    part = part - block.to_matrix(samples.combine(seen))
+                parts.append(part)
             residuals.append(stacked(parts))
         return self._enriched(self._smoothed(residuals))
 
@@ -329,21 +339,32 @@ class TwoLevelKFAC(SampledFisher, KFAC):
 
     def _smoothed(self, vectors: list[Tensor]) -> list[Tensor]:
         """``P^-1 v``, which nothing but a coarse vector is made of: so in ``coarse_dtype``."""
-        found = []
-        for stack, v in zip(self._stacks, vectors, strict=True):
-            cache = stack.cache
-            if self._narrow(v) and not any(key.startswith("L_") for key in cache):  # with which triangles are solved
-                cache = {key: _narrowed(key, t) for key, t in cache.items()}
-            found.append(stack.blocks[0].solve(cache, v))
+        if self._rough[0] is not self._stacks:
+            self._rough = self._stacks, [self._narrowed(stack) for stack in self._stacks]
+        caches = self._rough[1]
+        if self.coarse != "residual":  # asked for on refreshes alone
+            self._rough = [], []
+        triples = zip(self._stacks, caches, vectors, strict=True)
+        return [stack.blocks[0].solve(cache, v) for stack, cache, v in triples]
+
+    def _narrowed(self, stack: Stack) -> Factors:
+        """A stack's inverses in bfloat16 or, where coarse vectors are not made in it, themselves."""
+        if not self._narrows(stack.blocks[0].layer) or any(key.startswith("L_") for key in stack.cache):
+            return stack.cache  # with L_ triangles are solved
+        found = {}
+        for key, tensor in stack.cache.items():
+            by_rows = tensor.mT if key in ("A", "G") and tensor.dim() == 3 else tensor  # which is the same inverse
+            found[key] = tensor if key[0] == "W" else by_rows.bfloat16()
         return found
 
-    def _narrow(self, vectors: Tensor) -> bool:
-        if vectors.dtype != torch.float32 or self.coarse_dtype == "float32":
+    def _narrows(self, layer: Layer) -> bool:
+        weight = layer.parameters[0]
+        if statistics_dtype(weight) != torch.float32 or self.coarse_dtype == "float32":
             return False
         if self.coarse_dtype == "bfloat16":
             return True
         alone = communication.world_size() == 1  # another process may have another processor
-        return alone and vectors.device.type == "cpu" and multiplies_bfloat16()
+        return alone and weight.device.type == "cpu" and multiplies_bfloat16()
 
     def _spanned(self, vectors: list[list[Tensor]]) -> CoarseSpace:
         """The space of some vectors, which are brought to a largest entry of 1 first, in place.
@@ -390,6 +411,10 @@ class TwoLevelKFAC(SampledFisher, KFAC):
     def _cache_bytes(self, block: Approximation) -> int:
         kept = list(self.samples[block.layer.name].factors.values())
         size = super()._cache_bytes(block) + sum(t.numel() * t.element_size() for t in kept)
+        if self.coarse == "residual" and isinstance(block, Invertible) and self._narrows(block.layer):
+            shapes = [shape for key, (shape, _) in block.cache_shapes().items() if key[0] != "W"]
+            triangles = any(key.startswith("L_") for key in block.cache_shapes())
+            size += 0 if triangles else 2 * sum(torch.Size(shape).numel() for shape in shapes)
         if self._space is None:
             return size
         own = sum(p.numel() for p in block.layer.parameters) * len(self._space.vectors)
@@ -444,17 +469,11 @@ def multiplies_bfloat16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
-def _narrowed(key: str, tensor: Tensor) -> Tensor:
-    """A part of an inverse in bfloat16; a factor's inverse, which is symmetric, by rows: they multiply faster."""
-    if key[0] == "W":
-        return tensor
-    return (tensor.mT if key in ("A", "G") and tensor.dim() == 3 else tensor).bfloat16()
-
-
-def _plus(first: Tensor, second: Tensor, factors: Tensor) -> Tensor:
-    """Each layer's part of a stacked tensor plus a number of its own times that of another one."""
+def _plus(first: Tensor, second: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
+    """Each layer's part of a stacked tensor plus a number of its own times that of another one; ``out``: the first."""
     flat = first.reshape(len(factors), -1)
-    return torch.addcmul(flat, second.reshape(flat.shape), factors.to(flat).unsqueeze(1)).view(first.shape)
+    into = None if out is None else flat
+    return torch.addcmul(flat, second.reshape(flat.shape), factors.to(flat).unsqueeze(1), out=into).view(first.shape)
 
 
 def _smoothest(stack: Stack) -> Tensor:

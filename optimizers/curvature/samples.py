@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.layers import AffineLayer, Flow, Layer
+from optimizers.curvature.layers import AffineLayer, Flow, Layer, LinearLayer
 
 #: A backward pass of a step: the number of its batch, and which pass over that batch it is.
 Pass = tuple[int, int]
@@ -171,6 +171,14 @@ class Samples(Approximation):
         if "V" in factors:
             return factors["V"].square().sum(1).sum(0, keepdim=True) / sum(self._sizes)
         return self.layer.gram(factors["x"], factors["g"]).trace().view(1).to(self._dtype) / sum(self._sizes)
+
+    def deduct(self, matrix: Tensor, weights: Tensor) -> bool:
+        """``M -= S w`` in place, M ``[1, d_out, columns]`` of a linear layer; false, and nothing done, for others."""
+        if not isinstance(self.layer, LinearLayer) or "V" in self.factors:
+            return False
+        x, g = self.layer.inputs(self.factors["x"]).flatten(0, 2), self.factors["g"]
+        matrix[0].addmm_((g * weights.to(g).view(-1, 1, 1)).flatten(0, 1).mT, x, alpha=-1)
+        return True
 
     def gram(self) -> Tensor:
         """This layer's share of ``Sᵀ S``, in float64 whatever the samples are: its square root matters, too."""

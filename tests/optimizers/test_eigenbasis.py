@@ -98,7 +98,8 @@ def test_a_null_space_stays_where_it_is(r: int) -> None:
 
 
 OPTIONS: dict[str, Any] = {
-    "lr": 0.0, "momentum": 0.0, "fisher": "empirical", "kl_clip": None, "batch_fraction": 1.0, "update_every": 1, "early_updates": False,
+    "lr": 0.0, "momentum": 0.0, "fisher": "empirical", "kl_clip": None, "batch_fraction": 1.0, "update_every": 1,
+    "early_updates": False,
 }  # fmt: skip
 
 
@@ -156,7 +157,8 @@ def test_on_the_same_batch_the_bases_become_those_of_eigh() -> None:
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_basis_that_has_lost_its_factor_is_made_anew_and_counted(rank: int | None) -> None:
     model, batch = mlp(), images(64)
-    optimizer = EKFAC(model, likelihood=Categorical(), lr=1e-3, rank=rank, update_every=100, refresh_every=1, early_updates=False)
+    options: dict[str, Any] = {"rank": rank, "update_every": 100, "refresh_every": 1, "early_updates": False}
+    optimizer = EKFAC(model, likelihood=Categorical(), lr=1e-3, **options)
     train(optimizer, model, batch, 3)
     assert optimizer.diagnostics()["curvature/decompositions"] == 4, "once for each of two layers' factors"
     block = optimizer.blocks["3"]
@@ -168,7 +170,7 @@ def test_a_basis_that_has_lost_its_factor_is_made_anew_and_counted(rank: int | N
     largest = torch.linalg.eigh(block.factors["A"][0])[1][:, -1]
     assert float((leading.T @ largest).abs().max()) > 0.9999, "an eigenvector"
     state = copy.deepcopy(optimizer.state_dict())
-    again = EKFAC(model, likelihood=Categorical(), rank=rank, update_every=100, refresh_every=1, early_updates=False)
+    again = EKFAC(model, likelihood=Categorical(), **options)
     again.load_state_dict(state)
     assert again.diagnostics()["curvature/decompositions"] == 5
     train(again, model, batch, 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizers import KFAC, Categorical, TwoLevelKFAC
+from optimizers.curvature import linalg
 from tests import dense
 from tests.optimizers.problems import PROBLEMS, images, mlp
 from tests.optimizers.test_exact import NETS, dense_fisher, problem, step
@@ -252,6 +253,7 @@ def test_coverage_bytes_are_what_is_allocated(problem_name: str, space: str) -> 
     held = [t for s in optimizer.samples.values() for t in s.factors.values()]
     held += [t for block in optimizer.blocks.values() for t in block.factors.values()]
     held += [t for stack in optimizer._stacks for t in stack.cache.values()]
+    held += [t for cache in optimizer._rough[1] for t in cache.values()]
     if optimizer._space is not None:
         held += [t for vectors in optimizer._space.vectors for t in vectors] + [optimizer._space.images]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
@@ -273,8 +275,59 @@ def test_degenerate_statistics(case: str, space: str) -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("net", ["mlp", "cnn"])
+def test_coarse_vectors_in_bfloat16_are_vectors_like_any_other(net: str) -> None:
+    """The correction is the projection on them, so the error is K-FAC's at most; in float64 nothing is narrowed."""
+    model, inputs, targets = problem(net)
+    model, inputs = model.float(), inputs.float()
+    settings = {"fisher": "empirical", "damping": DAMPING}
+    damped = dense_fisher(copy.deepcopy(model).double(), inputs.double(), targets, "empirical", Categorical())
+    damped = damped + DAMPING * torch.eye(len(damped)).double()
+    directions, errors = [], []
+    for method, options in (
+        (TwoLevelKFAC, {"coarse": "residual", "coarse_dtype": "bfloat16"}),
+        (TwoLevelKFAC, {"coarse": "residual", "coarse_dtype": "float32"}),
+        (KFAC, {}),
+    ):
+        _, direction, gradient = step(method, copy.deepcopy(model), inputs, targets, **settings, **options)
+        error = direction.double() - torch.linalg.solve(damped, gradient.double())
+        errors.append(float(error @ damped @ error))
+        directions.append(direction)
+    assert max(errors[:2]) < errors[2]
+    assert 0 < relative(*directions[:2]) < 0.02
+    for coarse_dtype in ("auto", "bfloat16"):
+        wide = copy.deepcopy(model).double()
+        optimizer, direction, _ = step(
+            TwoLevelKFAC, wide, inputs.double(), targets, coarse="residual", coarse_dtype=coarse_dtype, **settings
+        )
+        assert {t.dtype for cache in optimizer._rough[1] for t in cache.values()} == {torch.float64}
+        assert direction.dtype == torch.float64
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [40, 150, 4000])
+def test_the_smallest_eigenvalue_of_a_large_matrix(rows: int, dtype: torch.dtype) -> None:
+    """Of full rank or not: an eigenvector of a matrix as near as was asked for, and no eigenvalue is far below its own.
+
+    Where the iteration does not get there, a decomposition does.
+    """
+    x = torch.rand(2, rows, 120, dtype=dtype)
+    matrices = x.mT @ x / rows
+    mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
+    for tolerance in (0.01, 0.0):
+        values, vectors = linalg.smallest(matrices, tolerance)
+        residual = (matrices @ vectors.unsqueeze(-1)).squeeze(-1) - values.unsqueeze(-1) * vectors
+        torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2, dtype=dtype))
+        rounding = 1e-5 if dtype == torch.float32 else 1e-12
+        assert bool((residual.norm(dim=-1) <= (tolerance + 10 * rounding) * mean).all())
+        lowest = torch.linalg.eigvalsh(matrices)[:, 0]
+        assert bool(((values - lowest).abs() <= (2 * tolerance + rounding) * mean).all())
+
+
 def test_arguments() -> None:
     for options, sentence in (
+        ({"coarse_dtype": "half"}, "coarse_dtype must be one of auto, float32, bfloat16, got 'half'"),
         ({"coarse": "fine"}, "coarse must be one of nicolaides, residual, tselepidis, spectral, got 'fine'"),
         ({"coarse": "spectral", "krylov": True}, "krylov must be false for coarse='spectral'"),
         ({"damping_mode": "both"}, "damping_mode must be one of factored, tikhonov, got 'both'"),
