@@ -101,7 +101,10 @@ PROBLEMS = {
         ),
         Problem(
             "cifar10_resnet20", "CIFAR-10 subset at 16 × 16, ResNet-20",
-            ("dataset=small_photos", "dataset.root=${paths.data}/cifar10-subset", "model=resnet20"),
+            (
+                "dataset=small_photos", "dataset.root=${paths.data}/cifar10-subset", "dataset.batch_size=32",
+                "model=resnet20",
+            ),
             steps=200, tuning=True, folder="cifar10-subset", least=0.2, rates=True,
         ),
         Problem(
@@ -155,7 +158,10 @@ PROBLEMS = {
         ),
         Problem(
             "cifar10_vit_tiny", "CIFAR-10 subset at 16 × 16, slim ViT-tiny",
-            ("dataset=small_photos", "dataset.root=${paths.data}/cifar10-subset", "model=slim_vit"),
+            (
+                "dataset=small_photos", "dataset.root=${paths.data}/cifar10-subset", "dataset.batch_size=32",
+                "model=slim_vit",
+            ),
             steps=200, tuning=False, folder="cifar10-subset", least=0.2, rates=True,
         ),
     )
