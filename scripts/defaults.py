@@ -561,11 +561,12 @@ def page(results: Results, options: Sequence[str] = (), notes: str = "") -> str:
     seeds, sets = ", ".join(map(str, SEEDS)), {"test": "test", "val": "validation"}[results.split]
     lines += [
         "Made by `python scripts/defaults.py`, which runs what is missing: every number is a run of `train.py` with",
-        "the values of `configs/optimizer` and the default schedule (a cosine over the budget), at equal steps for",
-        f"all. Values are of the {sets} sets, after the last step: accuracy in percent (more is better) or the loss",
-        f"(less is better), means over the seeds {seeds}, or those that were run. **Bold**: a run diverged, was broken",
-        "off, or has learned nothing, which is to say that its accuracy is below the one in the next table, or its",
-        f"loss not below {LEARNED:g} of the best constant output's.", "",
+        "the values of `configs/optimizer` and the default schedule (a cosine over the budget, for the GPT after a",
+        f"warm-up), at equal steps for all. Values are of the {sets} sets, after the last step: accuracy in percent",
+        "(more is better) or the loss (less is better), means over the seeds",
+        f"{seeds}, or those that were run. **Bold**: a run diverged, was broken off, or has learned nothing, which is",
+        "to say that its accuracy is below the one in the next table, or its loss not below",
+        f"{LEARNED:g} of the best constant output's.", "",
         "Default values may be chosen on six of the problems, by their validation sets; the others, marked *, are held",
         f"out. {SPLIT}", "",
     ]  # fmt: skip

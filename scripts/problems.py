@@ -113,6 +113,8 @@ PROBLEMS = {
                 "dataset=text_file", "dataset.path=${paths.data}/wikitext-2/valid.txt", "dataset.level=character",
                 "dataset.max_vocabulary=64", "dataset.sequence=32", "dataset.batch_size=8", "dataset.limit_val=0.2",
                 "dataset.test_fraction=0.05", "model=gpt1_mini", "model.width=128", "model.dropout=0",
+                # It normalises after each sum: without a warm-up AdamW, too, stays with the characters' frequencies.
+                "scheduler.warmup=0.2",
             ),
             steps=300, tuning=True, folder="wikitext-2", metric="loss", constant=UNIGRAM,
         ),
