@@ -23,7 +23,8 @@ FILE.jsonl, FILE.md. What stands in that file from the line "## Notes" on stays.
     report=false      true: run nothing, write the tables of what is there
     split=test        val: the tables are of the validation sets, which is what to choose values by
 
-A run that diverges is a result; one that ends in another error is reported, and tried again by the next call.
+A run that diverges is a result; one that ends in another error is reported, and tried again by the next call. Several
+processes may share a results file, each with a choice of its own (set=tuning and set=held_out, say).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from training.errors import UserError
 from training.finite import Diverged
 from training.run import Run
 from training.run_config import RunConfig, replace_folder
+from training.run_folder import atomic_file
 from training.schema import did_you_mean
 from training.signals import CTRL_C, Interrupted
 
@@ -140,7 +142,7 @@ class Outcome:
         seconds: of training.
         wall: of everything, reading the data included.
         error: why it did not finish.
-        commit: of the code.
+        commit: of the code; with a + where files differed from it.
     """
 
     key: str
@@ -302,8 +304,9 @@ def run(what: Cell, data: Path, limit: float = math.inf, options: Sequence[str] 
             resume.release()
         summary = summary or _left(Path(folder))
     outcome.wall = round(time.perf_counter() - start, 3)
-    outcome.steps, outcome.commit = summary.get("steps", 0), (summary.get("git_commit") or "")[:8] or None
-    outcome.plateau = summary.get("plateau")
+    commit, _, changes = (summary.get("git_commit") or "").partition("+")
+    outcome.commit = f"{commit[:8]}{'+' if changes else ''}" or None
+    outcome.steps, outcome.plateau = summary.get("steps", 0), summary.get("plateau")
     outcome.seconds = round((summary.get("seconds") or {}).get("training", 0.0), 3)
     if summary.get("status") == "stopped_early":
         outcome.status, outcome.error = "broken off", summary["stop_reason"]
@@ -558,11 +561,12 @@ def page(results: Results, options: Sequence[str] = (), notes: str = "") -> str:
     seeds, sets = ", ".join(map(str, SEEDS)), {"test": "test", "val": "validation"}[results.split]
     lines += [
         "Made by `python scripts/defaults.py`, which runs what is missing: every number is a run of `train.py` with",
-        "the values of `configs/optimizer` and the default schedule (a cosine over the budget), at equal steps for",
-        f"all. Values are of the {sets} sets, after the last step: accuracy in percent (more is better) or the loss",
-        f"(less is better), means over the seeds {seeds}, or those that were run. **Bold**: a run diverged, was broken",
-        "off, or has learned nothing, which is to say that its accuracy is below the one in the next table, or its",
-        f"loss not below {LEARNED:g} of the best constant output's.", "",
+        "the values of `configs/optimizer` and the default schedule (a cosine over the budget, for the GPT after a",
+        f"warm-up), at equal steps for all. Values are of the {sets} sets, after the last step: accuracy in percent",
+        "(more is better) or the loss (less is better), means over the seeds",
+        f"{seeds}, or those that were run. **Bold**: a run diverged, was broken off, or has learned nothing, which is",
+        "to say that its accuracy is below the one in the next table, or its loss not below",
+        f"{LEARNED:g} of the best constant output's.", "",
         "Default values may be chosen on six of the problems, by their validation sets; the others, marked *, are held",
         f"out. {SPLIT}", "",
     ]  # fmt: skip
@@ -642,9 +646,9 @@ def write_page(path: Path, options: Sequence[str] = (), split: str = "test") -> 
     before = target.read_text(encoding="utf-8") if target.exists() else ""
     notes = before[before.index(NOTES) :] if NOTES in before else ""
     text = page(Results(read(path), options, split), options, notes)
-    partial = target.with_suffix(".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as file:
+        file.write(text.encode())
     return target
 
 

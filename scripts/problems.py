@@ -101,7 +101,10 @@ PROBLEMS = {
         ),
         Problem(
             "cifar10_resnet20", "CIFAR-10 subset at 16 × 16, ResNet-20",
-            ("dataset=small_photos", "dataset.root=${paths.data}/cifar10-subset", "model=resnet20"),
+            (
+                "dataset=small_photos", "dataset.root=${paths.data}/cifar10-subset", "dataset.batch_size=32",
+                "model=resnet20",
+            ),
             steps=200, tuning=True, folder="cifar10-subset", least=0.2, rates=True,
         ),
         Problem(
@@ -110,6 +113,8 @@ PROBLEMS = {
                 "dataset=text_file", "dataset.path=${paths.data}/wikitext-2/valid.txt", "dataset.level=character",
                 "dataset.max_vocabulary=64", "dataset.sequence=32", "dataset.batch_size=8", "dataset.limit_val=0.2",
                 "dataset.test_fraction=0.05", "model=gpt1_mini", "model.width=128", "model.dropout=0",
+                # It normalises after each sum: without a warm-up AdamW, too, stays with the characters' frequencies.
+                "scheduler.warmup=0.2",
             ),
             steps=300, tuning=True, folder="wikitext-2", metric="loss", constant=UNIGRAM,
         ),
@@ -155,7 +160,10 @@ PROBLEMS = {
         ),
         Problem(
             "cifar10_vit_tiny", "CIFAR-10 subset at 16 × 16, slim ViT-tiny",
-            ("dataset=small_photos", "dataset.root=${paths.data}/cifar10-subset", "model=slim_vit"),
+            (
+                "dataset=small_photos", "dataset.root=${paths.data}/cifar10-subset", "dataset.batch_size=32",
+                "model=slim_vit",
+            ),
             steps=200, tuning=False, folder="cifar10-subset", least=0.2, rates=True,
         ),
     )
