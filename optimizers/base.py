@@ -23,6 +23,7 @@ from optimizers.curvature.layers import COMPUTED, Flow, Layer, adapt, layer_kind
 from optimizers.curvature.losses import stated
 from optimizers.curvature.probe import DEAD
 from optimizers.curvature.recorder import NOT_CALLED, NOT_SEEN, Recorder, remove_dead_hooks
+from optimizers.wrapper import check_wrappers
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -1000,6 +1001,7 @@ class CurvatureOptimizer(Optimizer):
 
         def take(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
             """After all others: what torch gets is its own half."""
+            check_wrappers(self, state)
             curvature, rest = self._apart_from_torch(state)
             self._check(curvature)
             taken.append(curvature)
