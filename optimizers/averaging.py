@@ -1,8 +1,8 @@
 """Averages of the parameters around any optimizer: what is evaluated is not what is trained.
 
-Training goes on its own way; ``eval()`` puts the averages into the model and ``train()`` brings the training weights back,
-bit for bit. Running statistics of BatchNorm belong to the weights they were gathered with: ``recalibrate`` gathers them
-anew for the averages.
+Training goes on its own way; ``eval()`` puts the averages into the model and ``train()`` brings the training weights
+back, bit for bit. Running statistics of BatchNorm belong to the weights they were gathered with: ``recalibrate``
+gathers them anew for the averages.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _copies(tensors: Iterable[Tensor], dtypes: Iterable[torch.dtype] | None = No
 class Averaging(Wrapper):
     """Base of the averages: the switch between the weights that are trained and those that are evaluated.
 
-    In between, ``state_dict()`` holds both: saved beside the model after ``eval()``, it brings back a wrapper that is in
-    evaluation too. A step then ends in a sentence.
+    In between, ``state_dict()`` holds both: saved beside the model after ``eval()``, it brings back a wrapper that is
+    in evaluation too. A step then ends in a sentence.
 
     Args:
         optimizer: any; its steps are taken on the training weights.
@@ -351,7 +351,7 @@ def _momentum(optimizer: Optimizer) -> str | None:
 def recalibrate(
     model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any] | None = None
 ) -> list[_BatchNorm]:
-    """Gather the running statistics of BatchNorm layers anew, as plain means over the batches, for weights that changed.
+    """Gather the running statistics of BatchNorm layers anew, for weights that changed: plain means over the batches.
 
     Everything else is in evaluation mode meanwhile, dropout too, and modes are then what they were. Layers without
     running statistics, and those in evaluation mode while the model is in training, are left alone. The loss of what

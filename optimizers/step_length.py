@@ -1,9 +1,9 @@
 """Rules for the length of steps whose direction is any optimizer's.
 
-A rule looks at the step that an optimizer has taken, its momentum included: at how the parameters changed. That change is
-made longer or shorter as a whole, in each layer or of all parameters together. Decoupled weight decay is part of it:
-what an optimizer does apart from its direction cannot be told from it. As the change is read off from the weights, it
-is as exact as these are rounded, which in half precision is not much.
+A rule looks at the step that an optimizer has taken, its momentum included: at how the parameters changed. That change
+is made longer or shorter as a whole, in each layer or of all parameters together. Decoupled weight decay is part of
+it: what an optimizer does apart from its direction cannot be told from it. As the change is read off from the weights,
+it is as exact as these are rounded, which in half precision is not much.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ class Graft(StepLength):
 
     The other is one of torch's, with a state of its own. It sees the same gradients, and its step is taken back after
     its length is known. Its rate is ``lr`` times what schedules and groups make of the optimizer's (a group's rate over
-    the optimizer's default), and ``weight_decay`` and ``maximize`` of each group hold for it too, unless ``options`` has
-    them.
+    the optimizer's default), and ``weight_decay`` and ``maximize`` of each group hold for it too, unless ``options``
+    has them.
 
     Source: Agarwal et al., "Disentangling Adaptive Gradient Methods from Learning Rates", 2020 (arXiv 2002.11803).
 
