@@ -271,7 +271,7 @@ SENTENCES = [
 @pytest.mark.parametrize(("saved", "loaded", "sentence"), SENTENCES)
 def test_a_state_of_other_wrappers_is_refused(saved: str, loaded: str, sentence: str) -> None:
     _, optimizer = trained(saved)
-    model, other = trained(loaded, 2)
+    _, other = trained(loaded, 2)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=sentence):
         other.load_state_dict(optimizer.state_dict())
