@@ -66,21 +66,23 @@ class StepLength(Wrapper):
         self._factors: Tensor | None = None
         self._units: _Units | None = None
         super().__init__(optimizer)
-        self._reference = _reference(optimizer)
+        self._references = _references(optimizer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._factors, self._units = None, None
         super().__setstate__(state)
 
     def _settings(self) -> dict[str, Any]:
-        return {"lr": self._reference}
+        return {"lr": dict(self._references)}
 
     def _restore(self, entries: dict[Tensor, dict[str, Any]], settings: Mapping[str, Any]) -> None:
-        self._reference = float(settings.get("lr", self._reference))
+        self._references = dict(settings.get("lr", self._references))
 
     def _schedule(self, group: Mapping[str, Any]) -> float | Tensor:
-        """A group's rate relative to the optimizer's own at first: what schedules and groups make of it."""
-        return rate(group) / self._reference if "lr" in group else 1.0
+        """A group's rate relative to the optimizer's at first: what schedules and groups make of it."""
+        if "lr" not in group:
+            return 1.0
+        return rate(group) / self._references.setdefault(_kind(group), float(group["lr"]) or 1.0)
 
     def _apart(self, p: Tensor) -> bool:
         """Whether a parameter is a unit of its own within its layer."""
@@ -150,9 +152,8 @@ class Graft(StepLength):
     """Steps in an optimizer's direction that are as long as those of another one: AdaGraft.
 
     The other is one of torch's, with a state of its own. It sees the same gradients, and its step is taken back after
-    its length is known. Its rate is ``lr`` times what schedules and groups make of the optimizer's (a group's rate over
-    the optimizer's default), and ``weight_decay`` and ``maximize`` of each group hold for it too, unless ``options``
-    has them.
+    its length is known. Its rate is ``lr`` times what schedules and groups make of the optimizer's (see StepLength);
+    ``weight_decay`` and ``maximize`` of each group hold for it too, unless ``options`` has them.
 
     Source: Agarwal et al., "Disentangling Adaptive Gradient Methods from Learning Rates", 2020 (arXiv 2002.11803).
 
@@ -198,8 +199,9 @@ class Graft(StepLength):
         for group, mine in zip(self.param_groups, self.shadow.param_groups, strict=True):
             mine["lr"] = self.lr * float(self._schedule(group))
             for name in ("weight_decay", "maximize"):
-                if name in group and name in mine and name not in self.options:
-                    mine[name] = group[name]
+                value = group.get(name, getattr(self.inner, name, None))  # packages have it in either place
+                if value is not None and name in mine and name not in self.options:
+                    mine[name] = value
 
     def _where(self) -> list[tuple[torch.dtype, torch.device]]:
         return [(p.dtype, p.device) for group in self.param_groups for p in group["params"]]
@@ -232,9 +234,9 @@ class Graft(StepLength):
 class Normalized(StepLength):
     """Steps of a fixed length relative to the weights: ``|step| = ratio · s · max(|W|, floor √n)`` in each layer.
 
-    s is what schedules and groups make of the optimizer's rate (a group's rate over the optimizer's default), n the
-    number of the layer's parameters. A direction that is almost nothing is not blown up without limit: no step becomes
-    more than ``cap`` times longer.
+    s is what schedules and groups make of the optimizer's rate (see StepLength), n the number of the layer's
+    parameters. A direction that is almost nothing is not blown up without limit: no step becomes more than ``cap``
+    times longer.
 
     With ``hold``, parameters of two dimensions and more keep the norm that they had at first: each is a unit of its
     own, and is brought back to that norm after its step, so that what is learned is its direction. One that starts at
@@ -374,13 +376,28 @@ def _numbered(optimizer: Optimizer, saved: list[dict[str, Any]]) -> list[tuple[T
     return [pair for own_group, other in pairs for pair in zip(own_group["params"], other["params"], strict=True)]
 
 
-def _reference(optimizer: Optimizer) -> float:
-    """The rate at which a schedule's factor is 1: the optimizer's default, or else that of its first group."""
-    rates = [optimizer.defaults.get("lr"), *(group.get("lr") for group in optimizer.param_groups)]
-    lr = next((float(r) for r in rates if isinstance(r, (int, float, Tensor))), 1.0)
-    if not lr > 0:
-        raise ValueError(f"lr of the optimizer must be above 0, got {lr!r}: lengths follow it relative to its start.")
-    return lr
+def _kind(group: Mapping[str, Any]) -> str:
+    """Groups whose rates are rates of the same thing: Muon's are of two methods."""
+    return str(group.get("use_muon", "all"))
+
+
+def _references(optimizer: Optimizer) -> dict[str, float]:
+    """The rates at which a schedule's factor is 1: the optimizer's default where groups have it, or the first group's.
+
+    By kind of group.
+    """
+    found: dict[str, list[float]] = {}
+    for group in optimizer.param_groups:
+        found.setdefault(_kind(group), []).append(float(group.get("lr", 1.0)))
+    default = optimizer.defaults.get("lr")
+    default = float(default) if isinstance(default, (int, float, Tensor)) else None
+    chosen = {}
+    for kind, rates in found.items():
+        if positive := [lr for lr in ([default] if default in rates else rates) if lr is not None and lr > 0]:
+            chosen[kind] = positive[0]
+    if not chosen:
+        raise ValueError("the optimizer's lr must be above 0: lengths follow it relative to its start.")
+    return chosen
 
 
 def _built(to: str, groups: list[dict[str, Any]], lr: float, options: dict[str, Any]) -> Optimizer:

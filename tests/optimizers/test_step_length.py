@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from optimizers import KFAC, AdaFisherW, Categorical
+from optimizers.packaged import muon
 from optimizers.step_length import Graft, Normalized, StepLength, own
 from optimizers.testing.loop import same_state, train_step, weights
 from tests.optimizers.problems import conv_net, images, mlp
@@ -178,6 +179,17 @@ def test_rates_of_groups_count_for_the_length() -> None:
     steps, grads = apart(values(model), before), gradients(model)
     for i, rate in enumerate((0.01, 0.01, 0.1, 0.1)):
         torch.testing.assert_close(steps[i], -rate * grads[i], rtol=1e-9, atol=1e-12)  # type: ignore[operator]
+
+
+def test_a_default_that_no_group_has_is_no_reference() -> None:
+    """Muon's groups have rates of two methods: both at their full length, whatever the class's default."""
+    model = start()
+    optimizer = Normalized(muon(model, lr=5e-3, adamw_lr=3e-4), ratio=0.02, floor=0.0, cap=None, model=model)
+    before = values(model)
+    train_step(optimizer, model, batch(0))
+    steps = apart(values(model), before)
+    for some in units(model, "layer"):
+        assert norm([steps[i] for i in some]) == pytest.approx(0.02 * norm([before[i] for i in some]), rel=1e-6)
 
 
 def test_the_reference_rate_comes_back_with_the_state() -> None:
@@ -386,7 +398,7 @@ def test_wrong_values_are_sentences() -> None:
         (lambda: Graft(sgd, options={"beta": 0.9}), r"options: adam has no option 'beta'; it has betas, eps"),
         (lambda: Graft(sgd, options={"eps": -1.0}), "options of adam are refused: Invalid epsilon value"),
         (lambda: Graft(sgd, per="tensor"), "per must be one of layer, all, got 'tensor'"),  # type: ignore[arg-type]
-        (lambda: Graft(torch.optim.SGD(model.parameters(), lr=0.0)), "lr of the optimizer must be above 0, got 0.0"),
+        (lambda: Graft(torch.optim.SGD(model.parameters(), lr=0.0)), "the optimizer's lr must be above 0"),
         (lambda: Normalized(sgd, ratio=-1.0), r"ratio must be in \[0, inf\), got -1.0"),
         (lambda: Normalized(sgd, floor=-1.0), r"floor must be in \[0, inf\), got -1.0"),
         (lambda: Normalized(sgd, cap=0.0), r"cap must be in \(0, inf\), got 0.0"),
