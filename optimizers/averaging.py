@@ -94,9 +94,10 @@ class Averaging(Wrapper):
         self._follow()
         params = list(self._own)
         averages = self._averages(params)
-        for p, average, copy in zip(params, averages, _copies(params), strict=True):
+        for p, copy in zip(params, _copies(params), strict=True):
             self._own[p]["training"] = copy
-            p.copy_(average)
+        if params:
+            torch._foreach_copy_(params, averages)
         self._evaluating = True
 
     @torch.no_grad()
@@ -278,27 +279,28 @@ class ScheduleFree(Averaging):
             if half(p) != ("y" in self._own[p]):  # its precision was changed
                 self._own[p].pop("y", None)
                 self._own[p] |= {"y": p.detach().to(wide(p), copy=True)} if half(p) else {}
+        if not params:
+            self.inner.step()
+            return
         zs = [self._own[p]["z"] for p in params]
         before = _copies(params)
-        for p, z in zip(params, zs, strict=True):
-            p.copy_(z)
+        torch._foreach_copy_(params, zs)
         try:
             shares = self._step()
         except BaseException:
-            for p, y in zip(params, before, strict=True):
-                p.copy_(y)
+            torch._foreach_copy_(params, before)
             raise
         # y_t = (1 - c) y_{t-1} + c z_{t-1} + (1 - β (1 - c)) (z_t - z_{t-1}), without x, and right for every β.
         ys = [self._own[p].get("y", y) for p, y in zip(params, before, strict=True)]
-        steps = [(p - z).to(y.dtype) for p, z, y in zip(params, zs, ys, strict=True)]
+        moved = torch._foreach_sub(params, zs)
+        steps = [step.to(y.dtype) for step, y in zip(moved, ys, strict=True)]
         for share, places in _alike([shares[p] for p in params]).items():
             some = _chosen(ys, places)
             old = [z.to(y.dtype) for z, y in zip(_chosen(zs, places), some, strict=True)]
             torch._foreach_lerp_(some, old, share)
             torch._foreach_add_(some, _chosen(steps, places), alpha=1 - self.beta * (1 - share))
-        for p, z, y in zip(params, zs, ys, strict=True):
-            z.copy_(p)
-            p.copy_(y)
+        torch._foreach_copy_(zs, params)
+        torch._foreach_copy_(params, ys)
 
     def _step(self) -> dict[Tensor, float]:
         """The optimizer's step at its rate, and the share c of each parameter's z in its average."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -260,7 +260,7 @@ class Normalized(StepLength):
     def __init__(
         self,
         optimizer: Optimizer,
-        ratio: float = 1e-2,
+        ratio: float = 2e-2,
         floor: float = 1e-3,
         cap: float | None = 1e3,
         hold: bool = False,
@@ -287,13 +287,10 @@ class Normalized(StepLength):
         self._begin(units.params)
         schedule = {p: self._schedule(group) for group in self.param_groups for p in group["params"]}
         scales = [schedule[p] for p in units.params]
-        sizes = [self.floor * p.numel() ** 0.5 for p in units.params]
         if not any(isinstance(s, Tensor) for s in scales) and len(set(scales)) == 1:
-            norms, floors = units.norms(before), units.lengths(sizes)
-            return self.ratio * scales[0] * torch.maximum(norms, floors)
+            return self.ratio * scales[0] * torch.maximum(units.norms(before), self.floor * units.roots())
         scaled = [b * s for b, s in zip(before, scales, strict=True)]
-        sizes = [float(s) * size for s, size in zip(scales, sizes, strict=True)]
-        return self.ratio * torch.maximum(units.norms(scaled), units.lengths(sizes))
+        return self.ratio * torch.maximum(units.norms(scaled), self.floor * units.roots(scales))
 
     def _bounded(self, factors: Tensor) -> Tensor:
         return factors if self.cap is None else factors.clamp(max=self.cap)
@@ -339,6 +336,7 @@ class _Units:
     def __init__(self, params: list[Tensor], places: Tensor, count: int) -> None:
         self.params, self.count = params, count
         self._places, self._where = places, [(p.device, p.dtype) for p in params]
+        self._roots: Tensor | None = None
 
     def are_of(self, params: list[Tensor]) -> bool:
         """Whether these are the same parameters, and where they were."""
@@ -350,10 +348,19 @@ class _Units:
         squares = _norms(tensors).to(self._places.device).square()
         return squares.new_zeros(self.count).index_add(0, self._places, squares).sqrt()
 
-    def lengths(self, sizes: list[float]) -> Tensor:
-        """Norms of the units, from numbers instead of tensors."""
-        squares = torch.tensor(sizes, dtype=torch.float32).square().to(self._places.device, non_blocking=True)
-        return squares.new_zeros(self.count).index_add(0, self._places, squares).sqrt()
+    def roots(self, scales: Sequence[float | Tensor] | None = None) -> Tensor:
+        """Square roots of the numbers of parameters, each parameter's as often as its scale says, ``[count]``."""
+        if scales is None and self._roots is not None:
+            return self._roots
+        dtype = torch.float64 if any(dtype == torch.float64 for _, dtype in self._where) else torch.float32
+        sizes = torch.tensor([float(p.numel()) for p in self.params], dtype=dtype)
+        if scales is not None:
+            sizes = sizes * torch.tensor([float(s) for s in scales], dtype=dtype).square()
+        sizes = sizes.to(self._places.device, non_blocking=True)
+        found = sizes.new_zeros(self.count).index_add(0, self._places, sizes).sqrt()
+        if scales is None:
+            self._roots = found
+        return found
 
     def spread(self, values: Tensor) -> list[Tensor]:
         """Values of units, for each parameter, where it is."""
