@@ -244,7 +244,8 @@ class Wrapper(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, with the wrapper's state of each parameter under ``entry`` in ``"state"``.
 
-        ``"wrappers"`` names the wrappers, from the outermost on, with what else they keep.
+        ``"wrappers"`` names the wrappers, from the outermost on, with what else they keep. Torch's own optimizers do
+        not look at it when they load a state, and go on without: ``check_wrappers`` tells.
         """
         for pre in self._optimizer_state_dict_pre_hooks.values():
             pre(self)

@@ -30,7 +30,7 @@ from optimizers import EKFAC, KFAC, AdaFisherW, AdaHessian, Categorical, ExactNa
 from optimizers.averaging import EMA, ScheduleFree
 from optimizers.packaged import muon
 from optimizers.step_length import Graft, Normalized
-from optimizers.testing import parametrize_with_checks
+from optimizers.testing import check_curvature, parametrize_with_checks
 from optimizers.testing.loop import Maker, differentiate, same_state, train_step, weights
 from optimizers.wrapper import Wrapper, check_wrappers, innermost, wrappers
 from tests.optimizers.problems import PROBLEMS, images, mlp
@@ -226,6 +226,11 @@ def copy_model(optimizer: Optimizer) -> nn.Module:
     model, params = mlp(), params_of(optimizer)
     model[1].weight, model[1].bias, model[3].weight, model[3].bias = params  # type: ignore[assignment]
     return model
+
+
+def test_curvature_is_checked_inside() -> None:
+    report = check_curvature(mlp(), wrapped("kfac-graft-ema"), images()[0], F.cross_entropy, targets=images()[1])
+    assert report.optimizer == "KFAC" and report.ok and len(report.layers) == 2
 
 
 # -- state -------------------------------------------------------------------------------------------------------------
