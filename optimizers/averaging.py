@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from optimizers.base import rate
+from optimizers.base import known_rate
 from optimizers.checks import check_range
 from optimizers.wrapper import Wrapper, half, innermost, wide, wrappers
 
@@ -308,12 +308,12 @@ class ScheduleFree(Averaging):
         weights: dict[Tensor, float] = {}
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
-            lr = float(rate(group)) if "lr" in group else 1.0
+            lr = float(known_rate(group))
             for p in trained:
                 t = self._own[p]["step"] + 1
                 weights[p] = t**self.r * (lr * self._rise(t)) ** self.lr_power
             rise = max((self._rise(self._own[p]["step"] + 1) for p in trained), default=1.0)
-            if "lr" in group and rise < 1:
+            if rise < 1 and isinstance(group.get("lr"), (int, float, Tensor)):
                 group["lr"] = group["lr"] * rise
         try:
             self.inner.step()

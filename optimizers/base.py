@@ -182,6 +182,11 @@ def rate(group: Mapping[str, Any]) -> float | Tensor:
     return float(lr) if lr.device.type == "cpu" else lr.reshape(())
 
 
+def known_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """A group's learning rate, or 1 where it has none that is a number: the optimizer then finds it by itself."""
+    return rate(group) if isinstance(group.get("lr"), (int, float, Tensor)) else 1.0
+
+
 def descend(params: list[Tensor], directions: list[Tensor], lr: float | Tensor) -> None:
     """``params -= lr * directions``, in place."""
     if isinstance(lr, Tensor):

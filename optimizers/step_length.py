@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optimizers.base import rate, real, unwrap
+from optimizers.base import known_rate, real, unwrap
 from optimizers.checks import check_choice, check_range
 from optimizers.packaged import torch_optim
 from optimizers.wrapper import Wrapper, wrappers
@@ -80,9 +80,8 @@ class StepLength(Wrapper):
 
     def _schedule(self, group: Mapping[str, Any]) -> float | Tensor:
         """A group's rate relative to the optimizer's at first: what schedules and groups make of it."""
-        if "lr" not in group:
-            return 1.0
-        return rate(group) / self._references.setdefault(_kind(group), float(group["lr"]) or 1.0)
+        lr = known_rate(group)
+        return lr / self._references.setdefault(_kind(group), float(lr) or 1.0)
 
     def _apart(self, p: Tensor) -> bool:
         """Whether a parameter is a unit of its own within its layer."""
@@ -395,7 +394,7 @@ def _references(optimizer: Optimizer) -> dict[str, float]:
     """
     found: dict[str, list[float]] = {}
     for group in optimizer.param_groups:
-        found.setdefault(_kind(group), []).append(float(group.get("lr", 1.0)))
+        found.setdefault(_kind(group), []).append(float(known_rate(group)))
     default = optimizer.defaults.get("lr")
     default = float(default) if isinstance(default, (int, float, Tensor)) else None
     chosen = {}

@@ -26,11 +26,9 @@ GAME = (
 
 def test_nothing_is_around_unless_asked_for() -> None:
     values = compose([]).values
-    for group, nothing in AROUND.items():
-        assert values[group] == {"_target_": nothing}
-        assert yaml.safe_load((CONFIG_FOLDER / "train.yaml").read_text())["defaults"].count({group: "none"}) == (
-            1 if group == "averaging" else 0
-        )
+    assert {group: values[group]["_target_"] for group in AROUND} == AROUND
+    defaults = yaml.safe_load((CONFIG_FOLDER / "train.yaml").read_text())["defaults"]
+    assert {"averaging": "none"} in defaults and {"step_length": "own"} in defaults
 
 
 def test_a_run_without_has_the_identity_that_it_had() -> None:

@@ -228,6 +228,25 @@ def copy_model(optimizer: Optimizer) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("around", ["ema", "free", "graft", "normalized"])
+def test_an_optimizer_that_has_no_rate_of_its_own(around: str) -> None:
+    """It finds it by itself: nothing here needs to know it."""
+
+    class Finding(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for p in params_of(self):
+                p.sub_(p.grad, alpha=0.1)  # type: ignore[arg-type]
+
+    model = mlp()
+    inner = Finding(model.parameters(), lr=1.0)
+    inner.param_groups[0]["lr"] = inner.defaults["lr"] = "auto"
+    optimizer = AROUND[around](inner)
+    before = weights(model)
+    for _ in range(4):
+        train_step(optimizer, model, images())
+    assert not torch.equal(weights(model), before) and inner.param_groups[0]["lr"] == "auto"
+
+
 def test_curvature_is_checked_inside() -> None:
     report = check_curvature(mlp(), wrapped("kfac-graft-ema"), images()[0], F.cross_entropy, targets=images()[1])
     assert report.optimizer == "KFAC" and report.ok and len(report.layers) == 2
