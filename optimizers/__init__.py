@@ -11,16 +11,20 @@ from torch import nn
 
 from optimizers.adafisher import AdaFisher, AdaFisherW
 from optimizers.adahessian import AdaHessian
+from optimizers.averaging import EMA, ScheduleFree
 from optimizers.base import Coverage, CurvatureOptimizer, Params, unwrap
 from optimizers.exact import ExactNaturalGradient
 from optimizers.fishleg import FishLeg
 from optimizers.kfac import EKFAC, KFAC
 from optimizers.kronecker_svd import KPSVD, Deflation, KFACCorrected, Lanczos
 from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, LearnedGaussian, Likelihood
+from optimizers.step_length import Graft, Normalized
 from optimizers.two_level import TwoLevelKFAC
+from optimizers.wrapper import Wrapper, innermost
 
 __all__ = [
     "EKFAC",
+    "EMA",
     "KFAC",
     "KPSVD",
     "AdaFisher",
@@ -34,12 +38,17 @@ __all__ = [
     "ExactNaturalGradient",
     "FishLeg",
     "Gaussian",
+    "Graft",
     "KFACCorrected",
     "Lanczos",
     "LearnedGaussian",
     "Likelihood",
+    "Normalized",
+    "ScheduleFree",
     "TwoLevelKFAC",
+    "Wrapper",
     "build_optimizer",
+    "innermost",
     "unwrap",
 ]
 

@@ -23,6 +23,7 @@ from optimizers.curvature.layers import COMPUTED, Flow, Layer, adapt, layer_kind
 from optimizers.curvature.losses import stated
 from optimizers.curvature.probe import DEAD
 from optimizers.curvature.recorder import NOT_CALLED, NOT_SEEN, Recorder, remove_dead_hooks
+from optimizers.wrapper import check_wrappers
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -179,6 +180,11 @@ def rate(group: Mapping[str, Any]) -> float | Tensor:
     if not isinstance(lr, Tensor):
         return lr
     return float(lr) if lr.device.type == "cpu" else lr.reshape(())
+
+
+def known_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """A group's learning rate, or 1 where it has none that is a number: the optimizer then finds it by itself."""
+    return rate(group) if isinstance(group.get("lr"), (int, float, Tensor)) else 1.0
 
 
 def descend(params: list[Tensor], directions: list[Tensor], lr: float | Tensor) -> None:
@@ -1010,6 +1016,7 @@ class CurvatureOptimizer(Optimizer):
 
         def take(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
             """After all others: what torch gets is its own half."""
+            check_wrappers(self, state)
             curvature, rest = self._apart_from_torch(state)
             self._check(curvature)
             taken.append(curvature)

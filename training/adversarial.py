@@ -150,6 +150,14 @@ class Adversarial(Task):
         """The latents that every evaluation begins with, ``[number, length]``."""
         return torch.randn(number, length, generator=self._generator(FIXED))
 
+    def calibrate(self, model: nn.Module, inputs: Tensor, precision: Precision, part: int) -> None:
+        """See Task. The critic sees real and generated images together, as in training."""
+        assert isinstance(model, GAN)
+        latents = _shared(torch.randn, self._generator(FIXED, part), (len(inputs), model.latent), inputs.device)
+        with precision.autocast():
+            real = precision.prepare(inputs)
+            model.critic(torch.cat([real, model.generator(latents).to(real)]))
+
     def examiners(self, device: torch.device) -> Meters:
         """See Task."""
         self._distance.to("cpu" if device.type == "mps" else device).reset()  # it sums in double precision

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from optimizers.wrapper import check_wrappers
 from training import rng
+from training.averaging import leave
 from training.distributed import broadcast_object, gather_objects
 from training.errors import UserError
+from training.players import members
 from training.run_folder import atomic_file, sync_folder
 
 if TYPE_CHECKING:
@@ -147,10 +150,14 @@ def rotate(folder: Path, keep: int, newest: int | None = None) -> None:
 def capture(run: Run) -> dict[str, Any]:
     """All that ``restore`` needs to go on from here. Every rank must call it; what differs between them is gathered.
 
+    Within ``averaged``, the model is what is evaluated.
+
     Tensors are the run's own, not copies: save the state before the next step.
     """
     for logger in run.loggers:
         logger.flush()
+    # Of averaged weights: what is evaluated is the checkpoint's model, and its optimizer has the weights of training.
+    aside = {} if run.training_buffers is None else {"training_buffers": run.training_buffers}
     mine = {"rng": rng.get_state(run.world.device), "window": run.window.state_dict()}
     return {
         "format": FORMAT,
@@ -175,6 +182,7 @@ def capture(run: Run) -> dict[str, Any]:
         "callbacks": {name: state for name, callback in named(run.callbacks) if (state := callback.state_dict())},
         "loggers": {name: state for name, logger in named(run.loggers) if (state := logger.state_dict())},
         "config_id": run.config_id,
+        **aside,
     }
 
 
@@ -196,6 +204,8 @@ def restore(run: Run, state: dict[str, Any]) -> None:
         log.warning("The budget is not the checkpoint's: the schedule goes on at its place in the new one.")
         run.budget.replay(run.scheduler, counters["tick"])
     try:
+        for name, one in members(run.optimizer).items():
+            check_wrappers(one, state["optimizer"][name] if name else state["optimizer"])
         run.optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(
@@ -215,6 +225,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
             f"The checkpoint is at batch {counters['batch']} of epoch {counters['epoch']}, and with these settings "
             f"step {run.step} is not: resume with the run's own batch size, data limits and accumulation."
         )
+    leave(run, state.get("training_buffers", {}))
     run.clock.load_state_dict(state["clocks"])
     run.latest, run.evaluated = state["latest"], state["evaluated"]
     run.best = broadcast_object(_read_best(run, state["best"]) if run.world.is_main else None, run.world)

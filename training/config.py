@@ -29,7 +29,7 @@ from optimizers.packaged import Package
 from training import schema
 from training.errors import UserError
 from training.players import PLAYERS
-from training.run_config import RunConfig, find, load, replace_folder
+from training.run_config import AROUND, RunConfig, find, load, replace_folder
 from training.schedules import ScalarSchedule
 from training.schema import TARGET, did_you_mean
 
@@ -41,6 +41,8 @@ CONTAINERS = ("logger", "callbacks")
 OPEN = "schedules"
 # Another one, checked against the names of the model's parameters.
 RATES = "finetune.lr_mult"
+# And another, against the options of a class of torch.optim.
+GRAFTED = "step_length.options"
 # Regular expressions, which are full of what Hydra's grammar takes for its own.
 EXPRESSIONS = ("finetune.freeze", "optimizer.skip", "generator.skip", "critic.skip")
 # A group that follows from the others: hyper-parameters that a study has for an optimizer, if it has some.
@@ -50,7 +52,9 @@ NOTHING = ("experiment=null", "debug=null")
 # Groups that a resumed run may choose anew: they do not change what is learned.
 FREE = ("paths", "logger", "callbacks")
 # Keys that a resumed run cannot change: their state lies in a checkpoint, or they go with what does.
-RESTORED = ("seed", "model", "optimizer", *PLAYERS, "scheduler", "schedules", "init_from", "finetune")
+RESTORED = (
+    "seed", "model", "optimizer", *PLAYERS, *AROUND, "scheduler", "schedules", "init_from", "finetune",
+)  # fmt: skip
 
 
 def prepare(argv: Sequence[str]) -> list[str]:
@@ -154,6 +158,8 @@ def validate(values: Mapping[str, Any]) -> dict[str, Any]:
     checked["paths"] = schema.check_options(_paths, checked["paths"], "paths")
     for group in ("optimizer", "scheduler", "model", "dataset", "trainer"):
         checked[group] = schema.check(checked[group], group, group)
+    for group, nothing in AROUND.items():  # which runs of earlier versions do not have
+        checked[group] = schema.check(checked.get(group) or {TARGET: nothing}, group, group)
     for group in CONTAINERS:
         checked[group] = {
             name: schema.check(node if isinstance(node, Mapping) else {TARGET: node}, f"{group}.{name}", group)
@@ -177,7 +183,7 @@ def _top_level(
     seed: int, name: str | None = None, resume: str | None = None, init_from: str | None = None,
     logger: dict | None = None, callbacks: dict | None = None, schedules: dict | None = None,
     finetune: dict | None = None, generator: dict | None = None, critic: dict | None = None,
-    verify: int | None = None,
+    verify: int | None = None, averaging: dict | None = None, step_length: dict | None = None,
 ) -> None:  # fmt: skip
     """The signature that `configs/train.yaml` is checked against."""
 
@@ -244,7 +250,7 @@ def _quoted(text: str) -> str:
 def _opened(text: str) -> str:
     """An override under `schedules` in the form that adds what is not there, which Hydra would refuse."""
     key = text.partition("=")[0]
-    return f"++{text}" if key.split(".")[0] == OPEN or key.startswith(RATES) else text
+    return f"++{text}" if key.split(".")[0] == OPEN or key.startswith((RATES, GRAFTED)) else text
 
 
 def _refuse_additions(overrides: Sequence[Override], search: Sequence[str]) -> None:
@@ -378,7 +384,7 @@ def _fault_of_choice(override: Override, options: Mapping[str, list[str]]) -> st
 def _fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
     """A sentence if the key is not in the tree, with what it may have been meant to be."""
     key = override.key_or_group
-    if tree is None or key.startswith("hydra") or key.split(".")[0] == OPEN or key.startswith(RATES):
+    if tree is None or key.startswith(("hydra", RATES, GRAFTED)) or key.split(".")[0] == OPEN:
         return None
     known = _keys(tree)
     groups = sorted(_options([]))

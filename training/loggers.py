@@ -223,7 +223,7 @@ class TensorBoard(Logger):
 
 def _hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
     """What runs are compared by: the choices under their groups' names, and the values that shape the training."""
-    groups = ("dataset", "model", "optimizer", "scheduler")
+    groups = ("dataset", "model", "optimizer", "step_length", "averaging", "scheduler")
     choices = {group: choice for group, choice in (config.get("choices") or {}).items() if group in groups}
     kept = {key: value for key, value in config.items() if key in (*groups, "trainer", "seed", "init_from")}
     return choices | {key: value for key, value in _flat(kept).items() if not key.endswith("_target_")}

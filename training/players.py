@@ -95,6 +95,11 @@ class Players(Optimizer):
                 close()
 
 
+def members(optimizer: Optimizer) -> dict[str, Optimizer]:
+    """The players' optimizers by their names, or the only one under ""."""
+    return optimizer.players if isinstance(optimizer, Players) else {"": optimizer}
+
+
 def unobserved(optimizer: Optimizer) -> AbstractContextManager[None]:
     """Passes within it are none that the optimizer gathers curvature from."""
     own = getattr(optimizer, "unobserved", None)

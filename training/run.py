@@ -62,6 +62,9 @@ class Run:
         evaluated: the step last evaluated at.
         resumed: whether it goes on from a checkpoint.
         stop_reason: why to stop before the budget is used up.
+        training_buffers: while the model is as it is evaluated, with averaged weights: its buffers in training, by
+            name.
+        calibrated: step and statistics of the last calibration.
     """
 
     model: nn.Module
@@ -91,6 +94,8 @@ class Run:
     evaluated: int | None = None
     resumed: bool = False
     stop_reason: str | None = None
+    training_buffers: dict[str, Tensor] | None = None
+    calibrated: tuple[int, dict[str, Tensor]] | None = None
     scaler: torch.amp.GradScaler = field(init=False)
     clock: Clock = field(init=False)
     phases: Phases = field(init=False)

@@ -21,6 +21,8 @@ VOLATILE = (
     "paths", "logger", "resume", "name", "verify", "trainer.device", "trainer.profile", "trainer.log_every_steps",
     "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
 )  # fmt: skip
+# Groups of what goes around an optimizer, from the innermost on, and what stands for nothing.
+AROUND = {"step_length": "optimizers.step_length.own", "averaging": "optimizers.averaging.none"}
 # How the names of callbacks end that only show what was learned.
 ONLOOKERS = ("Plots", "SampleText")
 
@@ -86,6 +88,9 @@ def identity(values: Mapping[str, Any], budget: bool = False) -> str:
     for key in (*VOLATILE, *(() if budget else (f"trainer.{name}" for name in BUDGETS))):
         group, _, name = key.rpartition(".")
         (kept.get(group, {}) if group else kept).pop(name, None)
+    for group, nothing in AROUND.items():  # which leaves a run what it is
+        if kept.get(group, {}).get("_target_") == nothing:
+            del kept[group]
     callbacks = kept.get("callbacks") or {}
     kept["callbacks"] = {name: node for name, node in callbacks.items() if not node["_target_"].endswith(ONLOOKERS)}
     kept = replace_folder(kept, str(values["paths"]["data"]), "<paths.data>")

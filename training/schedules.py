@@ -26,6 +26,8 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from optimizers.wrapper import innermost
+
 
 def _check(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
     if not (low < value if open_low else low <= value) or not value <= high:
@@ -192,7 +194,7 @@ class Scalars:
     group's own: make this before a checkpoint, which holds scheduled values, is loaded into the optimizer.
 
     Args:
-        optimizer: any.
+        optimizer: any; of a wrapped one, that inside.
         schedules: by the scalar's name; a whole number stays one, by rounding.
 
     Attributes:
@@ -204,9 +206,9 @@ class Scalars:
 
     def __init__(self, optimizer: Optimizer, schedules: Mapping[str, ScalarSchedule]) -> None:
         self.values: dict[str, float] = {}
-        self._optimizer = optimizer
+        self._optimizer = innermost(optimizer)
         self._schedules = dict(schedules)
-        self._hints = _constructor_hints(optimizer)
+        self._hints = _constructor_hints(self._optimizer)
         self._firsts = {name: self._first(name, schedule) for name, schedule in schedules.items()}
 
     def set(self, progress: float) -> None:

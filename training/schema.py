@@ -12,6 +12,7 @@ import importlib
 import inspect
 import types
 import typing
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from optimizers.packaged import Package
 from training.errors import UserError
 from training.finetune import parameter_groups
 from training.players import PLAYERS, Players
+from training.run_config import AROUND
 from training.schedules import Scalars, ScalarSchedule
 
 TARGET = "_target_"
@@ -34,6 +36,8 @@ TARGET = "_target_"
 INJECTED: dict[str, frozenset[str]] = {
     "dataset": frozenset({"seed", "device", "rank", "world_size"}),
     "optimizer": frozenset({"model", "params", "likelihood", "seed", "loss_reduction", "aux_loader"}),
+    "step_length": frozenset({"optimizer", "model"}),
+    "averaging": frozenset({"optimizer"}),
     "scheduler": frozenset({"optimizer", "ticks"}),
 }
 # Packages whose exceptions for a value that they refuse are no ValueErrors.
@@ -184,7 +188,7 @@ def build(node: Mapping[str, Any], where: str, /, *, through: Callable[..., Any]
 
 
 def build_optimizers(config: Mapping[str, Any], model: torch.nn.Module, **injected: Any) -> torch.optim.Optimizer:
-    """The optimizer of a model, or both players' if it has two: each its own, or else the one of all.
+    """The optimizer of a model, or both players' if it has two: each its own, or else the one of all; wrapped.
 
     The generator's optimizer sees the whole game, through which its gradients flow, and trains the generator's
     parameters alone; one that sorts a model's parameters itself sees the generator alone.
@@ -208,7 +212,8 @@ def build_optimizers(config: Mapping[str, Any], model: torch.nn.Module, **inject
         if tuned:
             with refusals("finetune", config["finetune"]):
                 injected["params"] = parameter_groups(model, **config["finetune"], lr=config["optimizer"].get("lr"))
-        return build(config["optimizer"], "optimizer", through=build_optimizer, model=model, **injected)
+        optimizer = build(config["optimizer"], "optimizer", through=build_optimizer, model=model, **injected)
+        return wrap(config, optimizer, model)
     if tuned:
         raise UserError("finetune is for models with one optimizer and this one has two players: leave it out")
 
@@ -221,7 +226,26 @@ def build_optimizers(config: Mapping[str, Any], model: torch.nn.Module, **inject
     names = [name if name in own else "optimizer" for name in PLAYERS]
     generator = build(config[names[0]], names[0], through=through, seed=seed, **injected)
     critic = build(config[names[1]], names[1], through=build_optimizer, model=model.critic, seed=seed + 1, **injected)
-    return Players(generator, critic)
+    return Players(wrap(config, generator, model.generator), wrap(config, critic, model.critic))
+
+
+def wrap(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """An optimizer with what the configuration puts around it.
+
+    Args:
+        config: a checked configuration.
+        optimizer: any.
+        model: that it trains.
+
+    Raises:
+        UserError: a value is refused, or the optimizer.
+    """
+    for group in AROUND:
+        if node := config.get(group):
+            asked = inspect.signature(locate(node[TARGET], group)).parameters
+            found: dict[str, Any] = {"optimizer": optimizer} | ({"model": model} if "model" in asked else {})
+            optimizer = build(node, group, **found)
+    return optimizer
 
 
 def build_schedule(node: Mapping[str, Any]) -> Callable[..., Any]:
@@ -262,6 +286,10 @@ def rehearse(values: Mapping[str, Any]) -> None:
         for name, node in values[group].items():
             build(node, f"{group}.{name}")
     small = {name: build(values[name], name, through=_small) for name in ("optimizer", *PLAYERS) if values.get(name)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come when the run's own are built
+        for one in small.values():
+            wrap(values, one, torch.nn.Linear(1, 1))
     optimizer = small["optimizer"]
     if len(small) > 1:
         optimizer = Players(*(small.get(name, optimizer) for name in PLAYERS))

@@ -100,6 +100,18 @@ class Task(ABC):
 
         return (Turn(run.optimizer, play, partial(self.measure, run.window)),)
 
+    def calibrate(self, model: nn.Module, inputs: Tensor, precision: Precision, part: int) -> None:
+        """Pass a batch of training through a model whose BatchNorm layers gather statistics.
+
+        Args:
+            model: otherwise in evaluation mode, without gradients.
+            inputs: of the batch.
+            precision: of the forward pass.
+            part: the how-manieth batch it is, from 0.
+        """
+        with precision.autocast():
+            model(precision.prepare(inputs))
+
     def examiners(self, device: torch.device) -> Meters:
         """Fresh meters of an evaluation."""
         return self.meters(device)

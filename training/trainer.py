@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from optimizers.curvature.communication import average_
+from optimizers.wrapper import innermost
 from training import checkpoints, provenance, rng, schedules
+from training.averaging import averaged, averages, enter
 from training.budgets import Budget, Every
 from training.callbacks import Callback, Profiler
 from training.distributed import World, barrier, broadcast_buffers
@@ -203,7 +205,7 @@ class Trainer:
         if isinstance(optimizer, Players):
             for player in optimizer.players.values():
                 self._check_optimizer(player)
-        name = type(optimizer).__name__
+        name = type(innermost(optimizer)).__name__
         if self.compile and getattr(optimizer, "needs_graph", False):
             raise ValueError(f"compile must be false for {name}: compiled models have no second derivatives")
         closure = inspect.signature(optimizer.step).parameters.get("closure")
@@ -271,7 +273,7 @@ class Trainer:
         """Train, and leave the run folder complete however it ends.
 
         Args:
-            model: the bare module; it holds the last weights afterwards.
+            model: the bare module; it holds the last weights afterwards, or their average where one is evaluated.
             optimizer: built on that module.
             data: training, validation and test set.
             task: loss and metrics.
@@ -318,6 +320,8 @@ class Trainer:
             return summary
 
     def _start(self, run: Run, resume: dict[str, Any] | None, stack: ExitStack) -> None:
+        for one in averages(run):
+            one.train()
         if resume is not None:
             checkpoints.restore(run, resume)
             run.resumed = True
@@ -329,7 +333,7 @@ class Trainer:
             run.folder.summary_file.unlink(missing_ok=True)  # of an earlier session: a summary speaks of the end
         log.info("configuration %s, %s", run.config_id, provenance.hardware(run.world.device, run.world.world_size))
         if coverage := getattr(run.optimizer, "coverage", None):
-            log.info("curvature of %s:\n%s", type(run.optimizer).__name__, coverage())
+            log.info("curvature of %s:\n%s", type(innermost(run.optimizer)).__name__, coverage())
         for logger in run.loggers:
             stack.callback(logger.close)
             logger.start(run)
@@ -426,24 +430,25 @@ class Trainer:
 
     def _evaluate(self, run: Run) -> None:
         require_finite(run)
-        values = self._measure(run, "val")
-        run.evaluated = run.step
-        if not values:  # a data set without validation examples
-            return
-        require_finite_loss(run, values["val/loss"], "validation")
-        with run.clock.count("other"):
-            run.emit("eval", values)
-            improved = run.improves(values)
-            if improved:
-                found = {"metric": run.monitor, "value": values[run.monitor], "step": run.step, "epoch": run.epoch}
-                run.best = found | values
-            for callback in run.callbacks:
-                callback.on_evaluation(run, values)
-            if improved:
-                state = checkpoints.capture(run)
-                if run.world.is_main:
-                    checkpoints.save(run.folder.checkpoints / "best.pt", state)
-                run.best_written = run.step
+        with averaged(run):
+            values = self._measure(run, "val")
+            run.evaluated = run.step
+            if not values:  # a data set without validation examples
+                return
+            require_finite_loss(run, values["val/loss"], "validation")
+            with run.clock.count("other"):
+                run.emit("eval", values)
+                improved = run.improves(values)
+                if improved:
+                    found = {"metric": run.monitor, "value": values[run.monitor], "step": run.step, "epoch": run.epoch}
+                    run.best = found | values
+                for callback in run.callbacks:
+                    callback.on_evaluation(run, values)
+                if improved:
+                    state = checkpoints.capture(run)
+                    if run.world.is_main:
+                        checkpoints.save(run.folder.checkpoints / "best.pt", state)
+                    run.best_written = run.step
 
     def _measure(self, run: Run, split: Literal["val", "test"]) -> dict[str, float]:
         with run.clock.count("evaluation"):
@@ -453,7 +458,7 @@ class Trainer:
 
     def _save(self, run: Run) -> None:
         require_finite(run)
-        with run.clock.count("other"):
+        with averaged(run), run.clock.count("other"):
             path = checkpoints.step_file(run.folder.checkpoints, run.step)
             state = checkpoints.capture(run) if run.best_written != run.step else None
             if run.world.is_main:
@@ -475,6 +480,7 @@ class Trainer:
             self._log(run)
         if run.evaluated != run.step:
             self._evaluate(run)
+        enter(run)  # and so the model stays
         values = self._measure(run, "test")
         of_best = values if run.best is None or run.best["step"] == run.step else self._test_best(run)
         with run.clock.count("other"):

@@ -27,6 +27,7 @@ from optimizers.testing.recording import (
     small_blocks,
 )
 from optimizers.testing.tables import aligned
+from optimizers.wrapper import innermost
 
 #: Below this share of a larger one a gradient is rounding, and only its absolute error counts.
 NEGLIGIBLE = 1e-6
@@ -182,7 +183,7 @@ def check_curvature(
         maker = Maker(make_optimizer, likelihood=loss if isinstance(loss, Likelihood) else None)
         given: dict[str, Any] = {"loss_reduction": loss_reduction} if maker.accepts("loss_reduction") else {}
         twin = case.copy()
-        optimizer = maker(twin, **given)
+        optimizer = innermost(maker(twin, **given))
         name = type(optimizer).__name__
         if not isinstance(optimizer, CurvatureOptimizer) or not optimizer.blocks:
             return CurvatureReport(name, notes=[f"{name} keeps no curvature of layers, so there is nothing to check"])
@@ -197,7 +198,7 @@ def check_curvature(
         errors, reached = _compare(case, recording, loss_reduction, dense_limit, report.tolerance)
         plain = {key: value for key, value in PLAIN.items() if maker.accepts(key)}
         judge = case.copy()
-        stepped = maker(judge, **given | plain)
+        stepped = innermost(maker(judge, **given | plain))
         assert isinstance(stepped, CurvatureOptimizer)
         case.settle_modes(judge)
         _step(case, stepped, judge)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from optimizers import build_optimizer
 from optimizers.base import CurvatureOptimizer, Params
 from optimizers.likelihoods import Categorical, Likelihood
+from optimizers.wrapper import innermost
 
 Batch = tuple[Tensor, Tensor]
 
@@ -158,4 +159,4 @@ def same_state(a: Any, b: Any) -> bool:
 
 def ours(optimizer: Optimizer) -> bool:
     """Whether an optimizer promises what this project's do beyond torch's contract."""
-    return isinstance(optimizer, CurvatureOptimizer)
+    return isinstance(innermost(optimizer), CurvatureOptimizer)

@@ -49,13 +49,17 @@ def test_a_file_lists_every_option_of_its_target_and_no_other(path: Path) -> Non
 def test_a_file_says_what_it_is_and_explains_its_values(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert next(line for line in lines if "@package" not in line).startswith("# "), "no title"
-    if path.parent.name in ("optimizer", "scheduler", "dataset", "model", "trainer", "paths"):
+    explained = ("optimizer", "step_length", "averaging", "scheduler", "dataset", "model", "trainer", "paths")
+    if path.parent.name in explained:
         for line in lines:
             if re.match(r"\w+: ", line) and not line.startswith(("_target_", "depth")):  # the title says the depth
                 assert "  # " in line, f"not explained: {line}"
 
 
-@pytest.mark.parametrize("group", ["optimizer", "scheduler", "model", "dataset", "trainer", "logger", "callbacks"])
+@pytest.mark.parametrize(
+    "group",
+    ["optimizer", "step_length", "averaging", "scheduler", "model", "dataset", "trainer", "logger", "callbacks"],
+)
 def test_every_choice_composes(group: str) -> None:
     for name in names(group):
         choice = f"{group}={name}"

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from data import DataModule, digits
 from models import build_model, mlp
 from optimizers import EKFAC, KFAC, AdaFisher, AdaFisherW, AdaHessian, Deflation, build_optimizer
+from optimizers.averaging import EMA, ScheduleFree
+from optimizers.step_length import Graft, Normalized
 from training import (
     Interrupted,
     RunFolder,
@@ -52,6 +54,12 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
         Deflation,
         {"lr": 0.02, "damping": 0.1, "update_every": 2, "refresh_every": 3, "batch_fraction": 0.5},
     ),
+}
+AROUND: dict[str, Any] = {
+    "ema": partial(EMA, decay=0.9, calibrate=3),
+    "free": partial(ScheduleFree, warmup=4, calibrate=3),
+    "graft": Graft,
+    "normalized": partial(Normalized, hold=True),
 }
 SCHEDULES = {"none": schedules.none, "cosine": partial(schedules.cosine, warmup=0.2), "onecycle": schedules.onecycle}
 
@@ -111,6 +119,7 @@ def fit(
     *,
     resume: bool | dict[str, Any] = False,
     optimizer: str = "sgd",
+    around: str = "",
     lr: float | None = None,
     schedule: str = "cosine",
     callbacks: list[Callback] | None = None,
@@ -120,7 +129,10 @@ def fit(
     model: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> tuple[dict[str, Any], nn.Module]:
-    """Train in a folder, from its newest checkpoint if told to resume; returns the summary and the model."""
+    """Train in a folder, from its newest checkpoint if told to resume; returns the summary and the model.
+
+    ``around``: names of what goes around the optimizer, from the inside.
+    """
     folder, world = Path(folder), world or World()
     settings = {"max_steps": 20, "eval_every_epochs": None, "eval_every_steps": 5, "log_every_steps": 3,
                 "checkpoint_every_epochs": None, "checkpoint_every_steps": 4, "deterministic": False}  # fmt: skip
@@ -133,6 +145,8 @@ def fit(
     kind, options = OPTIMIZERS[optimizer]
     options = options | ({} if lr is None else {"lr": lr})
     built = build_optimizer(kind, net, likelihood=task.likelihood, **options)
+    for name in around.split():
+        built = AROUND[name](built)
     state: dict[str, Any] | None = resume if isinstance(resume, dict) else None
     if resume is True:
         found = checkpoints.latest(folder / "checkpoints")
