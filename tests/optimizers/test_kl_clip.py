@@ -325,7 +325,9 @@ def test_what_cannot_be_measured_is_said() -> None:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
-    "likelihood", [Categorical(), Bernoulli(), Gaussian(sigma=0.7), Gaussian(0.5**0.5, reduction="mean")], ids=repr
+    "likelihood",
+    [Categorical(), Bernoulli(), Gaussian(sigma=0.7), Gaussian(0.5**0.5, reduction="mean")],
+    ids=["categorical", "bernoulli", "gaussian", "mean gaussian"],
 )
 def test_divergences_are_those_of_the_distributions(likelihood: Likelihood) -> None:
     before, after = torch.randn(6, 4), torch.randn(6, 4)
