@@ -21,7 +21,7 @@ from optimizers.curvature.kronecker import Options
 from optimizers.curvature.layers import Layer
 from optimizers.curvature.samples import Observations, Samples
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Fisher, KLOf, NaturalGradient, Stack, inner
+from optimizers.natural_gradient import Auto, Fisher, KLOf, NaturalGradient, Stack, inner
 
 
 class SampledFisher(NaturalGradient):
@@ -92,8 +92,8 @@ class ExactNaturalGradient(SampledFisher):
     Args:
         model: the whole module.
         params: parameters or groups; default all.
-        lr: learning rate.
-        momentum: decay of the sum of past directions.
+        lr: learning rate; ``auto``: see NaturalGradient.
+        momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
         damping: lambda.
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         damping_mode: ``standard``: lambda; ``heuristic``: ``lambda (s_max(A) + s_max(G)) + lambda²``, layer by layer,
@@ -125,8 +125,8 @@ class ExactNaturalGradient(SampledFisher):
         model: nn.Module,
         params: Params | None = None,
         *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
+        lr: Auto = 0.1,
+        momentum: Auto = 0.9,
         damping: float = 1e-2,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["standard", "heuristic"] = "standard",

@@ -20,7 +20,7 @@ from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import EigenFactors, KroneckerFactors, Options
 from optimizers.curvature.layers import AffineLayer
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Fisher, KLOf, NaturalGradient
+from optimizers.natural_gradient import Auto, Fisher, KLOf, NaturalGradient
 
 SOLVE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -43,8 +43,8 @@ class KFAC(NaturalGradient):
     Args:
         model: the whole module.
         params: parameters or groups; default all.
-        lr: learning rate (alpha).
-        momentum: decay of the sum of past directions.
+        lr: learning rate (alpha); ``auto``: see NaturalGradient.
+        momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
         damping: lambda.
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         damping_mode: ``factored``: ``(A + pi sqrt(lambda) I) (x) (G + sqrt(lambda) / pi I)``, two matrix products a
@@ -82,8 +82,8 @@ class KFAC(NaturalGradient):
         model: nn.Module,
         params: Params | None = None,
         *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
+        lr: Auto = 0.1,
+        momentum: Auto = 0.9,
         damping: float = 1e-2,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["factored", "tikhonov"] = "factored",
@@ -134,8 +134,8 @@ class EKFAC(NaturalGradient):
     Args:
         model: the whole module.
         params: parameters or groups; default all.
-        lr: learning rate.
-        momentum: decay of the sum of past directions.
+        lr: learning rate; ``auto``: see NaturalGradient.
+        momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
         damping: epsilon in the paper, added to the moments.
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         kl_clip: kappa; None: off.
@@ -172,8 +172,8 @@ class EKFAC(NaturalGradient):
         model: nn.Module,
         params: Params | None = None,
         *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
+        lr: Auto = 0.1,
+        momentum: Auto = 0.9,
         damping: float = 1e-2,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         kl_clip: float | None = 1e-2,

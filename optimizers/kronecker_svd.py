@@ -30,7 +30,7 @@ from optimizers.curvature.kronecker import (
 from optimizers.curvature.layers import AffineLayer
 from optimizers.kfac import check_options
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Fisher, KLOf, NaturalGradient
+from optimizers.natural_gradient import Auto, Fisher, KLOf, NaturalGradient
 
 Solver = Literal["gram", "power", "lanczos"]
 
@@ -41,8 +41,8 @@ class KPSVD(NaturalGradient):
     Args:
         model: the whole module.
         params: parameters or groups; default all.
-        lr: learning rate.
-        momentum: decay of the sum of past directions.
+        lr: learning rate; ``auto``: see NaturalGradient.
+        momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
         damping: lambda.
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         damping_mode: see KFAC; the two-term methods know ``factored`` only. The published damping, lambda added to each
@@ -86,8 +86,8 @@ class KPSVD(NaturalGradient):
         model: nn.Module,
         params: Params | None = None,
         *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
+        lr: Auto = 0.1,
+        momentum: Auto = 0.9,
         damping: float = 1e-2,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["factored", "tikhonov"] = "factored",

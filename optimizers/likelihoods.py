@@ -188,6 +188,16 @@ class Likelihood(ABC):
         difference = (after - before).unsqueeze(-1)
         return (self.hessian_sqrt(before).mT @ difference).square().sum((-2, -1)) / 2
 
+    def hessian_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        """The Hessian of each observation's own nll by its outputs, times a vector: ``[n, ..., features]``; no weights.
+
+        Args:
+            outputs: observations, ``[n, ..., features]``.
+            tangents: of the same shape.
+        """
+        root = self.hessian_sqrt(outputs)
+        return (root @ (root.mT @ tangents.unsqueeze(-1))).squeeze(-1)
+
     @abstractmethod
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """``R [..., features, rank]``: ``R Rᵀ`` is the Hessian (= Fisher) of one observation's nll by its outputs."""
@@ -386,6 +396,11 @@ class Categorical(Likelihood):
         old, new = before.log_softmax(-1), after.log_softmax(-1)
         return (old.exp() * (old - new)).sum(-1)
 
+    def hessian_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        """See Likelihood."""
+        p = outputs.detach().softmax(-1)
+        return p * (tangents - (p * tangents).sum(-1, keepdim=True))
+
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """See Likelihood. ``diag(p) - p pᵀ = R Rᵀ`` with ``R = (I - p 1ᵀ) diag(sqrt p)``."""
         p = outputs.detach().softmax(-1)
@@ -475,6 +490,11 @@ class Bernoulli(Likelihood):
         terms = F.binary_cross_entropy_with_logits(after, before.sigmoid(), reduction="none")
         return (terms - F.binary_cross_entropy_with_logits(before, before.sigmoid(), reduction="none")).sum(-1)
 
+    def hessian_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        """See Likelihood."""
+        p = outputs.detach().sigmoid()
+        return p * (1 - p) * tangents
+
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """See Likelihood."""
         p = outputs.detach().sigmoid()
@@ -527,6 +547,10 @@ class Gaussian(Likelihood):
     def divergence(self, before: Tensor, after: Tensor) -> Tensor:
         """See Likelihood."""
         return (after - before).square().sum(-1) / (2 * self.sigma**2)
+
+    def hessian_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        """See Likelihood."""
+        return tangents / self.sigma**2
 
     def hessian_sqrt(self, outputs: Tensor) -> Tensor:
         """See Likelihood."""

@@ -30,6 +30,7 @@ from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
 from optimizers.curvature.layers import AffineLayer, Layer
 from optimizers.curvature.losses import stated, targets_of
+from optimizers.curvature.quadratic import fisher_products, minimizer
 from optimizers.curvature.recorder import RootInputs, set_aside
 from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, check_outputs
 
@@ -38,6 +39,7 @@ LARGE = 512
 
 Fisher = Literal["sampled", "empirical", "exact"]
 KLOf = Literal["step", "direction", "measured"]
+Auto = float | Literal["auto"]
 
 
 class Block(Invertible, Approximation):
@@ -121,10 +123,13 @@ class NaturalGradient(CurvatureOptimizer):
         params: parameters or groups; default all. ``lr, momentum, damping, weight_decay, decoupled_decay, fallback_lr,
             kl_clip, decay, maximize`` may differ between groups (a layer takes damping, clip and the average's decay
             from its weight's). Layers of one ``kl_clip`` are clipped together.
-        lr: learning rate.
-        momentum: decay of the sum of past directions.
+        lr: learning rate; ``"auto"``: in each step that at which the quadratic model of the loss is least along the
+            step, with the exact Fisher matrix of the batch (Martens & Grosse 2015, section 6.4): two forward passes in
+            forward mode. The groups' rate, 1 at first, multiplies it, so that schedules act on it.
+        momentum: decay of the sum of past directions; ``"auto"``: in each step the best one by the same model, for its
+            rate. The parameters without curvature have 0.9 then.
         damping: lambda.
-        kl_clip: kappa; None: off.
+        kl_clip: kappa; None: off. Where lr or momentum is ``"auto"``, F in what it bounds is the batch's.
         kl_of: what kappa bounds: the ``"step"``, by the quadratic model; its new ``"direction"`` alone; or the step as
             ``"measured"``: another forward pass of what the model saw gives its true KL divergence d, fallback and all,
             and where ``2 d > kl_clip`` the step is shortened by the root of their ratio. The model's F is an average
@@ -165,8 +170,8 @@ class NaturalGradient(CurvatureOptimizer):
         model: nn.Module,
         params: Params | None,
         *,
-        lr: float,
-        momentum: float,
+        lr: Auto,
+        momentum: Auto,
         damping: float,
         damping_unit: Literal["absolute", "layer"],
         kl_clip: float | None,
@@ -188,6 +193,11 @@ class NaturalGradient(CurvatureOptimizer):
         decoupled_decay: bool,
         flags: dict[str, Any],
     ) -> None:
+        for name, value in (("lr", lr), ("momentum", momentum)):
+            if isinstance(value, str) and value != "auto":
+                raise ValueError(f"{name} must be a number or 'auto', got {value!r}")
+        self.auto_lr, self.auto_momentum = lr == "auto", momentum == "auto"
+        lr, momentum = 1.0 if lr == "auto" else lr, 0.9 if momentum == "auto" else momentum
         check_range("lr", lr, 0)
         check_range("momentum", momentum, 0, 1, open_high=True)
         check_range("damping", damping, 0, open_low=True)
@@ -195,8 +205,11 @@ class NaturalGradient(CurvatureOptimizer):
             check_range("kl_clip", kl_clip, 0, open_low=True)
         check_choice("damping_unit", damping_unit, ("absolute", "layer"))
         check_choice("kl_of", kl_of, ("step", "direction", "measured"))
-        if kl_of == "measured" and likelihood is None:
-            raise ValueError("likelihood must be given for kl_of='measured', such as Categorical()")
+        for asked, name in ((kl_of == "measured", "kl_of='measured'"), (self._is_auto, "lr or momentum 'auto'")):
+            if asked and likelihood is None:
+                raise ValueError(f"likelihood must be given for {name}, such as Categorical()")
+        if self._is_auto and kl_of == "direction":
+            raise ValueError("kl_of must be 'step' or 'measured' where lr or momentum is 'auto'")
         check_range("kl_warmup", kl_warmup, 0)
         check_choice("fisher", fisher, ("sampled", "empirical", "exact"))
         if likelihood is None and fisher != "empirical":
@@ -236,6 +249,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._directions: dict[Tensor, Tensor] = {}
         self._kl_scales: dict[float, Tensor] = {}  # nu by kl_clip
         self._shown: list[tuple[Tensor, Tensor | None, Tensor]] = []  # outputs, targets, weights if kl_of="measured"
+        self._coefficients: Tensor | None = None  # of direction and past in this step, where one is "auto"
         self._measured: Tensor | None = None  # what the last step was shortened by
         self._squares: list[Tensor] = []  # mᵀ (F + damping) m of each group's layers, as of the last step
         self._generator: torch.Generator | None = None
@@ -248,10 +262,14 @@ class NaturalGradient(CurvatureOptimizer):
         super()._attach()
         self._shown = []
         self._inputs: RootInputs | None = None
-        if self.kl_of == "measured":
+        if self.kl_of == "measured" or self._is_auto:
             assert self.model is not None
             self._inputs = RootInputs(self.model, lambda: not self._unobserved)
         self._watch(self._block, skip=self.skip, deferred=self.fisher != "empirical", fraction=self.batch_fraction)
+
+    @property
+    def _is_auto(self) -> bool:
+        return self.auto_lr or self.auto_momentum
 
     def _complete(self, group: dict[str, Any]) -> None:
         super()._complete(group)
@@ -262,6 +280,8 @@ class NaturalGradient(CurvatureOptimizer):
         if group.get("kl_clip") is not None:
             check_range("kl_clip", group["kl_clip"], 0, open_low=True)
         check_range("decay", group.get("decay", 0), 0, 1, open_high=True)
+        if self._is_auto and group.get("weight_decay") and not group.get("decoupled_decay"):
+            raise ValueError("decoupled_decay must be true for weight_decay where lr or momentum is 'auto'")
 
     @abstractmethod
     def affine_block(self, layer: AffineLayer) -> Approximation:
@@ -544,7 +564,10 @@ class NaturalGradient(CurvatureOptimizer):
                 for p, entry in zip(block.layer.parameters, block.from_matrix(part), strict=True):
                     if p.grad is not None:
                         self._directions[p] = entry
-        self._clip(gradients, directions)
+        if self._is_auto:
+            self._plan()
+        else:
+            self._clip(gradients, directions)
 
     def _solve_blocks(self, gradients: list[Tensor]) -> list[Tensor]:
         """Each block's damped inverse times its gradient. Methods that couple layers extend this.
@@ -574,6 +597,40 @@ class NaturalGradient(CurvatureOptimizer):
             one = squares[0].new_ones(())
             scales = [self._kl_scales.get(group["kl_clip"], one) for group in self.param_groups]
             self._squares = [q.clamp(min=0) * nu**2 for q, nu in zip(squares, scales, strict=True)]
+
+    def _plan(self) -> None:
+        """Set rate and momentum to where the exact quadratic model is least, and nu by the length that it gives."""
+        self._check_shown()
+        assert self.model is not None and self._inputs is not None and self.likelihood is not None
+        self._kl_scales, self._coefficients = {}, None
+        if not self._directions:
+            return
+        rates = {p: rate(group) for group in self.param_groups for p in group["params"]}
+        past = {p: self._momentum_of(p) * (rates[p] * self._own_momentum(p)) for p in self._directions}
+        pair = [{p: v * rates[p] for p, v in self._directions.items()}, past]
+        matrix = fisher_products(self.model, self._inputs, self._shown, self.likelihood, pair)
+        stacks = [self._stacked(_reader(own)) for own in pair]
+        dampings = [self._dampings(stack.blocks) for stack in self._stacks]
+        for i, left in enumerate(stacks):
+            for j, right in enumerate(stacks):
+                shares = [(shift * inner(a, b)).sum() for shift, a, b in zip(dampings, left, right, strict=True)]
+                matrix[i, j] += torch.stack(shares).sum().double()
+        grads = {p: p.grad for p in self._directions if p.grad is not None}
+        slopes = [torch.stack([(g * own[p]).sum().double() for p, g in grads.items()]).sum() for own in pair]
+        free = [float("nan") if auto else 1.0 for auto in (self.auto_lr, self.auto_momentum)]
+        found = minimizer(matrix, torch.stack(slopes), torch.tensor(free, dtype=torch.float64).to(matrix.device))
+        self._coefficients = found
+        for p in self._directions:
+            self._directions[p] = self._directions[p] * found[0].to(self._directions[p].dtype)
+        length = found @ matrix @ found
+        for clip in {group["kl_clip"] for group in self.param_groups} - {None}:
+            scale = (clip * self.kl_share() ** 2 / length).sqrt()
+            self._kl_scales[clip] = torch.where(scale < 1, scale, torch.ones_like(scale)).float()
+
+    def _own_momentum(self, p: Tensor) -> float:
+        """What multiplies a parameter's past beside the coefficient that is found for it."""
+        group = self._group_of(p)
+        return 1.0 if self.auto_momentum or group is None else float(group["momentum"])
 
     def kl_share(self) -> float:
         """What there is of the radius ``sqrt(kl_clip)`` in this step: 1 after ``kl_warmup`` of them."""
@@ -678,8 +735,14 @@ class NaturalGradient(CurvatureOptimizer):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        given = params
         buffers, params = real(self.state[p]["momentum_buffer"] for p in params), real(params)
-        torch._foreach_mul_(buffers, beta)
+        if self._coefficients is None:
+            torch._foreach_mul_(buffers, beta)
+        else:
+            share = self._coefficients[1] * (1.0 if self.auto_momentum else beta)
+            shares = [share if p not in unclipped else share.new_tensor(beta) for p in given]
+            torch._foreach_mul_(buffers, [t.to(b.dtype) for t, b in zip(shares, buffers, strict=True)])
         if self.kl_of != "direction":
             torch._foreach_add_(buffers, directions)
         else:
@@ -694,14 +757,9 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _look_back(self) -> None:
         """Shorten the step that was taken to the KL divergence that it is found to have, of all ranks' examples."""
-        if self._inputs is None or self.kl_clip is None:
+        if self.kl_of != "measured" or self.kl_clip is None:
             return
-        if not self._shown or len(self._shown) != len(self._inputs.calls):
-            raise RuntimeError(
-                f"kl_of='measured' compares what the model returns before and after a step, and saw "
-                f"{len(self._inputs.calls)} forward passes for {len(self._shown)} backward(loss, outputs): call the "
-                "model once for each of them."
-            )
+        self._check_shown()
         with record_function(CURVATURE):
             divergence = torch.stack([self._divergence(index) for index in range(len(self._shown))]).mean()
             if communication.world_size() > 1:
@@ -715,6 +773,16 @@ class NaturalGradient(CurvatureOptimizer):
                 descend(params, list(excess), rate(group))
                 torch._foreach_mul_(buffers, self._measured)
             self._squares = [q * self._measured**2 for q in self._squares]
+
+    def _check_shown(self) -> None:
+        """Raise RuntimeError if what the model returned is not known of each of its calls."""
+        assert self._inputs is not None
+        if not self._shown or len(self._shown) != len(self._inputs.calls):
+            asked = "kl_of='measured'" if self.kl_of == "measured" else "lr or momentum 'auto'"
+            raise RuntimeError(
+                f"{asked} looks at what the model returns in each step, and saw {len(self._inputs.calls)} forward "
+                f"passes for {len(self._shown)} backward(loss, outputs): call the model once for each of them."
+            )
 
     def _divergence(self, index: int) -> Tensor:
         """KL divergence of a call's predictions as they were from those that they are now."""
@@ -750,7 +818,15 @@ class NaturalGradient(CurvatureOptimizer):
             "curvature/floored": float(self._counts.floored),
             "curvature/kl_scale": min((float(scale) for scale in self._kl_scales.values()), default=1.0)
             * (1.0 if self._measured is None else float(self._measured)),
-        }
+        } | self._found()
+
+    def _found(self) -> dict[str, float]:
+        """Rate and momentum of the last step, as multiples of what the groups have."""
+        if self._coefficients is None:
+            return {}
+        asked = ((self.auto_lr, "rate"), (self.auto_momentum, "momentum"))
+        pairs = zip(asked, self._coefficients.tolist(), strict=True)
+        return {f"curvature/{name}": value for (auto, name), value in pairs if auto}
 
     def _curvature(self) -> dict[str, Any]:
         """See CurvatureOptimizer; also the inverses in use, which may be older than the factors, and all counters."""
@@ -833,6 +909,11 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     if len(left) == 1:
         return torch.dot(left.flatten(), right.flatten()).view(1)
     return (left * right).flatten(1).sum(1)
+
+
+def _reader(entries: Mapping[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
+    """What a parameter has in some entries; zeros if it has nothing."""
+    return lambda p: entries[p] if p in entries else torch.zeros_like(p)
 
 
 def _pace(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ from optimizers.curvature.samples import Samples
 from optimizers.exact import SampledFisher
 from optimizers.kfac import KFAC
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Fisher, KLOf, Stack, stacked
+from optimizers.natural_gradient import Auto, Fisher, KLOf, Stack, stacked
 
 Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
 
@@ -79,8 +79,8 @@ class TwoLevelKFAC(SampledFisher, KFAC):
     Args:
         model: the whole module.
         params: parameters or groups; default all.
-        lr: learning rate.
-        momentum: decay of the sum of past directions.
+        lr: learning rate; ``auto``: see NaturalGradient.
+        momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
         damping: lambda.
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         coarse: the vectors of a layer: ``nicolaides``: ones; ``residual``: its share of ``P^-1 (g - (F + L) d0)``,
@@ -124,8 +124,8 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         model: nn.Module,
         params: Params | None = None,
         *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
+        lr: Auto = 0.1,
+        momentum: Auto = 0.9,
         damping: float = 1e-2,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         coarse: Coarse = "nicolaides",

@@ -1237,6 +1237,7 @@ class RootInputs:
 
     Attributes:
         calls: the arguments of the passes since the last ``reset``, detached.
+        device: of the model.
         paused: while true nothing is kept.
     """
 
@@ -1244,14 +1245,14 @@ class RootInputs:
         self._root, self._due = root, due
         self.calls: list[Call] = []
         self.paused = False
-        self._device = next((p.device for p in root.parameters()), torch.device("cpu"))
+        self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
         self._conditions: list[_Conditions] = []
         self._handle = root.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True)
 
     @torch._disable_dynamo
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and module.training and not self.paused and self._due():
-            self._conditions.append(_Conditions.of(self._device))
+            self._conditions.append(_Conditions.of(self.device))
             self.calls.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs)))
 
     @contextmanager
@@ -1275,11 +1276,18 @@ class RootInputs:
         self.calls.clear()
         self._conditions.clear()
 
-    def again(self, index: int) -> Any:
-        """What the model returns for a call now, under the random state and the autocast that it was made with."""
+    def again(self, index: int, parameters: dict[str, Tensor] | None = None) -> Any:
+        """What the model returns for a call now, under the random state and the autocast that it was made with.
+
+        Args:
+            index: of the call.
+            parameters: by name, in place of the model's own.
+        """
         args, kwargs = self.calls[index]
-        with self.aside(), torch.no_grad(), self._conditions[index].restored(self._device):
-            return self._root(*args, **kwargs)
+        with self.aside(), torch.no_grad(), self._conditions[index].restored(self.device):
+            if parameters is None:
+                return self._root(*args, **kwargs)
+            return torch.func.functional_call(self._root, parameters, args, kwargs)
 
     def close(self) -> None:
         """Remove the hook. Idempotent."""
