@@ -520,7 +520,8 @@ def _value(results: Results, optimizer: str, problem: Problem) -> str:
 def _distance(results: Results, optimizer: str, problem: Problem) -> str:
     best, own = results.best_rate(optimizer, problem), results.found.get((optimizer, problem.name, SEEDS[0], 1.0))
     if best is None:
-        return "**none**" if own is not None and own.value is None else ""
+        tried = all((optimizer, problem.name, SEEDS[0], factor) in results.found for factor in FACTORS)
+        return "**none**" if tried else ""
     factor, value = best
     if own is None or own.value is None:
         return f"**{own.status if own else ''}** x{factor:g}"

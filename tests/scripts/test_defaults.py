@@ -270,11 +270,12 @@ def test_the_distance_to_the_best_rate() -> None:
         **tried("adam", "digits_mlp", [0.5, 0.9, 0.95, 0.9, 0.1]), **tried("adam", "curves", ["diverged"] * 5),
     }  # fmt: skip
     table |= {("lion", "digits_mlp", 0, 1.0): 0.9, ("lion", "digits_mlp", 0, 3.0): 0.99}
+    table["lamb", "digits_mlp", 0, 1.0] = "diverged"
     page = defaults.page(defaults.Results(outcomes(table)))
     near = rows(page, "Beside their own")
     assert near["sgd"] == ["-2.0 x3", "**+5.0 % x0.3**"]
     assert near["kfac"] == ["**-3.0 x0.3**", ""] and near["adam"] == ["0 x1", "**none**"]
-    assert "lion" not in near  # not all of the five were tried
+    assert "lion" not in near and "lamb" not in near  # not all of the five were tried
     assert "2 of 5 are near their best." in page
 
 
