@@ -230,7 +230,7 @@ class Arm:
         return total / 1e6 / 2 / self.interval
 
 
-def now(like: Tensor, clock: str) -> float:
+def now(like: Tensor, clock: str = "wall") -> float:
     """Seconds, after the device has finished what it was given."""
     if like.is_cuda:
         torch.cuda.synchronize(like.device)
