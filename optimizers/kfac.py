@@ -150,7 +150,8 @@ class EKFAC(NaturalGradient):
         basis: how a basis is renewed: ``iterate``: by one step of orthogonal iteration, ``QR(A U)``, from the last one,
             and by a decomposition (``eigh``) at the start and where it has lost its factor; ``eigh``: always by one.
         rank: a factor that is more than twice as wide has the eigenvectors of so many of its largest eigenvalues in
-            its basis, and some completion of them, which takes fewer operations; None: all have all.
+            its basis, and some completion of them, which takes fewer operations, for an approximation that is coarser
+            where the other eigenvalues are not small beside the damping; None: all have all.
         sharing: see KFAC; of the factors, and of the gradient whose moments are taken.
         max_factor_dim: a wider factor has the identity for its eigenbasis; None: none has.
         solve_dtype: see KFAC.
@@ -186,7 +187,7 @@ class EKFAC(NaturalGradient):
         early_updates: bool = True,
         refresh_every: int = 100,
         basis: Literal["iterate", "eigh"] = "iterate",
-        rank: int | None = 128,
+        rank: int | None = None,
         sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 8192,
         solve_dtype: Literal["float32", "bfloat16"] = "float32",

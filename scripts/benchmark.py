@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +59,8 @@ class Options:
         block: steps a block.
         threads: CPU threads.
         device: cpu or cuda.
+        clock: wall, or cpu: this process's own time, on a machine that does other things, too (with threads=1).
+        quantile: of a step's times that stands for them; a low one where other things disturb most steps.
         memory: measure peak memory, one process an optimizer.
         only: (internal) run this one optimizer and print its peak memory.
         json: also write the rows to this file.
@@ -76,6 +78,8 @@ class Options:
     block: int = 3
     threads: int = torch.get_num_threads()
     device: str = "cpu"
+    clock: str = "wall"
+    quantile: float = 0.5
     memory: bool = True
     only: str | None = None
     json: str | None = None
@@ -154,6 +158,8 @@ class Arm:
     optimizer: torch.optim.Optimizer
     likelihood: Likelihood
     batches: list[tuple[Tensor, Tensor]]
+    clock: str = "wall"
+    quantile: float = 0.5
     ordinary: list[tuple[float, float, float]] = field(default_factory=list)
     due: list[tuple[float, float, float]] = field(default_factory=list)
     count: int = 0
@@ -183,7 +189,7 @@ class Arm:
     def step(self) -> tuple[float, float, float]:
         """One training step: seconds of forward, backward and update."""
         marks: list[float] = []
-        self.run(lambda: marks.append(now(self.batches[0][0])))
+        self.run(lambda: marks.append(now(self.batches[0][0], self.clock)))
         return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
 
     def block(self, steps: int) -> None:
@@ -194,18 +200,23 @@ class Arm:
             is_due = self.interval > 1 and index == 0
             (self.due if is_due else self.ordinary).append(self.step())
 
+    def typical(self, seconds: Iterable[float]) -> float:
+        """The quantile that stands for many steps' times."""
+        found = sorted(seconds)
+        return statistics.median(found) if self.quantile == 0.5 else found[int(self.quantile * (len(found) - 1))]
+
     def phases(self) -> list[float]:
         """Amortised seconds of forward, backward, update."""
-        usual = [statistics.median(column) for column in zip(*self.ordinary, strict=True)]
+        usual = [self.typical(column) for column in zip(*self.ordinary, strict=True)]
         if not self.due:
             return usual
-        due = [statistics.median(column) for column in zip(*self.due, strict=True)]
+        due = [self.typical(column) for column in zip(*self.due, strict=True)]
         return [u + (d - u) / self.interval for u, d in zip(usual, due, strict=True)]
 
     def seconds(self) -> float:
         """Amortised seconds of a whole step."""
-        usual = statistics.median(map(sum, self.ordinary))
-        return usual + (statistics.median(map(sum, self.due)) - usual) / self.interval if self.due else usual
+        usual = self.typical(map(sum, self.ordinary))
+        return usual + (self.typical(map(sum, self.due)) - usual) / self.interval if self.due else usual
 
     def curvature_seconds(self) -> float:
         """Amortised seconds of curvature work, from two profiled due steps."""
@@ -219,11 +230,11 @@ class Arm:
         return total / 1e6 / 2 / self.interval
 
 
-def now(like: Tensor) -> float:
+def now(like: Tensor, clock: str = "wall") -> float:
     """Seconds, after the device has finished what it was given."""
     if like.is_cuda:
         torch.cuda.synchronize(like.device)
-    return time.perf_counter()
+    return time.process_time() if clock == "cpu" else time.perf_counter()
 
 
 def peak_memory(options: Options, entry: str) -> float:
@@ -263,6 +274,8 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
     except OmegaConfBaseException as error:
         raise SystemExit(f"error: {str(error).splitlines()[0]} (options: {', '.join(Options().__dict__)})") from error
     assert isinstance(options, Options)
+    if options.clock not in ("wall", "cpu"):
+        raise SystemExit(f"error: clock must be wall or cpu, got {options.clock!r}")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message=".*create_graph.*")  # what a peer's own recipe does
     if options.only is not None:
@@ -273,6 +286,7 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
     for entry in entries:
         model, likelihood, batches = make_model(options)
         arms.append(Arm(entry, model, make_optimizer(entry, model, likelihood), likelihood, batches))
+        arms[-1].clock, arms[-1].quantile = options.clock, options.quantile
     for arm in arms:
         arm.step()
         arm.step()
