@@ -60,6 +60,7 @@ OPTIMIZERS: dict[str, partial[torch.optim.Optimizer]] = {
     "kfac_empirical": partial(KFAC, **KRONECKER | {"fisher": "empirical", "batch_fraction": 0.5, "refresh_every": 2}),
     "kfac_exact": partial(KFAC, **KRONECKER, fisher="exact", kl_clip=None, damping=0.1),
     "kfac_measured": partial(KFAC, **KRONECKER, kl_of="measured", kl_warmup=4, damping_unit="layer", damping=1.0),
+    "kfac_auto": partial(KFAC, **KRONECKER | {"lr": "auto", "momentum": "auto"}, damping=1.0, decoupled_decay=True),
     "kfac_direction": partial(KFAC, **KRONECKER, kl_of="direction", early_updates=False),
     "ekfac": partial(EKFAC, **KRONECKER | {"refresh_every": 6}),
     "ekfac_empirical": partial(EKFAC, **KRONECKER | {"fisher": "empirical", "batch_fraction": 0.5, "update_every": 1}),
