@@ -6,8 +6,8 @@
 An entry of ``optimizers`` is a file of configs/optimizer or a class by its dotted path (a peer), with options behind
 colons. Blocks of steps alternate between the optimizers, so what else the machine does hits all of them alike. The step
 time is the median of ordinary steps plus, for methods with an interval, the median surplus of a due step divided by the
-interval: what a step costs over a whole run. Curvature seconds are read off a profiler in steps of their own, peak
-memory off a process of its own.
+interval (of updates and of refreshes each by its own, where they differ): what a step costs over a whole run. Curvature
+seconds are read off a profiler in steps of their own, peak memory off a process of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -162,12 +162,18 @@ class Arm:
     quantile: float = 0.5
     ordinary: list[tuple[float, float, float]] = field(default_factory=list)
     due: list[tuple[float, float, float]] = field(default_factory=list)
+    updates: list[tuple[float, float, float]] = field(default_factory=list)  # due ones without a refresh
     count: int = 0
 
     @property
     def interval(self) -> int:
         """Steps between curvature updates; 1 where every step is alike."""
         return self.optimizer.update_every if isinstance(self.optimizer, CurvatureOptimizer) else 1
+
+    @property
+    def refresh_interval(self) -> int:
+        """Steps between refreshes of what is worked out from curvature."""
+        return max(self.interval, getattr(self.optimizer, "refresh_every", 1))
 
     def run(self, mark: Callable[[], object]) -> None:
         """One training step; ``mark`` is called before it and after forward, backward and update."""
@@ -193,12 +199,17 @@ class Arm:
         return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
 
     def block(self, steps: int) -> None:
-        """A block of timed steps; where curvature has an interval, its first step is a due one."""
+        """A block of timed steps; where curvature has an interval, its first step is a due one.
+
+        Where refreshes have a longer one, every other block begins with an update that brings none.
+        """
+        apart = self.refresh_interval > self.interval and len(self.updates) < len(self.due)
         if isinstance(self.optimizer, CurvatureOptimizer):
-            self.optimizer.renew()
+            (CurvatureOptimizer.renew if apart else type(self.optimizer).renew)(self.optimizer)
         for index in range(steps):
             is_due = self.interval > 1 and index == 0
-            (self.due if is_due else self.ordinary).append(self.step())
+            kind = (self.updates if apart else self.due) if is_due else self.ordinary
+            kind.append(self.step())
 
     def typical(self, seconds: Iterable[float]) -> float:
         """The quantile that stands for many steps' times."""
@@ -208,15 +219,21 @@ class Arm:
     def phases(self) -> list[float]:
         """Amortised seconds of forward, backward, update."""
         usual = [self.typical(column) for column in zip(*self.ordinary, strict=True)]
-        if not self.due:
-            return usual
-        due = [self.typical(column) for column in zip(*self.due, strict=True)]
-        return [u + (d - u) / self.interval for u, d in zip(usual, due, strict=True)]
+        columns = [list(zip(*kind, strict=True)) or [()] * 3 for kind in (self.due, self.updates)]
+        return [self._amortised(u, *pair) for u, *pair in zip(usual, *columns, strict=True)]
 
     def seconds(self) -> float:
         """Amortised seconds of a whole step."""
         usual = self.typical(map(sum, self.ordinary))
-        return usual + (self.typical(map(sum, self.due)) - usual) / self.interval if self.due else usual
+        return self._amortised(usual, [sum(t) for t in self.due], [sum(t) for t in self.updates])
+
+    def _amortised(self, usual: float, due: Sequence[float], updates: Sequence[float]) -> float:
+        """Seconds of an ordinary step, and a step's share of what the due ones take beyond it."""
+        if not due:
+            return usual
+        refresh = self.typical(due)
+        update = self.typical(updates) if updates else refresh
+        return usual + (update - usual) / self.interval + (refresh - update) / self.refresh_interval
 
     def curvature_seconds(self) -> float:
         """Amortised seconds of curvature work, from two profiled due steps."""
@@ -227,7 +244,7 @@ class Arm:
                 self.optimizer.renew()
                 self.step()
         total = sum(event.cpu_time_total for event in profiler.key_averages() if event.key == CURVATURE)
-        return total / 1e6 / 2 / self.interval
+        return total / 1e6 / 2 / self.interval  # of refreshes as often as of updates
 
 
 def now(like: Tensor, clock: str = "wall") -> float:
