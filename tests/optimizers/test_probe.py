@@ -51,6 +51,7 @@ class Net(nn.Module):
 def built(kind: type, model: nn.Module, fisher: str, **options: Any) -> Any:
     if kind is not AdaFisher:
         options |= {"fisher": fisher, "likelihood": Categorical()}
+        options |= {} if kind is ExactNaturalGradient else {"early_updates": False}
     return kind(model, **options)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from optimizers import KFAC, AdaFisher, Categorical, CurvatureOptimizer, ExactNaturalGradient, TwoLevelKFAC
 
 given = {"lr": 0.01, "update_every": 10, "likelihood": Categorical()}
-kfac = partial(KFAC, **given)
+kfac = partial(KFAC, **given, early_updates=False)
 
 
 class _Silent(nn.Module):
@@ -48,7 +48,7 @@ def _train(net: nn.Module, optimizer: CurvatureOptimizer, steps: int) -> list[bo
 @pytest.mark.parametrize(
     "make",
     [
-        kfac, partial(AdaFisher, lr=0.01, update_every=10), partial(TwoLevelKFAC, **given),
+        kfac, partial(AdaFisher, lr=0.01, update_every=10), partial(TwoLevelKFAC, **given, early_updates=False),
         partial(ExactNaturalGradient, **given),
     ],
 )  # fmt: skip
