@@ -48,8 +48,8 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adafisherw": (AdaFisherW, {"lr": 1e-3, "update_every": 3}),
     "adahessian": (AdaHessian, {"lr": 0.05, "hessian_every": 2}),
     "kfac": (KFAC, {"lr": 0.02, "damping": 0.1, "update_every": 2, "refresh_every": 3}),
-    # Moments between two refreshes, or in a basis that follows an earlier one, would be taken in a null space too, whose
-    # basis differs from one launch to another.
+    # Moments between two refreshes, or in a basis that follows an earlier one, would be taken in a null space too,
+    # whose basis differs from one launch to another.
     "ekfac": (EKFAC, {"lr": 0.02, "damping": 0.1, "update_every": 2, "refresh_every": 2, "basis": "eigh"}),
     "deflation": (
         Deflation,
