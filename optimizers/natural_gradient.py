@@ -593,7 +593,8 @@ class NaturalGradient(CurvatureOptimizer):
             own = [rate(g) ** 2 * q for g, q in zip(self.param_groups, squares, strict=True) if g["kl_clip"] == clip]
             scale = (clip * shares**2 / torch.stack([t.to(own[0].dtype) for t in own]).sum()).sqrt()
             self._kl_scales[clip] = torch.where(scale < 1, scale, torch.ones_like(scale))  # NaN of a negative sum: 1
-        if self.kl_of != "direction":
+        self._squares = []
+        if self.kl_of != "direction" and not self._must_multiply():  # what stood still has a past that x did not hold
             one = squares[0].new_ones(())
             scales = [self._kl_scales.get(group["kl_clip"], one) for group in self.param_groups]
             self._squares = [q.clamp(min=0) * nu**2 for q, nu in zip(squares, scales, strict=True)]
@@ -639,7 +640,8 @@ class NaturalGradient(CurvatureOptimizer):
     def _lengths(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
         """``xᵀ (F + damping) x`` of each group's layers, x being what ``kl_of`` says: without lr."""
         if self.kl_of != "direction" and self._must_multiply():
-            return self._squared(self._stacked(self._step_of))
+            paces = self._relative_rates()
+            return self._squared(self._stacked(lambda p: self._step_of(p) * paces[p]))
         products = self._by_group([inner(v, g) for v, g in zip(directions, gradients, strict=True)])
         if self.kl_of == "direction":
             return products
@@ -680,8 +682,18 @@ class NaturalGradient(CurvatureOptimizer):
     def _momentum_of(self, p: Tensor) -> Tensor:
         return self.state[p]["momentum_buffer"] if "momentum_buffer" in self.state[p] else torch.zeros_like(p)
 
+    def _relative_rates(self) -> dict[Tensor, float | Tensor]:
+        """By parameter its rate over that of its layer; a layer's rate of zero counts as one."""
+        found: dict[Tensor, float | Tensor] = {}
+        for layer in (block.layer for stack in self._stacks for block in stack.blocks):
+            own = self._group(layer)
+            for p in layer.parameters:
+                group = self._group_of(p) or own
+                found[p] = 1.0 if group is own or own["lr"] == 0 else rate(group) / rate(own)
+        return found
+
     def _step_of(self, p: Tensor) -> Tensor:
-        """What a covered parameter would move by, in units of its layer's lr, were there no clip."""
+        """What a covered parameter would move by, without lr, were there no clip."""
         group = self._group_of(p)
         if p.grad is None or group is None:
             return torch.zeros_like(p)
@@ -772,7 +784,11 @@ class NaturalGradient(CurvatureOptimizer):
                 excess = torch._foreach_mul(buffers, self._measured - 1)
                 descend(params, list(excess), rate(group))
                 torch._foreach_mul_(buffers, self._measured)
-            self._squares = [q * self._measured**2 for q in self._squares]
+            self._shorten(self._measured)
+
+    def _shorten(self, share: Tensor) -> None:
+        """Bring what is remembered of the last step's length to a share of that length."""
+        self._squares = [q * share**2 for q in self._squares]
 
     def _check_shown(self) -> None:
         """Raise RuntimeError if what the model returned is not known of each of its calls."""
@@ -847,7 +863,7 @@ class NaturalGradient(CurvatureOptimizer):
         """What the clip remembers, one number a group."""
         if len(self._squares) == len(self.param_groups):
             return torch.stack(self._squares)
-        return torch.zeros(len(self.param_groups))
+        return torch.full((len(self.param_groups),), -1.0)  # not known
 
     def _check(self, saved: dict[str, Any]) -> None:
         super()._check(saved)
@@ -874,7 +890,8 @@ class NaturalGradient(CurvatureOptimizer):
         self._directions.clear()
         weights = [block.layer.parameters[0] for block in self.blocks.values()]
         if weights and "kl_squares" in saved:
-            self._squares = list(saved["kl_squares"].to(weights[0].device, statistics_dtype(weights[0]), copy=True))
+            squares = saved["kl_squares"].to(weights[0].device, statistics_dtype(weights[0]), copy=True)
+            self._squares = list(squares) if bool((squares >= 0).all()) else []
 
     def _initial(self, p: Tensor) -> dict[str, Any]:
         """See CurvatureOptimizer."""

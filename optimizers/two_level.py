@@ -248,9 +248,13 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             super()._clip(gradients, directions)
             return
         seen, steps = self._seen, directions
-        if self.kl_of == "step":
+        whole = False
+        if self.kl_of != "direction":
             steps = self._stacked(self._step_of)
-            if self._must_multiply():
+            whole = not self._must_multiply()
+            if not whole:
+                paces = self._relative_rates()
+                steps = self._stacked(lambda p: self._step_of(p) * paces[p])
                 seen = self._images(steps)
             else:
                 if self._updated_at == self.steps or self._moving is None or self._moving.shape != seen.shape:
@@ -267,7 +271,11 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             scale = (kl_clip * self.kl_share() ** 2 / total).sqrt().clamp(max=1.0).to(seen.dtype)
             self._kl_scales[kl_clip] = scale
             shares = torch.where(mine, scale.to(shares.dtype), shares)
-        self._moving = (shares * seen).to(seen.dtype) if self.kl_of == "step" else None
+        self._moving = (shares * seen).to(seen.dtype) if whole else None
+
+    def _shorten(self, share: Tensor) -> None:
+        super()._shorten(share)
+        self._moving = None if self._moving is None else self._moving * share
 
     def _settings(self, name: str) -> list[Any]:
         """A hyper-parameter of each layer of the stacks."""

@@ -106,7 +106,7 @@ def test_layers_that_do_not_move_as_a_whole(case: str) -> None:
         for p in biases:
             p.requires_grad_(False)
     elif case == "bias in a group of its own":
-        groups[1] |= {"momentum": 0.5}
+        groups[1] |= {"momentum": 0.5, "lr": 0.2}
     else:
         groups[0] |= {"weight_decay": 0.3}
     optimizer = KFAC(
@@ -114,6 +114,34 @@ def test_layers_that_do_not_move_as_a_whole(case: str) -> None:
     )
     for index in range(7):
         assert block_length(model, optimizer, taken(model, optimizer, batch(index))) == pytest.approx(KAPPA, rel=1e-7)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", [KFAC, TwoLevelKFAC])
+def test_a_layer_without_gradients_stands_still_and_its_past_counts_again_later(method: Any) -> None:
+    model = net()
+    optimizer = method(
+        model, lr=0.5, damping=DAMPING, fisher="empirical", kl_clip=KAPPA, update_every=20, refresh_every=20,
+        batch_fraction=1.0, early_updates=False,
+    )  # fmt: skip
+    nll = lambda o, t: F.cross_entropy(o, t, reduction="sum")  # noqa: E731
+    fisher = dense.empirical_fisher(model, nll, *batch(0), list(model.parameters()))
+    for index in range(6):
+        before = dense.flatten([p.detach().clone() for p in model.parameters()])
+        optimizer.zero_grad()
+        inputs, targets = batch(index)
+        outputs = model(inputs)
+        optimizer.backward(F.cross_entropy(outputs, targets), outputs)
+        if index == 2:
+            for p in model[2].parameters():
+                p.grad = None
+        optimizer.step()
+        move = dense.flatten([p.detach() for p in model.parameters()]) - before
+        if method is KFAC:
+            length = block_length(model, optimizer, move)
+        else:
+            length = float(move @ fisher @ move + DAMPING * move @ move)
+        assert length == pytest.approx(KAPPA, rel=1e-7)
 
 
 @pytest.mark.usefixtures("float64")
