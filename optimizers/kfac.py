@@ -129,7 +129,9 @@ class EKFAC(NaturalGradient):
     """EKFAC: K-FAC's eigenbasis with the exact second moments of the gradient in it; damped by Tikhonov.
 
     Where a factor has seen fewer examples than it is wide, its null space has no basis of its own, and moments taken
-    there later depend on the one that rounding chose: such runs repeat themselves, but no other machine's digits.
+    there later depend on the one that rounding chose: such runs repeat themselves, but no other machine's digits, nor
+    those of another number of processes. ``basis="eigh"`` chooses anew at each refresh, so that moments taken in the
+    same step have no part in it.
 
     Args:
         model: the whole module.
