@@ -16,12 +16,12 @@ from torch.autograd.profiler import record_function
 from optimizers.base import CURVATURE, Params, adopted
 from optimizers.checks import check_choice
 from optimizers.curvature import linalg
-from optimizers.curvature.approximations import Approximation
+from optimizers.curvature.approximations import Approximation, statistics_dtype
 from optimizers.curvature.kronecker import Options
 from optimizers.curvature.layers import Layer
 from optimizers.curvature.samples import Observations, Samples
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Auto, Fisher, KLOf, NaturalGradient, Stack, inner
+from optimizers.natural_gradient import Auto, Block, Fisher, KLOf, NaturalGradient, Stack, inner
 
 
 class SampledFisher(NaturalGradient):
@@ -58,7 +58,12 @@ class SampledFisher(NaturalGradient):
 
     def _damping(self, layer: Layer) -> float:
         """Lambda of a layer: its weight's group's, in units of the layer's mean eigenvalue if ``damping_unit`` says."""
-        return float(self._dampings([self.blocks[layer.name]]).mean())
+        damping = float(self._group(layer)["damping"])
+        if self.damping_unit == "absolute":
+            return damping
+        block = self.blocks[layer.name]
+        units = block.mean_eigenvalue(block.factors)
+        return damping * float(units.clamp(min=torch.finfo(units.dtype).tiny).mean())
 
     def _curvature(self) -> dict[str, Any]:
         """See NaturalGradient; also the samples in use, whose shapes are those of the last update's batch."""
@@ -219,6 +224,12 @@ class ExactNaturalGradient(SampledFisher):
             seen = s.to_matrix(s.combine(w))
             directions.append(((g - seen) / damping.to(seen.dtype)).to(g.dtype))
         return directions
+
+    def _dampings(self, blocks: list[Block]) -> Tensor:
+        """See NaturalGradient: L, as the decomposition has it."""
+        places = {stack.blocks[0].layer.name: index for index, stack in enumerate(self._stacks)}
+        shifts = torch.stack([self._shifts[places[block.layer.name]] for block in blocks])
+        return shifts.to(statistics_dtype(blocks[0].layer.parameters[0]))
 
     def _has_moved(self) -> bool:
         return self._updated_at == self.steps

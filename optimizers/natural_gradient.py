@@ -72,7 +72,7 @@ class Stack:
             counts: where repairs are counted.
             last: each block's share of the last cache, if all have one.
         """
-        factors = {key: stacked([block.factors[key] for block in blocks]) for key in blocks[0].factors}
+        factors = cls(blocks, {}).factors()
         before = None if last is None else {key: stacked([part[key] for part in last]) for key in last[0]}
         cache = blocks[0].invert(factors, damping, counts, before)
         for key, tensor in factors.items():
@@ -529,12 +529,13 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _dampings(self, blocks: list[Block]) -> Tensor:
         """Lambda of each stacked matrix of some blocks, ``[n]``."""
-        units = [block.mean_eigenvalue(block.factors) for block in blocks]
+        first = next(iter(blocks[0].factors.values()))
         damping = [float(self._group(block.layer)["damping"]) for block in blocks]
-        scales = units[0].new_tensor(damping).repeat_interleave(len(units[0]))
+        scales = first.new_tensor(damping).repeat_interleave(len(first))
         if self.damping_unit == "absolute":
             return scales
-        return scales * torch.cat(units).clamp(min=torch.finfo(scales.dtype).tiny)
+        units = torch.cat([block.mean_eigenvalue(block.factors) for block in blocks])
+        return scales * units.clamp(min=torch.finfo(scales.dtype).tiny)
 
     def _precondition(self) -> None:
         usable = [block for block in self.blocks.values() if block.factors]
@@ -586,7 +587,8 @@ class NaturalGradient(CurvatureOptimizer):
         if all(group["kl_clip"] is None for group in self.param_groups):
             self._kl_scales, self._squares = {}, []
             return
-        squares = self._lengths(gradients, directions)
+        whole = self.kl_of == "direction" or not self._must_multiply()
+        squares = self._lengths(gradients, directions) if whole else self._squared(self._steps())
         self._kl_scales = {}
         shares = self.kl_share()
         for clip in {group["kl_clip"] for group in self.param_groups} - {None}:
@@ -594,7 +596,7 @@ class NaturalGradient(CurvatureOptimizer):
             scale = (clip * shares**2 / torch.stack([t.to(own[0].dtype) for t in own]).sum()).sqrt()
             self._kl_scales[clip] = torch.where(scale < 1, scale, torch.ones_like(scale))  # NaN of a negative sum: 1
         self._squares = []
-        if self.kl_of != "direction" and not self._must_multiply():  # what stood still has a past that x did not hold
+        if self.kl_of != "direction" and whole:  # else what stood still has a past that x did not hold
             one = squares[0].new_ones(())
             scales = [self._kl_scales.get(group["kl_clip"], one) for group in self.param_groups]
             self._squares = [q.clamp(min=0) * nu**2 for q, nu in zip(squares, scales, strict=True)]
@@ -638,10 +640,7 @@ class NaturalGradient(CurvatureOptimizer):
         return min(1.0, (self.steps + 1) / self.kl_warmup) if self.kl_warmup else 1.0
 
     def _lengths(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-        """``xᵀ (F + damping) x`` of each group's layers, x being what ``kl_of`` says: without lr."""
-        if self.kl_of != "direction" and self._must_multiply():
-            paces = self._relative_rates()
-            return self._squared(self._stacked(lambda p: self._step_of(p) * paces[p]))
+        """``xᵀ (F + damping) x`` of each group's layers, which move as a whole, x being what ``kl_of`` says: no lr."""
         products = self._by_group([inner(v, g) for v, g in zip(directions, gradients, strict=True)])
         if self.kl_of == "direction":
             return products
@@ -691,6 +690,11 @@ class NaturalGradient(CurvatureOptimizer):
                 group = self._group_of(p) or own
                 found[p] = 1.0 if group is own or own["lr"] == 0 else rate(group) / rate(own)
         return found
+
+    def _steps(self) -> list[Tensor]:
+        """What layers would move by, in units of their rates, were there no clip."""
+        paces = self._relative_rates()
+        return self._stacked(lambda p: self._step_of(p) * paces[p])
 
     def _step_of(self, p: Tensor) -> Tensor:
         """What a covered parameter would move by, without lr, were there no clip."""

@@ -250,11 +250,9 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         seen, steps = self._seen, directions
         whole = False
         if self.kl_of != "direction":
-            steps = self._stacked(self._step_of)
+            steps = self._steps()
             whole = not self._must_multiply()
             if not whole:
-                paces = self._relative_rates()
-                steps = self._stacked(lambda p: self._step_of(p) * paces[p])
                 seen = self._images(steps)
             else:
                 if self._updated_at == self.steps or self._moving is None or self._moving.shape != seen.shape:

@@ -308,13 +308,20 @@ def test_what_is_measured_leaves_no_trace() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_measured_divergence_of_micro_batches_is_their_mean() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_of": "measured", "kl_clip": 1e-4, "lr": 0.5, "update_every": 2},
+        {"kl_clip": None, "lr": "auto", "momentum": "auto"},
+    ],
+    ids=["measured", "auto"],
+)
+def test_micro_batches_are_one_batch(options: dict[str, Any]) -> None:
+    """To whatever looks at the model's outputs again: what it finds of them is their mean."""
     results = []
     for parts in (1, 3):
         model = net()
-        optimizer = KFAC(
-            model, likelihood=Categorical(), kl_of="measured", kl_clip=1e-4, lr=0.5, fisher="exact", update_every=2
-        )
+        optimizer = KFAC(model, likelihood=Categorical(), fisher="exact", **options)
         for index in range(4):
             inputs, targets = batch(index)
             optimizer.zero_grad()

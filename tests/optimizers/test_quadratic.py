@@ -101,23 +101,6 @@ def test_the_clip_holds_the_exact_length() -> None:
         assert float(move @ damped @ move) == pytest.approx(1e-3, rel=1e-6)
 
 
-@pytest.mark.usefixtures("float64")
-def test_micro_batches_are_one_batch() -> None:
-    results = []
-    for parts in (1, 3):
-        model = net()
-        optimizer = KFAC(model, likelihood=Categorical(), lr="auto", momentum="auto", fisher="exact", kl_clip=None)
-        for index in range(4):
-            inputs, targets = batch(index)
-            optimizer.zero_grad()
-            for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
-                outputs = model(x)
-                optimizer.backward(F.cross_entropy(outputs, y) / parts, outputs)
-            optimizer.step()
-        results.append(dense.flatten([p.detach() for p in model.parameters()]))
-    torch.testing.assert_close(*results)
-
-
 def test_it_trains_with_noise_norms_and_a_fallback() -> None:
     torch.manual_seed(0)
 
