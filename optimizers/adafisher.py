@@ -11,12 +11,13 @@ Fisher block, of which the paper's Proposition 3.1 is an approximation.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from optimizers.base import CurvatureOptimizer, OfGroups, Params, descend_scaled, rate, real
+from optimizers.base import CurvatureOptimizer, OfGroups, Params, descend, descend_scaled, rate, real
 from optimizers.checks import check_choice, check_range
 from optimizers.curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
 from optimizers.curvature.layers import AffineLayer, Layer
@@ -36,8 +37,8 @@ class AdaFisher(CurvatureOptimizer):
 
     Args:
         model: the whole module.
-        params: parameters or groups; default all. ``lr, momentum, damping, decay, weight_decay, maximize`` may
-            differ between groups (a layer takes the decay of its weight's).
+        params: parameters or groups; default all. ``lr, momentum, damping, decay, max_update, weight_decay, maximize``
+            may differ between groups (a layer takes the decay of its weight's).
         lr: learning rate (alpha in the paper).
         momentum: decay of the first moment (beta_1).
         damping: added to every curvature (Lambda). With ``ema="reference"`` curvature settles below 1e-4, so the
@@ -49,6 +50,9 @@ class AdaFisher(CurvatureOptimizer):
             ``c = gamma c + (1 - gamma) new``, the first update replacing.
         normalize: ``"minmax"`` scales each new factor to [0, 1]; ``"none"`` keeps its units (the per-example loss's).
         damping_mode: ``"absolute"``, or ``"relative"``: Lambda times the layer's mean curvature.
+        max_update: largest root mean square over a tensor of the update ``m / F~``, which is shortened to it (Shazeer &
+            Stern, "Adafactor", 2018, section 6): no step is longer than about Adam's at this lr, whatever the scale of
+            the loss and however curvature falls from one update to the next. None: none, as published.
         weight_decay: L2 coefficient.
         loss_reduction: how the loss sums over examples; matters for ``normalize="none"`` only.
         flags: torch's; see CurvatureOptimizer.
@@ -59,6 +63,7 @@ class AdaFisher(CurvatureOptimizer):
     _bound = CurvatureOptimizer._bound | {"_owner"}
 
     decay = OfGroups()
+    max_update = OfGroups()
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class AdaFisher(CurvatureOptimizer):
         ema: Literal["reference", "average"] = "reference",
         normalize: Literal["minmax", "none"] = "minmax",
         damping_mode: Literal["absolute", "relative"] = "absolute",
+        max_update: float | None = 1.0,
         weight_decay: float = 0.0,
         loss_reduction: Literal["mean", "sum"] = "mean",
         **flags: Any,
@@ -88,13 +94,25 @@ class AdaFisher(CurvatureOptimizer):
             ("damping_mode", damping_mode, ("absolute", "relative")),
         ):
             check_choice(name, value, choices)
-        defaults = {"lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay, "decay": decay}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "max_update": max_update,
+            "weight_decay": weight_decay,
+            "decay": decay,
+        }
         super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction, flags=flags)
         self.ema, self.normalize, self.damping_mode = ema, normalize, damping_mode
         # F~ by parameter, and the Lambda it was made with (a schedule may change it between updates).
         self._fisher: dict[Tensor, tuple[float, Tensor]] = {}
         self._owner: dict[Tensor, Approximation] = {}
         self._attach()
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group.get("max_update") is not None:
+            check_range("max_update", group["max_update"], 0, open_low=True)
 
     def _attach(self) -> None:
         super()._attach()
@@ -158,7 +176,19 @@ class AdaFisher(CurvatureOptimizer):
         fisher = [self._fisher[p][1] if p in self._fisher else fallback[p] for p in params]
         if decay and self.decoupled_decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        descend_scaled(real(params), moments, fisher, [1 / c for c in corrections], lr)
+        sizes = [1 / c for c in corrections]
+        if group["max_update"] is None:
+            descend_scaled(real(params), moments, fisher, sizes, lr)
+            return
+        updates = list(torch._foreach_div(moments, fisher))
+        torch._foreach_mul_(updates, sizes)
+        limits = [group["max_update"] * math.sqrt(u.numel()) for u in updates]
+        wide = torch.float64 if any(u.dtype == torch.float64 for u in updates) else torch.float32
+        shares = torch._foreach_reciprocal(torch._foreach_norm(updates, 2, dtype=wide))
+        torch._foreach_mul_(shares, limits)
+        torch._foreach_clamp_max_(shares, 1.0)
+        torch._foreach_mul_(updates, [share.to(u.dtype) for share, u in zip(shares, updates, strict=True)])
+        descend(real(params), updates, lr)
 
     def _cache_bytes(self, block: Approximation) -> int:
         return sum(p.numel() * p.element_size() for p in block.layer.parameters)  # F~

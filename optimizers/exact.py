@@ -21,7 +21,7 @@ from optimizers.curvature.kronecker import Options
 from optimizers.curvature.layers import Layer
 from optimizers.curvature.samples import Observations, Samples
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Auto, Block, Fisher, KLOf, NaturalGradient, Stack, inner
+from optimizers.natural_gradient import Auto, Block, Fisher, KLOf, KLUnit, NaturalGradient, Stack, inner
 
 
 class SampledFisher(NaturalGradient):
@@ -108,6 +108,7 @@ class ExactNaturalGradient(SampledFisher):
             in either case).
         kl_clip: kappa; None: off.
         kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
+        kl_unit: kappa is of each ``variable`` that is predicted (a pixel, say), or of an ``observation`` (the image).
         kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that F is taken on.
@@ -136,8 +137,9 @@ class ExactNaturalGradient(SampledFisher):
         damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["standard", "heuristic"] = "standard",
         blocks: Literal["full", "layer"] = "full",
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         kl_of: KLOf = "step",
+        kl_unit: KLUnit = "variable",
         kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 1.0,
@@ -157,8 +159,8 @@ class ExactNaturalGradient(SampledFisher):
         self._root = torch.empty(0)  # [1 or layers, m, m]: the Cholesky factors of I + Sᵀ L^-1 S
         self._shifts = torch.empty(0)  # L, one a layer
         super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping,
-            damping_unit=damping_unit, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup, fisher=fisher,
+            model, params, lr=lr, momentum=momentum, damping=damping, damping_unit=damping_unit,
+            kl_clip=kl_clip, kl_of=kl_of, kl_unit=kl_unit, kl_warmup=kl_warmup, fisher=fisher,
             batch_fraction=batch_fraction, decay=0.0,
             update_every=update_every, early_updates=False, refresh_every=1,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=Options(), likelihood=likelihood,

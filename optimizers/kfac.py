@@ -20,7 +20,7 @@ from optimizers.curvature.approximations import Approximation
 from optimizers.curvature.kronecker import EigenFactors, KroneckerFactors, Options
 from optimizers.curvature.layers import AffineLayer
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Auto, Fisher, KLOf, NaturalGradient
+from optimizers.natural_gradient import Auto, Fisher, KLOf, KLUnit, NaturalGradient
 
 SOLVE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -52,6 +52,7 @@ class KFAC(NaturalGradient):
         pi: split the factored damping by ``pi² = (tr A / dim A) / (tr G / dim G)``; false: evenly.
         kl_clip: kappa; None: off.
         kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
+        kl_unit: kappa is of each ``variable`` that is predicted (a pixel, say), or of an ``observation`` (the image).
         kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that statistics are taken on.
@@ -84,12 +85,13 @@ class KFAC(NaturalGradient):
         *,
         lr: Auto = 0.1,
         momentum: Auto = 0.9,
-        damping: float = 1e-2,
+        damping: float = 3e-3,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["factored", "tikhonov"] = "factored",
         pi: bool = True,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         kl_of: KLOf = "step",
+        kl_unit: KLUnit = "variable",
         kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 1.0,
@@ -112,8 +114,8 @@ class KFAC(NaturalGradient):
         dtype = check_options(damping_mode, sharing, max_factor_dim, solve_dtype)
         options = Options(damping_mode, pi, sharing, max_factor_dim, dtype)
         super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping,
-            damping_unit=damping_unit, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup, fisher=fisher,
+            model, params, lr=lr, momentum=momentum, damping=damping, damping_unit=damping_unit,
+            kl_clip=kl_clip, kl_of=kl_of, kl_unit=kl_unit, kl_warmup=kl_warmup, fisher=fisher,
             batch_fraction=batch_fraction, decay=decay, update_every=update_every,
             early_updates=early_updates, refresh_every=refresh_every,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,
@@ -142,6 +144,7 @@ class EKFAC(NaturalGradient):
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         kl_clip: kappa; None: off.
         kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
+        kl_unit: kappa is of each ``variable`` that is predicted (a pixel, say), or of an ``observation`` (the image).
         kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that statistics are taken on.
@@ -177,10 +180,11 @@ class EKFAC(NaturalGradient):
         *,
         lr: Auto = 0.1,
         momentum: Auto = 0.9,
-        damping: float = 1e-2,
+        damping: float = 3e-3,
         damping_unit: Literal["absolute", "layer"] = "absolute",
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         kl_of: KLOf = "step",
+        kl_unit: KLUnit = "variable",
         kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 1.0,
@@ -211,8 +215,8 @@ class EKFAC(NaturalGradient):
         )
         self._decompositions = 0  # up to the last time that a state was restored
         super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping,
-            damping_unit=damping_unit, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup, fisher=fisher,
+            model, params, lr=lr, momentum=momentum, damping=damping, damping_unit=damping_unit,
+            kl_clip=kl_clip, kl_of=kl_of, kl_unit=kl_unit, kl_warmup=kl_warmup, fisher=fisher,
             batch_fraction=batch_fraction, decay=decay, update_every=update_every,
             early_updates=early_updates, refresh_every=refresh_every,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,

@@ -30,7 +30,7 @@ from optimizers.curvature.kronecker import (
 from optimizers.curvature.layers import AffineLayer
 from optimizers.kfac import check_options
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Auto, Fisher, KLOf, NaturalGradient
+from optimizers.natural_gradient import Auto, Fisher, KLOf, KLUnit, NaturalGradient
 
 Solver = Literal["gram", "power", "lanczos"]
 
@@ -50,6 +50,7 @@ class KPSVD(NaturalGradient):
         pi: see KFAC.
         kl_clip: kappa; None: off.
         kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
+        kl_unit: kappa is of each ``variable`` that is predicted (a pixel, say), or of an ``observation`` (the image).
         kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that statistics are taken on.
@@ -88,12 +89,13 @@ class KPSVD(NaturalGradient):
         *,
         lr: Auto = 0.1,
         momentum: Auto = 0.9,
-        damping: float = 1e-2,
+        damping: float = 3e-3,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["factored", "tikhonov"] = "factored",
         pi: bool = True,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         kl_of: KLOf = "step",
+        kl_unit: KLUnit = "variable",
         kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 0.25,
@@ -127,8 +129,8 @@ class KPSVD(NaturalGradient):
             raise ValueError("damping_mode must be 'factored' for a sum of two products: lambda I would be a third")
         options = Options(damping_mode, pi, sharing, max_factor_dim, dtype, solver, radius, rank)
         super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping,
-            damping_unit=damping_unit, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup, fisher=fisher,
+            model, params, lr=lr, momentum=momentum, damping=damping, damping_unit=damping_unit,
+            kl_clip=kl_clip, kl_of=kl_of, kl_unit=kl_unit, kl_warmup=kl_warmup, fisher=fisher,
             batch_fraction=batch_fraction, decay=decay, update_every=update_every,
             early_updates=early_updates, refresh_every=refresh_every,
             weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=options, likelihood=likelihood,

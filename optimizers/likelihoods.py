@@ -56,9 +56,11 @@ class Likelihood(ABC):
 
     Attributes:
         reduction: how ``nll`` adds up the observations; see Reduction.
+        independent: whether each feature is a variable of its own (a pixel), not one of several classes, say.
     """
 
     reduction: str = "batchmean"
+    independent: bool = False
 
     @abstractmethod
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -187,6 +189,16 @@ class Likelihood(ABC):
         """
         difference = (after - before).unsqueeze(-1)
         return (self.hessian_sqrt(before).mT @ difference).square().sum((-2, -1)) / 2
+
+    def variables(self, outputs: Tensor) -> int:
+        """How many variables an observation's nll and KL divergence are sums over: of ``independent`` features, all.
+
+        One where the reduction is their mean.
+
+        Args:
+            outputs: in the user's shape.
+        """
+        return self.observations(outputs).shape[-1] if self.independent and self.reduction != "mean" else 1
 
     def hessian_product(self, outputs: Tensor, tangents: Tensor) -> Tensor:
         """The Hessian of each observation's own nll by its outputs, times a vector: ``[n, ..., features]``; no weights.
@@ -424,6 +436,8 @@ class Bernoulli(Likelihood):
         ValueError: for a setting out of its range.
     """
 
+    independent = True
+
     def __init__(self, pos_weight: Tensor | float | None = None, *, reduction: Reduction = "batchmean") -> None:
         check_choice("reduction", reduction, ("batchmean", "mean", "sum"))
         self.reduction = reduction
@@ -515,6 +529,8 @@ class Gaussian(Likelihood):
     Raises:
         ValueError: for a setting out of its range.
     """
+
+    independent = True
 
     def __init__(self, sigma: float = 1.0, *, reduction: Reduction = "batchmean") -> None:
         check_choice("reduction", reduction, ("batchmean", "mean", "sum"))

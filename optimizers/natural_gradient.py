@@ -39,6 +39,7 @@ LARGE = 512
 
 Fisher = Literal["sampled", "empirical", "exact"]
 KLOf = Literal["step", "direction", "measured"]
+KLUnit = Literal["variable", "observation"]
 Auto = float | Literal["auto"]
 
 
@@ -135,6 +136,9 @@ class NaturalGradient(CurvatureOptimizer):
             and where ``2 d > kl_clip`` the step is shortened by the root of their ratio. The model's F is an average
             over steps without the terms between layers, and can be wrong by a factor of ten; this costs a third of a
             step.
+        kl_unit: kappa is of each ``"variable"`` that is predicted (``Likelihood.variables``: one for a softmax, as many
+            as there are pixels for an image), so that one value suits both; or of a whole ``"observation"``, as
+            published.
         kl_warmup: the radius ``sqrt(kl_clip)`` grows over so many steps, the k-th one having k / kl_warmup of it: the
             curvature of a first batch is not to be trusted any farther.
         damping_unit: lambda is ``"absolute"``, or in units of the mean eigenvalue of each ``"layer"``.
@@ -176,6 +180,7 @@ class NaturalGradient(CurvatureOptimizer):
         damping_unit: Literal["absolute", "layer"],
         kl_clip: float | None,
         kl_of: KLOf,
+        kl_unit: KLUnit,
         kl_warmup: int,
         early_updates: bool,
         fisher: Fisher,
@@ -210,6 +215,7 @@ class NaturalGradient(CurvatureOptimizer):
                 raise ValueError(f"likelihood must be given for {name}, such as Categorical()")
         if self._is_auto and kl_of == "direction":
             raise ValueError("kl_of must be 'step' or 'measured' where lr or momentum is 'auto'")
+        check_choice("kl_unit", kl_unit, ("variable", "observation"))
         check_range("kl_warmup", kl_warmup, 0)
         check_choice("fisher", fisher, ("sampled", "empirical", "exact"))
         if likelihood is None and fisher != "empirical":
@@ -237,7 +243,7 @@ class NaturalGradient(CurvatureOptimizer):
         super().__init__(model, params, defaults, update_every=update_every, loss_reduction=loss_reduction, flags=flags)
         self.fisher, self.batch_fraction = fisher, batch_fraction
         self.refresh_every, self.likelihood, self.seed = refresh_every, likelihood, seed
-        self.damping_unit, self.kl_of, self.kl_warmup = damping_unit, kl_of, kl_warmup
+        self.damping_unit, self.kl_of, self.kl_unit, self.kl_warmup = damping_unit, kl_of, kl_unit, kl_warmup
         self.early_updates = early_updates
         self.options = options
         self.updates = 0  # of the factors
@@ -245,6 +251,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._refreshed_at = self._rebased_at = LONG_AGO
         self._block_updates: dict[str, int] = {}
         self._counts = Counts()
+        self._variables: int | None = None  # that an observation holds, once outputs were seen
         self._stacks: list[Stack] = []
         self._directions: dict[Tensor, Tensor] = {}
         self._kl_scales: dict[float, Tensor] = {}  # nu by kl_clip
@@ -316,6 +323,8 @@ class NaturalGradient(CurvatureOptimizer):
             TypeError: outputs are not one tensor.
             ValueError: outputs are missing or a single number, or mask or targets do not fit them.
         """
+        if self.likelihood is not None and outputs is not None:
+            self._variables = self.likelihood.variables(check_outputs(outputs))
         recorder = self._recorder
         if recorder is not None and recorder.waiting:
             if outputs is None:
@@ -590,10 +599,9 @@ class NaturalGradient(CurvatureOptimizer):
         whole = self.kl_of == "direction" or not self._must_multiply()
         squares = self._lengths(gradients, directions) if whole else self._squared(self._steps())
         self._kl_scales = {}
-        shares = self.kl_share()
         for clip in {group["kl_clip"] for group in self.param_groups} - {None}:
             own = [rate(g) ** 2 * q for g, q in zip(self.param_groups, squares, strict=True) if g["kl_clip"] == clip]
-            scale = (clip * shares**2 / torch.stack([t.to(own[0].dtype) for t in own]).sum()).sqrt()
+            scale = (self._kappa(clip) / torch.stack([t.to(own[0].dtype) for t in own]).sum()).sqrt()
             self._kl_scales[clip] = torch.where(scale < 1, scale, torch.ones_like(scale))  # NaN of a negative sum: 1
         self._squares = []
         if self.kl_of != "direction" and whole:  # else what stood still has a past that x did not hold
@@ -627,7 +635,7 @@ class NaturalGradient(CurvatureOptimizer):
             self._directions[p] = self._directions[p] * found[0].to(self._directions[p].dtype)
         length = found @ matrix @ found
         for clip in {group["kl_clip"] for group in self.param_groups} - {None}:
-            scale = (clip * self.kl_share() ** 2 / length).sqrt()
+            scale = (self._kappa(clip) / length).sqrt()
             self._kl_scales[clip] = torch.where(scale < 1, scale, torch.ones_like(scale)).float()
 
     def _own_momentum(self, p: Tensor) -> float:
@@ -635,9 +643,12 @@ class NaturalGradient(CurvatureOptimizer):
         group = self._group_of(p)
         return 1.0 if self.auto_momentum or group is None else float(group["momentum"])
 
-    def kl_share(self) -> float:
-        """What there is of the radius ``sqrt(kl_clip)`` in this step: 1 after ``kl_warmup`` of them."""
-        return min(1.0, (self.steps + 1) / self.kl_warmup) if self.kl_warmup else 1.0
+    def _kappa(self, kl_clip: float) -> float:
+        """What bounds twice the KL divergence of an observation in this step, units and warm-up included."""
+        share = min(1.0, (self.steps + 1) / self.kl_warmup) if self.kl_warmup else 1.0
+        if self.kl_unit == "variable" and self._variables is None and getattr(self.likelihood, "independent", False):
+            self._say("kl_clip is of whole observations until outputs are given: call backward(loss, outputs)")
+        return kl_clip * share**2 * (self._variables or 1 if self.kl_unit == "variable" else 1)
 
     def _lengths(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
         """``xᵀ (F + damping) x`` of each group's layers, which move as a whole, x being what ``kl_of`` says: no lr."""
@@ -780,7 +791,7 @@ class NaturalGradient(CurvatureOptimizer):
             divergence = torch.stack([self._divergence(index) for index in range(len(self._shown))]).mean()
             if communication.world_size() > 1:
                 communication.average_([divergence], torch.ones(1, device=divergence.device))
-            scale = (self.kl_share() ** 2 * self.kl_clip / (2 * divergence)).sqrt()
+            scale = (self._kappa(self.kl_clip) / (2 * divergence)).sqrt()
             self._measured = torch.where(scale < 1, scale, torch.ones_like(scale))
             for group in self.param_groups:
                 mine = [p for p in group["params"] if p.grad is not None]
@@ -860,6 +871,7 @@ class NaturalGradient(CurvatureOptimizer):
                 "refreshed_at": self._refreshed_at,
                 "repaired": self._counts.repaired,
                 "floored": int(self._counts.floored),
+                "variables": self._variables,
             },
         }
 
@@ -879,6 +891,7 @@ class NaturalGradient(CurvatureOptimizer):
         counters = saved["counters"]
         self.updates, self.refreshes = int(counters["updates"]), int(counters["refreshes"])
         self._refreshed_at = int(counters["refreshed_at"])
+        self._variables = counters.get("variables")
         self._rebased_at = LONG_AGO  # the step that it is of may come again
         self._counts = Counts(int(counters["repaired"]), int(counters["floored"]))
         self._block_updates = {name: int(count) for name, count in saved["block_updates"].items()}

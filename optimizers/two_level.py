@@ -26,7 +26,7 @@ from optimizers.curvature.samples import Samples
 from optimizers.exact import SampledFisher
 from optimizers.kfac import KFAC
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Auto, Fisher, KLOf, Stack, stacked
+from optimizers.natural_gradient import Auto, Fisher, KLOf, KLUnit, Stack, stacked
 
 Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
 
@@ -94,6 +94,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         pi: see KFAC.
         kl_clip: kappa; None: off.
         kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
+        kl_unit: kappa is of each ``variable`` that is predicted (a pixel, say), or of an ``observation`` (the image).
         kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that statistics are taken on.
@@ -126,15 +127,16 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         *,
         lr: Auto = 0.1,
         momentum: Auto = 0.9,
-        damping: float = 1e-2,
+        damping: float = 3e-3,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         coarse: Coarse = "nicolaides",
         krylov: bool = False,
         coarse_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         damping_mode: Literal["factored", "tikhonov"] = "factored",
         pi: bool = True,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         kl_of: KLOf = "step",
+        kl_unit: KLUnit = "variable",
         kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 0.25,
@@ -168,7 +170,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         self._uphill: Tensor | int = 0  # corrections left out, as the gradient would have grown along them
         super().__init__(
             model, params, lr=lr, momentum=momentum, damping=damping, damping_unit=damping_unit,
-            damping_mode=damping_mode, pi=pi, kl_clip=kl_clip, kl_of=kl_of, kl_warmup=kl_warmup,
+            damping_mode=damping_mode, pi=pi, kl_clip=kl_clip, kl_of=kl_of, kl_unit=kl_unit, kl_warmup=kl_warmup,
             fisher=fisher, batch_fraction=batch_fraction, decay=decay, update_every=update_every,
             early_updates=early_updates,
             refresh_every=refresh_every, sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=solve_dtype,
@@ -266,7 +268,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             mine = torch.tensor([c == kl_clip for c in self._settings("kl_clip")], device=seen.device).unsqueeze(1)
             lr = lrs * mine
             total = (lr * seen.double()).sum(0).square().sum() + (lr[:, 0].square() * self._shifts * squares).sum()
-            scale = (kl_clip * self.kl_share() ** 2 / total).sqrt().clamp(max=1.0).to(seen.dtype)
+            scale = (self._kappa(kl_clip) / total).sqrt().clamp(max=1.0).to(seen.dtype)
             self._kl_scales[kl_clip] = scale
             shares = torch.where(mine, scale.to(shares.dtype), shares)
         self._moving = (shares * seen).to(seen.dtype) if whole else None

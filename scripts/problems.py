@@ -137,12 +137,12 @@ PROBLEMS = {
             steps=500, tuning=False, least=0.5, rates=True,
         ),
         Problem(
-            "mnist_autoencoder", "a fifth of MNIST, auto-encoder",
+            "mnist_autoencoder", "a tenth of MNIST, auto-encoder",
             (
-                "dataset=mnist_autoencoder", "dataset.download=false", "dataset.limit_train=0.2",
+                "dataset=mnist_autoencoder", "dataset.download=false", "dataset.limit_train=0.1",
                 "dataset.limit_val=0.1", "dataset.batch_size=128", "model=autoencoder_mnist",
             ),
-            steps=200, tuning=False, folder="mnist", metric="loss",
+            steps=100, tuning=False, folder="mnist", metric="loss",
         ),
         Problem(
             "digits_resnet18", "digits, slim ResNet-18",

@@ -148,7 +148,8 @@ def test_reference_recursion_by_hand(decoupled: bool) -> None:
     lr, beta, damping, gamma, decay = 0.01, 0.9, 1e-3, 0.8, 0.1
     model = nn.Linear(3, 2).double()
     cls = AdaFisherW if decoupled else AdaFisher
-    optimizer = cls(model, lr=lr, momentum=beta, damping=damping, decay=gamma, update_every=2, weight_decay=decay)
+    options = {"lr": lr, "momentum": beta, "damping": damping, "decay": gamma, "weight_decay": decay}
+    optimizer = cls(model, update_every=2, max_update=None, **options)
     inputs, targets = torch.randn(5, 3), torch.randint(0, 2, (5,))
 
     theta = torch.cat([model.weight, model.bias.unsqueeze(1)], dim=1).detach().clone()  # [d_out, d_in + 1]
@@ -356,3 +357,37 @@ def test_coverage_counts_the_bytes_that_are_allocated() -> None:
     kept = [t for block in optimizer.blocks.values() for t in block.factors.values()]
     kept += [t for _, t in optimizer._fisher.values()]
     assert optimizer.coverage().bytes == sum(t.untyped_storage().nbytes() for t in kept)
+
+
+@pytest.mark.usefixtures("float64")
+def test_updates_are_no_longer_than_their_limit() -> None:
+    """Tensor by tensor, past momentum and bias correction; a shorter one is as it would be without a limit."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(8, 5), torch.randn(8, 3)
+    models = [nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    free, held = (
+        AdaFisher(model, lr=0.1, momentum=0.2, update_every=1, max_update=limit)
+        for model, limit in zip(models, (None, 0.5), strict=True)
+    )
+    both = set()
+    for step in range(6):
+        models[1].load_state_dict(models[0].state_dict())
+        moves = []
+        for model, optimizer in zip(models, (free, held), strict=True):
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.zero_grad()
+            (model(inputs) - targets).square().sum().mul(100.0 ** (-step)).backward()
+            optimizer.step()
+            moves.append([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+        for whole, short in zip(*moves, strict=True):
+            length = float(whole.square().mean().sqrt()) / 0.1
+            both.add(length > 0.5)
+            torch.testing.assert_close(short, whole * min(1.0, 0.5 / length))
+    assert both == {True, False}
+
+
+def test_a_limit_of_a_group_is_checked() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="max_update must be in"):
+        AdaFisher(model, [{"params": list(model.parameters()), "max_update": 0.0}])

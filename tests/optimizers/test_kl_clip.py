@@ -268,7 +268,8 @@ def test_measured_steps_stay_within_kappa(kind: str) -> None:
     torch.manual_seed(0)
     make, likelihood = MEASURED[kind]
     model = make()
-    optimizer = KFAC(model, likelihood=likelihood, kl_of="measured", kl_clip=1e-2, momentum=0.9, lr=0.3)
+    share = likelihood.variables(model(problem(kind, 0)[0]))
+    optimizer = KFAC(model, likelihood=likelihood, kl_of="measured", kl_clip=1e-2 / share, momentum=0.9, lr=0.3)
     worst = longest = 0.0
     losses = []
     for index in range(200):
@@ -291,6 +292,58 @@ def test_measured_steps_stay_within_kappa(kind: str) -> None:
     assert worst <= 1.5 * 1e-2
     assert worst > 0.3e-2, "steps that use what they may"
     assert sum(losses[-7:]) < 0.9 * sum(losses[:7])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (KFAC, {}),
+        (KFAC, {"fisher": "empirical"}),
+        (EKFAC, {"kl_of": "direction"}),
+        (KFAC, {"kl_of": "measured"}),
+        (KFAC, {"lr": "auto", "momentum": "auto"}),
+        (ExactNaturalGradient, {}),
+        (TwoLevelKFAC, {"coarse": "residual"}),
+    ],
+    ids=["step", "empirical", "direction", "measured", "auto", "exact", "two-level"],
+)
+def test_kappa_is_of_each_variable_that_is_predicted(method: Any, options: dict[str, Any]) -> None:
+    """An image has as many as pixels, unless the loss averages over them; a label is one."""
+    make, _ = MEASURED["pixels"]
+    cases = [
+        (Bernoulli(), ("variable", 1e-6), ("observation", 64e-6)),
+        (Gaussian(reduction="sum"), ("variable", 1e-6), ("observation", 64e-6)),
+        (Bernoulli(reduction="mean"), ("variable", 1e-6), ("observation", 1e-6)),
+        (Categorical(), ("variable", 1e-5), ("observation", 1e-5)),
+    ]
+    for likelihood, *units in cases:
+        ends = []
+        for unit, clip in units:
+            torch.manual_seed(0)
+            model = make()
+            optimizer = method(model, likelihood=likelihood, kl_unit=unit, kl_clip=clip, **options)
+            for index in range(3):
+                inputs, targets = problem("pixels", index)
+                inputs, targets = inputs.double(), targets.double()
+                if isinstance(likelihood, Categorical):
+                    targets = targets.argmax(1)
+                optimizer.zero_grad()
+                outputs = model(inputs)
+                optimizer.backward(likelihood.nll(outputs, targets), outputs)
+                optimizer.step()
+                assert optimizer.diagnostics()["curvature/kl_scale"] < 1
+            ends.append(dense.flatten([p.detach() for p in model.parameters()]))
+        torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
+
+
+def test_who_never_shows_outputs_is_told_what_kappa_is_of() -> None:
+    model = nn.Linear(5, 3)
+    optimizer = KFAC(model, fisher="empirical", likelihood=Gaussian())
+    inputs, _ = batch(0)
+    Gaussian().nll(model(inputs), torch.zeros(9, 3)).backward()
+    with pytest.warns(UserWarning, match="kl_clip is of whole observations until outputs are given"):
+        optimizer.step()
 
 
 def test_what_is_measured_leaves_no_trace() -> None:
