@@ -45,7 +45,13 @@ Schedule = Callable[..., LRScheduler]
 log = logging.getLogger(__name__)
 
 
-def backward(optimizer: Optimizer, loss: Tensor, outputs: Tensor | None = None, scale: float = 1.0) -> None:
+def backward(
+    optimizer: Optimizer,
+    loss: Tensor,
+    outputs: Tensor | None = None,
+    scale: float = 1.0,
+    targets: Tensor | None = None,
+) -> None:
     """Leave gradients in ``.grad``: the optimizer's own ``backward`` where it has one, else ``loss.backward()``.
 
     Args:
@@ -53,12 +59,14 @@ def backward(optimizer: Optimizer, loss: Tensor, outputs: Tensor | None = None, 
         loss: scalar; in accumulation, the micro-batch's loss divided by the number of micro-batches.
         outputs: the model's outputs, which methods that sample targets need.
         scale: a gradient scaler's factor inside ``loss``, which curvature must not see.
+        targets: of the loss, for optimizers that ask for them (``needs_targets``).
     """
     own = getattr(optimizer, "backward", None)
     if own is None:
         loss.backward()
     else:
-        own(loss, outputs, scale=scale)
+        told = {"targets": targets} if getattr(optimizer, "needs_targets", False) else {}
+        own(loss, outputs, scale=scale, **told)
 
 
 class Trainer:
@@ -392,7 +400,7 @@ class Trainer:
             run.phases.mark("forward")
             share = loss if self.accumulate == 1 else loss / self.accumulate
             scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0
-            backward(turn.optimizer, run.scaler.scale(share), outputs, scale)
+            backward(turn.optimizer, run.scaler.scale(share), outputs, scale, targets)
             run.phases.mark("backward")
         turn.measure(run.precision.full(outputs.detach()), targets, loss.detach())
         run.phases.mark("measure")
