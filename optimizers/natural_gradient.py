@@ -131,7 +131,7 @@ class NaturalGradient(CurvatureOptimizer):
             rate. The parameters without curvature have 0.9 then.
         damping: lambda; ``"auto"``: adapted to how well the quadratic model foretells what steps change in the loss of
             their batch (Martens & Grosse 2015, section 6.5; see ``curvature.damping``), which takes another forward
-            pass in the first steps, up to ten, and in each fifth one. It starts at 1 in units of each layer's mean
+            pass in the first steps, up to ten, and in every fifth one. It starts at 1 in units of each layer's mean
             eigenvalue, and else at that of all layers together; the groups' damping, 1 at first, multiplies it. The
             loss is the likelihood's, of the targets: give them to ``backward``. The model is told gradients as they
             are in ``.grad``: clipped ones make it expect too little.
@@ -263,7 +263,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._stacks: list[Stack] = []
         self._directions: dict[Tensor, Tensor] = {}
         self._kl_scales: dict[float, Tensor] = {}  # nu by kl_clip
-        self._shown: list[tuple[Tensor, Tensor | None, Tensor]] = []  # outputs, targets, weights where they are looked at
+        self._shown: list[tuple[Tensor, Tensor | None, Tensor]] = []  # outputs, targets, weights of calls
         self._losses: list[Tensor] = []  # of each of these calls, where damping is "auto"
         self._stated: list[Tensor] = []  # and what it was called with for a loss
         self._masks: list[Tensor | None] = []

@@ -194,7 +194,7 @@ class Trainer:
         if self.monitor is not None and self.monitor not in known:
             raise ValueError(f"monitor must be one of {', '.join(known)}, got {self.monitor!r}")
         if optimizer is not None:
-            self._check_optimizer(optimizer)
+            self._check_optimizer(optimizer, task)
             Scalars(optimizer, scalars or {})
         for callback in callbacks:
             callback.check(task)
@@ -209,13 +209,25 @@ class Trainer:
         with rng.observed(model, inputs.device):
             task.check(model, inputs[:1], targets[:1])
 
-    def _check_optimizer(self, optimizer: Optimizer) -> None:
+    def _check_optimizer(self, optimizer: Optimizer, task: Task) -> None:
         if isinstance(optimizer, Players):
             for player in optimizer.players.values():
-                self._check_optimizer(player)
+                self._check_optimizer(player, task)
+            return
         name = type(innermost(optimizer)).__name__
         if self.compile and getattr(optimizer, "needs_graph", False):
             raise ValueError(f"compile must be false for {name}: compiled models have no second derivatives")
+        if getattr(optimizer, "needs_targets", False):
+            if not task.whole:
+                raise UserError(
+                    f"damping must be a number for {task.name}: auto compares likelihoods of targets before and after "
+                    "steps, and this loss is none"
+                )
+            if self.clip_norm is not None:
+                raise ValueError(
+                    "clip_norm must be null where damping is auto, which expects of a step what its gradient says: "
+                    "kl_clip bounds steps"
+                )
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ValueError(f"optimizer {name} calls the model itself, which this loop does not offer: choose another")

@@ -33,8 +33,9 @@ class AdaptiveDamping:
 
     The ratio is that of what a step changed in the loss of its batch to what the quadratic model had foretold. At first
     each step is judged and lambda doubles or is halved, until a verdict differs from the first one or ten have been
-    given; from then on every fifth step is, and lambda changes by ``(19/20)^5``. A loss that is not finite doubles it
-    at any time.
+    given; from then on every fifth step is, and lambda changes by ``(19/20)^5``. Beyond the published rule, a loss that
+    grew where it was to fall, or is not finite, doubles lambda at any time, and after the former the next step is
+    judged as well: without a clip, steps that have become too long grow faster than every fifth one can tell.
 
     Args:
         start: of lambda; None: what ``renew`` is told at the first refresh.
@@ -56,7 +57,8 @@ class AdaptiveDamping:
 
     def due(self, step: int) -> bool:
         """Whether a step, counted from 0, is to be judged."""
-        return not self.calibrated or (step + 1) % EVERY == 0
+        failed = self.ratio is not None and self.ratio < 0
+        return not self.calibrated or failed or (step + 1) % EVERY == 0
 
     def renew(self, refreshing: bool, unit: Callable[[], float]) -> bool:
         """Before a step: whether all inverses are to be made with another lambda than they were, which is ``used`` now.
@@ -98,7 +100,7 @@ class AdaptiveDamping:
         self._judged += 1
         if side != self._first or side == 0:
             self.calibrated = True
-        self._move((1 / OMEGA if self.calibrated else CALIBRATION) ** side)
+        self._move((1 / OMEGA if self.calibrated and self.ratio >= 0 else CALIBRATION) ** side)
         self.calibrated = self.calibrated or self._judged >= CALIBRATION_STEPS
 
     def _move(self, factor: float) -> None:
