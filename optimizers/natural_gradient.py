@@ -384,7 +384,7 @@ class NaturalGradient(CurvatureOptimizer):
     def _note_loss(self, loss: Tensor, outputs: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
         """Keep what a call's loss is before the step that is to be judged by it."""
         assert self.likelihood is not None
-        if targets is None:
+        if targets is None and outputs.numel():
             raise ValueError(
                 "targets must be given to backward(loss, outputs, targets=...) for damping='auto', which compares the "
                 "likelihood's loss before and after steps: this loss does not state them."
@@ -392,10 +392,10 @@ class NaturalGradient(CurvatureOptimizer):
         if mask is not None:
             shape = self.likelihood.observations(outputs, targets).shape[:-1]
             mask = placed_mask(mask.to(outputs.device), shape)
-        with torch.no_grad():
-            self._losses.append(self.likelihood.masked_nll(outputs, targets, mask))
         self._stated.append(loss)
         self._masks.append(mask)
+        with torch.no_grad():
+            self._losses.append(self._loss(len(self._losses), outputs))
 
     def _as_observations(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         if self.likelihood is None:
@@ -968,7 +968,8 @@ class NaturalGradient(CurvatureOptimizer):
         """The likelihood's loss of a call, with the outputs that it has now."""
         assert self.likelihood is not None
         targets = self._shown[index][1]
-        assert targets is not None
+        if targets is None:  # of no examples
+            return outputs.new_zeros((), dtype=torch.promote_types(outputs.dtype, torch.float32))
         return self.likelihood.masked_nll(outputs, targets, self._masks[index])
 
     def _divergence(self, index: int, now: Tensor) -> Tensor:
