@@ -913,7 +913,12 @@ class NaturalGradient(CurvatureOptimizer):
                 f"the loss is {given:.4g} where the likelihood's is {own:.4g}, and damping='auto' compares what steps "
                 "change in the likelihood's with the gradient of the loss: train on likelihood.nll(outputs, targets)"
             )
-        self._adapted.judge(now, then, expected, 4 * torch.finfo(self._shown[0][0].dtype).eps)
+        # Outputs round each for itself, and what is summed of them in float32 or wider.
+        count = sum(outputs.numel() for outputs, _, _ in self._shown)
+        rounding = max(
+            torch.finfo(self._shown[0][0].dtype).eps / max(count, 1) ** 0.5, torch.finfo(self._losses[0].dtype).eps
+        )
+        self._adapted.judge(now, then, expected, 4 * rounding)
 
     def _last_steps(self) -> dict[Tensor, Tensor]:
         """By parameter what it was moved by in this step, decay included."""
