@@ -131,10 +131,12 @@ class NaturalGradient(CurvatureOptimizer):
             rate. The parameters without curvature have 0.9 then.
         damping: lambda; ``"auto"``: adapted to how well the quadratic model foretells what steps change in the loss of
             their batch (Martens & Grosse 2015, section 6.5; see ``curvature.damping``), which takes another forward
-            pass in the first steps, up to ten, and in every fifth one. It starts at 1 in units of each layer's mean
-            eigenvalue, and else at that of all layers together; the groups' damping, 1 at first, multiplies it. The
-            loss is the likelihood's, of the targets: give them to ``backward``. The model is told gradients as they
-            are in ``.grad``: clipped ones make it expect too little.
+            pass in the first steps, up to five, and in every fifth one. It starts at 1 in units of each layer's mean
+            eigenvalue, and else at the mean of these over layers; the groups' damping, 1 at first, multiplies it.
+            Inverses are made anew where it has changed by half since. Where lr or momentum is ``"auto"``, F in the
+            model is the batch's, which says nothing of the blocks: there, the rate that is best for a direction alone,
+            1 were they exact, counts like the ratio if it is lower. The loss is the likelihood's, of the targets: give
+            them to ``backward``. Gradients that were clipped make the model expect too little.
         kl_clip: kappa; None: off. Where lr or momentum is ``"auto"``, F in what it bounds is the batch's.
         kl_of: what kappa bounds: the ``"step"``, by the quadratic model; its new ``"direction"`` alone; or the step as
             ``"measured"``: another forward pass of what the model saw gives its true KL divergence d, fallback and all,
@@ -268,6 +270,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._stated: list[Tensor] = []  # and what it was called with for a loss
         self._masks: list[Tensor | None] = []
         self._length: Tensor | None = None  # dᵀ (F + damping) d of this step d, where lr or momentum is "auto"
+        self._trust: Tensor | None = None  # the rate that is best for the direction alone there
         self._coefficients: Tensor | None = None  # of direction and past in this step, where one is "auto"
         self._measured: Tensor | None = None  # what the last step was shortened by
         self._squares: list[Tensor] = []  # mᵀ (F + damping) m of each group's layers, as of the last step
@@ -603,9 +606,7 @@ class NaturalGradient(CurvatureOptimizer):
         """Before inverses are made: whether all of them have to be, for another lambda."""
 
         def unit() -> float:
-            units = torch.stack([block.mean_eigenvalue(block.factors).mean() for block in blocks])
-            sizes = units.new_tensor([float(sum(p.numel() for p in block.layer.parameters)) for block in blocks])
-            return float((units * sizes).sum() / sizes.sum())
+            return float(torch.stack([block.mean_eigenvalue(block.factors).mean() for block in blocks]).mean())
 
         return bool(blocks) and self._adapted is not None and self._adapted.renew(refreshing, unit)
 
@@ -682,7 +683,7 @@ class NaturalGradient(CurvatureOptimizer):
         """Set rate and momentum to where the exact quadratic model is least, and nu by the length that it gives."""
         self._check_shown()
         assert self.model is not None and self._inputs is not None and self.likelihood is not None
-        self._kl_scales, self._coefficients, self._length = {}, None, None
+        self._kl_scales, self._coefficients, self._length, self._trust = {}, None, None, None
         if not self._directions:
             return
         rates = {p: rate(group) for group in self.param_groups for p in group["params"]}
@@ -703,6 +704,9 @@ class NaturalGradient(CurvatureOptimizer):
         free = [float("nan") if auto else 1.0 for auto in (self.auto_lr, self.auto_momentum)]
         fixed = torch.tensor(free, dtype=torch.float64).to(matrix.device)
         found = minimizer(matrix[:2, :2], torch.stack(slopes), fixed)
+        if self._judges():
+            shares = [(g * pair[0][p]).sum().double() * rates[p] for p, g in grads.items()]
+            self._trust = torch.stack(shares).sum() / matrix[0, 0]
         self._coefficients = found
         for p in self._directions:
             self._directions[p] = self._directions[p] * found[0].to(self._directions[p].dtype)
@@ -905,8 +909,9 @@ class NaturalGradient(CurvatureOptimizer):
         slopes = [sum_of_products(p.grad, step) for p, step in steps.items() if p.grad is not None]
         predicted = torch.stack(slopes).sum() + self._step_length(steps).to(slopes[0]) / 2
         stated = torch.stack(self._stated).sum()  # micro-batches' shares of one loss
-        numbers = [t.double().cpu() for t in (before, after, predicted, stated, torch.stack(self._losses).mean())]
-        now, then, expected, given, own = torch.stack(numbers).tolist()
+        trust = predicted.new_tensor(float("inf")) if self._trust is None else self._trust
+        tensors = (before, after, predicted, trust, stated, torch.stack(self._losses).mean())
+        now, then, expected, best, given, own = torch.stack([t.double().cpu() for t in tensors]).tolist()
         given = -given if all(group["maximize"] for group in self.param_groups) else given
         if abs(given - own) > 0.02 * abs(own):
             self._say(
@@ -918,7 +923,7 @@ class NaturalGradient(CurvatureOptimizer):
         rounding = max(
             torch.finfo(self._shown[0][0].dtype).eps / max(count, 1) ** 0.5, torch.finfo(self._losses[0].dtype).eps
         )
-        self._adapted.judge(now, then, expected, 4 * rounding)
+        self._adapted.judge(now, then, expected, 4 * rounding, best)
 
     def _last_steps(self) -> dict[Tensor, Tensor]:
         """By parameter what it was moved by in this step, decay included."""

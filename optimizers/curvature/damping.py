@@ -19,7 +19,7 @@ OMEGA = (19 / 20) ** EVERY
 #: The same at first, when every step is judged.
 CALIBRATION = 2.0
 #: At most so many judgements are of the calibration.
-CALIBRATION_STEPS = 10
+CALIBRATION_STEPS = 5
 #: Ratios below the first raise lambda, ratios above the second lower it.
 LOW, HIGH = 0.25, 0.75
 #: How far lambda may get from where it started, either way.
@@ -32,7 +32,7 @@ class AdaptiveDamping:
     """A lambda that follows the reduction ratio, and the one that inverses in use were made with.
 
     The ratio is that of what a step changed in the loss of its batch to what the quadratic model had foretold. At first
-    each step is judged and lambda doubles or is halved, until a verdict differs from the first one or ten have been
+    each step is judged and lambda doubles or is halved, until a verdict differs from the first one or five have been
     given; from then on every fifth step is, and lambda changes by ``(19/20)^5``. Beyond the published rule, a loss that
     grew where it was to fall, or is not finite, doubles lambda at any time, and after the former the next step is
     judged as well: without a clip, steps that have become too long grow faster than every fifth one can tell.
@@ -53,12 +53,12 @@ class AdaptiveDamping:
         self.ratio: float | None = None
         self.calibrated = False
         self._judged = 0
+        self._failed = False  # whether the last verdict was of a negative ratio
         self._first = 0  # the side that the first verdict was on
 
     def due(self, step: int) -> bool:
         """Whether a step, counted from 0, is to be judged."""
-        failed = self.ratio is not None and self.ratio < 0
-        return not self.calibrated or failed or (step + 1) % EVERY == 0
+        return not self.calibrated or self._failed or (step + 1) % EVERY == 0
 
     def renew(self, refreshing: bool, unit: Callable[[], float]) -> bool:
         """Before a step: whether all inverses are to be made with another lambda than they were, which is ``used`` now.
@@ -77,7 +77,7 @@ class AdaptiveDamping:
         self.used = self.value
         return True
 
-    def judge(self, before: float, after: float, predicted: float, rounding: float) -> None:
+    def judge(self, before: float, after: float, predicted: float, rounding: float, trust: float = math.inf) -> None:
         """Adapt lambda after a step.
 
         Args:
@@ -86,6 +86,7 @@ class AdaptiveDamping:
             predicted: what the quadratic model expected of their difference. A step that it expects nothing of, or that
                 the loss grows, is no test of it, and neither is one that is lost in rounding.
             rounding: of the losses, relative to them.
+            trust: another ratio, whose verdict counts if it is the lower one.
         """
         if self.value is None or self._start is None:
             return
@@ -95,12 +96,14 @@ class AdaptiveDamping:
         if not -predicted > rounding * abs(before):
             return
         self.ratio = (after - before) / predicted
-        side = 1 if self.ratio < LOW else -1 if self.ratio > HIGH else 0
+        lowest = min(self.ratio, trust)
+        self._failed = lowest < 0
+        side = 1 if lowest < LOW else -1 if lowest > HIGH else 0
         self._first = self._first if self._judged else side
         self._judged += 1
         if side != self._first or side == 0:
             self.calibrated = True
-        self._move((1 / OMEGA if self.calibrated and self.ratio >= 0 else CALIBRATION) ** side)
+        self._move((1 / OMEGA if self.calibrated and not self._failed else CALIBRATION) ** side)
         self.calibrated = self.calibrated or self._judged >= CALIBRATION_STEPS
 
     def _move(self, factor: float) -> None:
@@ -110,11 +113,12 @@ class AdaptiveDamping:
     def state(self) -> Tensor:
         """All of it in one tensor, whose size is always the same."""
         unknown = [math.nan if x is None else x for x in (self.value, self._start, self.ratio)]
-        numbers = [*unknown, self.used, float(self.calibrated), float(self._judged), float(self._first)]
-        return torch.tensor(numbers, dtype=torch.float64)
+        counts = [float(x) for x in (self.calibrated, self._judged, self._failed, self._first)]
+        return torch.tensor([*unknown, self.used, *counts], dtype=torch.float64)
 
     def restore(self, state: Tensor) -> None:
         """Take back what ``state`` returned."""
-        value, start, ratio, self.used, calibrated, judged, first = state.tolist()
+        value, start, ratio, self.used, calibrated, judged, failed, first = state.tolist()
         self.value, self._start, self.ratio = (None if math.isnan(x) else x for x in (value, start, ratio))
-        self.calibrated, self._judged, self._first = bool(calibrated), int(judged), int(first)
+        self.calibrated, self._failed = bool(calibrated), bool(failed)
+        self._judged, self._first = int(judged), int(first)

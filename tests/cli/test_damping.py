@@ -63,7 +63,7 @@ def test_it_resumes_by_itself(command: Callable[..., Outcome], work: Path) -> No
             ("dataset=digits_generation", "model=dcgan", "optimizer@critic=kfac", "critic.damping=auto"),
             "damping must be a number for generation",
         ),
-        (("optimizer=kfac", "optimizer.damping=automatic"), "optimizer.damping must be a number or one of auto, got 'automatic'"),
+        (("optimizer=kfac", "optimizer.damping=much"), "optimizer.damping must be a number or one of auto, got 'much'"),
         (("optimizer=adafisher",), "optimizer.damping must be a number, got 'auto'"),
     ],
 )

@@ -160,12 +160,21 @@ def test_where_rates_are_found_f_is_that_of_the_batch(method: Any, decay: float,
     )  # fmt: skip
     optimizer.param_groups[0]["lr"] *= 0.5  # a schedule
     checked = 0
-    for index in range(12):
+    for index in range(22):
+        past = flat(optimizer.state[p].get("momentum_buffer", torch.zeros_like(p)) for p in model.parameters())
         step = Step(model, optimizer, *batch(index, 30))
         if step.judged:
             damped = step.damped + optimizer._adapted.used * torch.eye(59)
-            assert optimizer._adapted.ratio == pytest.approx(step.ratio(float(step.move @ damped @ step.move)), rel=1e-5)
+            length = float(step.move @ damped @ step.move)
+            assert optimizer._adapted.ratio == pytest.approx(step.ratio(length), rel=1e-5)
             checked += 1
+            if kl_clip is None:  # the rate that is best for the direction alone
+                sums = flat(optimizer.state[p]["momentum_buffer"] for p in model.parameters())
+                found = optimizer.diagnostics()
+                direction = (sums - found["curvature/momentum"] * past) / found["curvature/rate"]
+                gradient = flat(p.grad for p in model.parameters())
+                best = float(direction @ gradient) / float(direction @ damped @ direction)
+                assert float(optimizer._trust) == pytest.approx(best, rel=1e-6)
     assert checked >= 4
 
 
@@ -237,6 +246,14 @@ def test_the_rule_by_hand() -> None:
     assert judged(damping, 0.1) == pytest.approx(0.25 / OMEGA) and not damping.due(5)
 
 
+def test_the_lower_of_two_ratios_counts() -> None:
+    damping = AdaptiveDamping(1.0)
+    for trust, expected in ((2.0, 0.5), (0.3, 0.5), (0.2, 0.5 / OMEGA), (-0.1, 1.0 / OMEGA), (math.nan, 1.0)):
+        damping.judge(2.0, 1.9, -0.1, 1e-6, trust)
+        assert damping.value == pytest.approx(expected)
+        assert damping.ratio == pytest.approx(1.0)
+
+
 def test_calibration_ends() -> None:
     rising = AdaptiveDamping(1.0)
     assert [judged(rising, 0.1) for _ in range(3)] == [2.0, 4.0, 8.0]
@@ -297,8 +314,8 @@ def test_it_starts_at_the_mean_eigenvalue(method: Any) -> None:
     outputs = model(inputs)
     optimizer.backward(F.cross_entropy(outputs, targets), outputs)
     optimizer.step()
-    trace = sum(float(matrix.trace()) for matrix in optimizer.curvature_matrices().values())
-    assert optimizer._adapted.used == pytest.approx(trace / 59)
+    means = [float(matrix.diagonal().mean()) for matrix in optimizer.curvature_matrices().values()]
+    assert optimizer._adapted.used == pytest.approx(sum(means) / 3)
     assert method(model, likelihood=Categorical(), damping="auto", damping_unit="layer")._adapted.value == 1.0
 
 
@@ -311,10 +328,10 @@ def test_inverses_are_made_anew_for_a_new_lambda_and_bases_are_not() -> None:
             kl_clip=1e-6,
         )  # fmt: skip
         used = []
-        for index in range(6):
+        for index in range(CALIBRATION_STEPS):
             Step(model, optimizer, *batch(index, 30))
             used.append(optimizer._adapted.used)
-        assert used == pytest.approx([used[0] * 0.5**k for k in range(6)])
+        assert used == pytest.approx([used[0] * 0.5**k for k in range(CALIBRATION_STEPS)])
         assert optimizer.refreshes == 1
 
 
@@ -433,28 +450,27 @@ def test_the_loss_of_what_a_mask_keeps(name: str) -> None:
     assert float(likelihood.masked_nll(outputs[:0], targets[:0], None)) == 0
 
 
-def test_without_a_clip_it_holds_steps_in() -> None:
-    """A rate of 1, no clip and no average over steps: what damping alone can make of it."""
-    last, start = {}, 0.0
-    for damping in ("auto", "start"):
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_without_a_clip_it_holds_steps_in(seed: int) -> None:
+    """A rate of 1, no clip and no average over steps: a lambda that it may end at would be ruinous from the start."""
+    last = {}
+    for damping in ("auto", 1e-3):
         model = net()
-        generator = torch.Generator().manual_seed(1)
-        optimizer = EKFAC(
-            model, likelihood=Categorical(), damping="auto" if damping == "auto" else start, kl_clip=None, lr=1.0,
-            momentum=0.0, update_every=1, refresh_every=1,
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = KFAC(
+            model, likelihood=Categorical(), damping=damping, kl_clip=None, lr=1.0, momentum=0.0, update_every=1,
+            refresh_every=1,
         )  # fmt: skip
         inputs = torch.randn(64, 5, generator=generator)
         targets = inputs[:, :3].argmax(1)
-        for _ in range(60):
+        for _ in range(100):
             optimizer.zero_grad()
             outputs = model(inputs)
             loss = F.cross_entropy(outputs, targets)
             optimizer.backward(loss, outputs)
             optimizer.step()
             last[damping] = loss.item()
-            if optimizer._adapted is not None and optimizer.steps == 1:
-                start = optimizer._adapted.used
-    assert last["auto"] < 0.1 and not last["start"] < 0.5
+    assert last["auto"] < 0.02 and not last[1e-3] < 0.5
 
 
 def test_what_cannot_be_is_said() -> None:
