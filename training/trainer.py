@@ -213,7 +213,6 @@ class Trainer:
         if isinstance(optimizer, Players):
             for player in optimizer.players.values():
                 self._check_optimizer(player, task)
-            return
         name = type(innermost(optimizer)).__name__
         if self.compile and getattr(optimizer, "needs_graph", False):
             raise ValueError(f"compile must be false for {name}: compiled models have no second derivatives")
