@@ -57,8 +57,8 @@ class SampledFisher(NaturalGradient):
             samples.reset()
 
     def _damping(self, layer: Layer) -> float:
-        """Lambda of a layer: its weight's group's, in units of the layer's mean eigenvalue if ``damping_unit`` says."""
-        damping = float(self._group(layer)["damping"])
+        """Lambda of a layer as a number, whatever ``damping_unit`` is."""
+        damping = self._lambda(layer)
         if self.damping_unit == "absolute":
             return damping
         block = self.blocks[layer.name]
@@ -99,7 +99,7 @@ class ExactNaturalGradient(SampledFisher):
         params: parameters or groups; default all.
         lr: learning rate; ``auto``: see NaturalGradient.
         momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
-        damping: lambda.
+        damping: lambda; ``auto``: see NaturalGradient.
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         damping_mode: ``standard``: lambda; ``heuristic``: ``lambda (s_max(A) + s_max(G)) + lambda²``, layer by layer,
             with K-FAC's factors A and G of the same samples. That is how much the ``(A + lambda I) (x) (G + lambda I)``
@@ -133,7 +133,7 @@ class ExactNaturalGradient(SampledFisher):
         *,
         lr: Auto = 0.1,
         momentum: Auto = 0.9,
-        damping: float = 1e-2,
+        damping: Auto = 1e-2,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["standard", "heuristic"] = "standard",
         blocks: Literal["full", "layer"] = "full",
@@ -180,9 +180,12 @@ class ExactNaturalGradient(SampledFisher):
         return self._saw
 
     def _precondition(self) -> None:
+        usable = [block for block in self.blocks.values() if block.factors]
+        updated = self._updated_at == self.steps
         with record_function(CURVATURE):
-            if self._updated_at == self.steps:
+            if self._take_damping(usable, updated) or updated:
                 self._decompose()
+                self._inverted_at = self.steps
             self._solve()
 
     def _decompose(self) -> None:
@@ -233,8 +236,8 @@ class ExactNaturalGradient(SampledFisher):
         shifts = torch.stack([self._shifts[places[block.layer.name]] for block in blocks])
         return shifts.to(statistics_dtype(blocks[0].layer.parameters[0]))
 
-    def _has_moved(self) -> bool:
-        return self._updated_at == self.steps
+    def _knows_length(self) -> bool:
+        return super()._knows_length() and len(self.param_groups) == 1  # else blocks between groups have two rates
 
     def _squared(self, tensors: list[Tensor]) -> list[Tensor]:
         """See NaturalGradient. Each layer's share of ``xᵀ (F + L) x``: blocks between layers go half to either."""

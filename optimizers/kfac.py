@@ -45,7 +45,7 @@ class KFAC(NaturalGradient):
         params: parameters or groups; default all.
         lr: learning rate (alpha); ``auto``: see NaturalGradient.
         momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
-        damping: lambda.
+        damping: lambda; ``auto``: see NaturalGradient.
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         damping_mode: ``factored``: ``(A + pi sqrt(lambda) I) (x) (G + sqrt(lambda) / pi I)``, two matrix products a
             solve; ``tikhonov``: ``A (x) G + lambda I`` in the eigenbasis, four.
@@ -85,7 +85,7 @@ class KFAC(NaturalGradient):
         *,
         lr: Auto = 0.1,
         momentum: Auto = 0.9,
-        damping: float = 3e-3,
+        damping: Auto = 3e-3,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["factored", "tikhonov"] = "factored",
         pi: bool = True,
@@ -140,7 +140,7 @@ class EKFAC(NaturalGradient):
         params: parameters or groups; default all.
         lr: learning rate; ``auto``: see NaturalGradient.
         momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
-        damping: epsilon in the paper, added to the moments.
+        damping: epsilon in the paper, added to the moments; ``auto``: see NaturalGradient.
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         kl_clip: kappa; None: off.
         kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
@@ -180,7 +180,7 @@ class EKFAC(NaturalGradient):
         *,
         lr: Auto = 0.1,
         momentum: Auto = 0.9,
-        damping: float = 3e-3,
+        damping: Auto = 3e-3,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         kl_clip: float | None = 1e-3,
         kl_of: KLOf = "step",

@@ -43,7 +43,7 @@ class KPSVD(NaturalGradient):
         params: parameters or groups; default all.
         lr: learning rate; ``auto``: see NaturalGradient.
         momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
-        damping: lambda.
+        damping: lambda; ``auto``: see NaturalGradient.
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         damping_mode: see KFAC; the two-term methods know ``factored`` only. The published damping, lambda added to each
             factor, is ``pi=False`` with lambda squared.
@@ -89,7 +89,7 @@ class KPSVD(NaturalGradient):
         *,
         lr: Auto = 0.1,
         momentum: Auto = 0.9,
-        damping: float = 3e-3,
+        damping: Auto = 3e-3,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         damping_mode: Literal["factored", "tikhonov"] = "factored",
         pi: bool = True,

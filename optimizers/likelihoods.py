@@ -75,6 +75,23 @@ class Likelihood(ABC):
             ValueError: outputs are a single number, or targets do not fit them.
         """
 
+    def masked_nll(self, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        """``nll`` of the observations that a mask keeps, as if there were no others; 0 of none.
+
+        Args:
+            outputs: in the user's shape.
+            targets: theirs.
+            mask: which observations count, bool ``[n, ...]``; None: all.
+
+        Raises:
+            TypeError: outputs are not one tensor.
+            ValueError: outputs are a single number, or targets do not fit them.
+        """
+        seen = self.observations(outputs, targets)
+        if mask is not None:
+            outputs, targets = seen[mask], targets.reshape(seen.shape)[mask]
+        return self.nll(outputs, targets) if outputs.numel() else seen.new_zeros((), dtype=_wide(seen.dtype))
+
     def observations(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Outputs as ``[n, ..., features]``: a view, with the outputs' graph. ``[n]`` are n of one feature.
 
@@ -261,10 +278,26 @@ class Categorical(Likelihood):
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See Likelihood."""
         seen = self.observations(outputs, targets)
+        placed = self._by_observation(outputs, targets)
+        return self._cross_entropy(seen.flatten(0, -2), placed.flatten(0, seen.dim() - 2))
+
+    def masked_nll(self, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        """See Likelihood."""
+        seen = self.observations(outputs, targets)
+        if mask is None and seen.numel():
+            return self.nll(outputs, targets)
+        keep = torch.ones(seen.shape[:-1], dtype=torch.bool, device=seen.device) if mask is None else mask
+        rows = seen[keep]
+        if not len(rows):
+            return seen.new_zeros((), dtype=_wide(seen.dtype))
+        return self._cross_entropy(rows, self._by_observation(outputs, targets)[keep])
+
+    def _cross_entropy(self, seen: Tensor, placed: Tensor) -> Tensor:
+        """Of observations ``[n, classes]``, reduced."""
         seen = seen.to(_wide(seen.dtype))
         return F.cross_entropy(
-            seen.flatten(0, -2),
-            self._by_observation(outputs, targets).flatten(0, seen.dim() - 2),
+            seen,
+            placed,
             weight=self._class_weight(seen),
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
@@ -450,6 +483,17 @@ class Bernoulli(Likelihood):
         logits, positive = outputs.to(dtype), self._positive_weight(outputs)
         total = F.binary_cross_entropy_with_logits(logits, targets.to(dtype), pos_weight=positive, reduction="sum")
         return total * self._unit(outputs)
+
+    def masked_nll(self, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        """See Likelihood. With ``pos_weight``, whose places are those of the outputs, it is bits that are kept."""
+        if mask is None or self.pos_weight is None or not outputs.numel():
+            return super().masked_nll(outputs, targets, mask)
+        dtype = _wide(outputs.dtype)
+        terms = F.binary_cross_entropy_with_logits(
+            outputs.to(dtype), targets.to(dtype), pos_weight=self._positive_weight(outputs), reduction="none"
+        )
+        share = 1.0 if self.reduction == "sum" else mask.numel() / max(int(mask.sum()), 1)
+        return (terms * mask.view(terms.shape)).sum() * (self._unit(outputs) * share)
 
     def observations(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """See Likelihood; each bit is one with ``pos_weight``."""

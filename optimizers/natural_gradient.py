@@ -27,6 +27,7 @@ from optimizers.base import (
 from optimizers.checks import check_choice, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
+from optimizers.curvature.damping import AdaptiveDamping
 from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
 from optimizers.curvature.layers import AffineLayer, Layer
 from optimizers.curvature.losses import stated, targets_of
@@ -129,7 +130,14 @@ class NaturalGradient(CurvatureOptimizer):
             forward mode. The groups' rate, 1 at first, multiplies it, so that schedules act on it.
         momentum: decay of the sum of past directions; ``"auto"``: in each step the best one by the same model, for its
             rate. The parameters without curvature have 0.9 then.
-        damping: lambda.
+        damping: lambda; ``"auto"``: adapted to how well the quadratic model foretells what steps change in the loss of
+            their batch (Martens & Grosse 2015, section 6.5; see ``curvature.damping``), which takes another forward
+            pass in the first steps, up to five, and in every fifth one. It starts at 1 in units of each layer's mean
+            eigenvalue, and else at the mean of these over layers; the groups' damping, 1 at first, multiplies it.
+            Inverses are made anew where it has changed by half since. Where lr or momentum is ``"auto"``, F in the
+            model is the batch's, which says nothing of the blocks: there, the rate that is best for a direction alone,
+            1 were they exact, counts like the ratio if it is lower. The loss is the likelihood's, of the targets: give
+            them to ``backward``. Gradients that were clipped make the model expect too little.
         kl_clip: kappa; None: off. Where lr or momentum is ``"auto"``, F in what it bounds is the batch's.
         kl_of: what kappa bounds: the ``"step"``, by the quadratic model; its new ``"direction"`` alone; or the step as
             ``"measured"``: another forward pass of what the model saw gives its true KL divergence d, fallback and all,
@@ -176,7 +184,7 @@ class NaturalGradient(CurvatureOptimizer):
         *,
         lr: Auto,
         momentum: Auto,
-        damping: float,
+        damping: Auto,
         damping_unit: Literal["absolute", "layer"],
         kl_clip: float | None,
         kl_of: KLOf,
@@ -198,11 +206,13 @@ class NaturalGradient(CurvatureOptimizer):
         decoupled_decay: bool,
         flags: dict[str, Any],
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum)):
+        for name, value in (("lr", lr), ("momentum", momentum), ("damping", damping)):
             if isinstance(value, str) and value != "auto":
                 raise ValueError(f"{name} must be a number or 'auto', got {value!r}")
         self.auto_lr, self.auto_momentum = lr == "auto", momentum == "auto"
+        self.auto_damping = damping == "auto"
         lr, momentum = 1.0 if lr == "auto" else lr, 0.9 if momentum == "auto" else momentum
+        damping = 1.0 if damping == "auto" else damping
         check_range("lr", lr, 0)
         check_range("momentum", momentum, 0, 1, open_high=True)
         check_range("damping", damping, 0, open_low=True)
@@ -210,7 +220,12 @@ class NaturalGradient(CurvatureOptimizer):
             check_range("kl_clip", kl_clip, 0, open_low=True)
         check_choice("damping_unit", damping_unit, ("absolute", "layer"))
         check_choice("kl_of", kl_of, ("step", "direction", "measured"))
-        for asked, name in ((kl_of == "measured", "kl_of='measured'"), (self._is_auto, "lr or momentum 'auto'")):
+        asking = {
+            "kl_of='measured'": kl_of == "measured",
+            "lr or momentum 'auto'": self._is_auto,
+            "damping='auto'": self.auto_damping,
+        }
+        for name, asked in asking.items():
             if asked and likelihood is None:
                 raise ValueError(f"likelihood must be given for {name}, such as Categorical()")
         if self._is_auto and kl_of == "direction":
@@ -249,13 +264,20 @@ class NaturalGradient(CurvatureOptimizer):
         self.updates = 0  # of the factors
         self.refreshes = 0  # of the inverses
         self._refreshed_at = self._rebased_at = LONG_AGO
+        self._inverted_at = LONG_AGO  # when the inverses in use were last others than in the step before
+        self._adapted = AdaptiveDamping(1.0 if damping_unit == "layer" else None) if self.auto_damping else None
         self._block_updates: dict[str, int] = {}
         self._counts = Counts()
         self._variables: int | None = None  # that an observation holds, once outputs were seen
         self._stacks: list[Stack] = []
         self._directions: dict[Tensor, Tensor] = {}
         self._kl_scales: dict[float, Tensor] = {}  # nu by kl_clip
-        self._shown: list[tuple[Tensor, Tensor | None, Tensor]] = []  # outputs, targets, weights if kl_of="measured"
+        self._shown: list[tuple[Tensor, Tensor | None, Tensor]] = []  # outputs, targets, weights of calls
+        self._losses: list[Tensor] = []  # of each of these calls, where damping is "auto"
+        self._stated: list[Tensor] = []  # and what it was called with for a loss
+        self._masks: list[Tensor | None] = []
+        self._length: Tensor | None = None  # dᵀ (F + damping) d of this step d, where lr or momentum is "auto"
+        self._trust: Tensor | None = None  # the rate that is best for the direction alone there
         self._coefficients: Tensor | None = None  # of direction and past in this step, where one is "auto"
         self._measured: Tensor | None = None  # what the last step was shortened by
         self._squares: list[Tensor] = []  # mᵀ (F + damping) m of each group's layers, as of the last step
@@ -267,16 +289,33 @@ class NaturalGradient(CurvatureOptimizer):
 
     def _attach(self) -> None:
         super()._attach()
-        self._shown = []
+        self._shown, self._losses, self._stated, self._masks = [], [], [], []
         self._inputs: RootInputs | None = None
-        if self.kl_of == "measured" or self._is_auto:
+        if self._always_looks or self.auto_damping:
             assert self.model is not None
-            self._inputs = RootInputs(self.model, lambda: not self._unobserved)
+            self._inputs = RootInputs(self.model, lambda: not self._unobserved and self._looks())
         self._watch(self._block, skip=self.skip, deferred=self.fisher != "empirical", fraction=self.batch_fraction)
 
     @property
     def _is_auto(self) -> bool:
         return self.auto_lr or self.auto_momentum
+
+    @property
+    def _always_looks(self) -> bool:
+        """Whether each step asks the model again."""
+        return self.kl_of == "measured" or self._is_auto
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether ``backward`` must be told the targets of a loss that does not state them itself."""
+        return self.auto_damping
+
+    def _judges(self) -> bool:
+        """Whether this step tells something about lambda."""
+        return self._adapted is not None and self._adapted.due(self.steps)
+
+    def _looks(self) -> bool:
+        return self._always_looks or self._judges()
 
     def _complete(self, group: dict[str, Any]) -> None:
         super()._complete(group)
@@ -289,6 +328,8 @@ class NaturalGradient(CurvatureOptimizer):
         check_range("decay", group.get("decay", 0), 0, 1, open_high=True)
         if self._is_auto and group.get("weight_decay") and not group.get("decoupled_decay"):
             raise ValueError("decoupled_decay must be true for weight_decay where lr or momentum is 'auto'")
+        if self._is_auto and self.auto_damping and any(g["kl_clip"] != group["kl_clip"] for g in self.param_groups):
+            raise ValueError("kl_clip must be the same in all groups where damping and lr or momentum are 'auto'")
 
     @abstractmethod
     def affine_block(self, layer: AffineLayer) -> Approximation:
@@ -348,7 +389,25 @@ class NaturalGradient(CurvatureOptimizer):
             told = targets_of(self.likelihood, loss, check_outputs(outputs)) if targets is None else targets
             weights = self._weights(loss, outputs, told, mask, told=True)
             self._shown.append((outputs.detach(), told, weights))
+            if self._judges():
+                self._note_loss(loss.detach() / float(scale), outputs.detach(), told, mask)
         super().backward(loss, outputs, targets=targets, mask=mask, scale=scale, retain_graph=retain_graph)
+
+    def _note_loss(self, loss: Tensor, outputs: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
+        """Keep what a call's loss is before the step that is to be judged by it."""
+        assert self.likelihood is not None
+        if targets is None and outputs.numel():
+            raise ValueError(
+                "targets must be given to backward(loss, outputs, targets=...) for damping='auto', which compares the "
+                "likelihood's loss before and after steps: this loss does not state them."
+            )
+        if mask is not None:
+            shape = self.likelihood.observations(outputs, targets).shape[:-1]
+            mask = placed_mask(mask.to(outputs.device), shape)
+        self._stated.append(loss)
+        self._masks.append(mask)
+        with torch.no_grad():
+            self._losses.append(self._loss(len(self._losses), outputs))
 
     def _as_observations(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         if self.likelihood is None:
@@ -451,7 +510,8 @@ class NaturalGradient(CurvatureOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self._generator = None
-        self._shown.clear()
+        for kept in (self._shown, self._losses, self._stated, self._masks):
+            kept.clear()
         if self._inputs is not None:
             self._inputs.reset()
 
@@ -539,26 +599,44 @@ class NaturalGradient(CurvatureOptimizer):
     def _dampings(self, blocks: list[Block]) -> Tensor:
         """Lambda of each stacked matrix of some blocks, ``[n]``."""
         first = next(iter(blocks[0].factors.values()))
-        damping = [float(self._group(block.layer)["damping"]) for block in blocks]
+        damping = [self._lambda(block.layer) for block in blocks]
         scales = first.new_tensor(damping).repeat_interleave(len(first))
         if self.damping_unit == "absolute":
             return scales
         units = torch.cat([block.mean_eigenvalue(block.factors) for block in blocks])
         return scales * units.clamp(min=torch.finfo(scales.dtype).tiny)
 
+    def _lambda(self, layer: Layer) -> float:
+        """What a layer is damped by in ``damping_unit``; one that is adapted is that of the inverses in use."""
+        damping = float(self._group(layer)["damping"])
+        return damping if self._adapted is None else damping * self._adapted.used
+
+    def _take_damping(self, blocks: list[Block], refreshing: bool) -> bool:
+        """Before inverses are made: whether all of them have to be, for another lambda."""
+
+        def unit() -> float:
+            return float(torch.stack([block.mean_eigenvalue(block.factors).mean() for block in blocks]).mean())
+
+        return bool(blocks) and self._adapted is not None and self._adapted.renew(refreshing, unit)
+
     def _precondition(self) -> None:
         usable = [block for block in self.blocks.values() if block.factors]
         self._stacks = self._stacks if usable else []
-        if usable and self._must_refresh():
+        whole = bool(usable) and self._must_refresh()
+        follow = [block for block in usable if block.inverts_on_update and self._updated_at == self.steps]
+        if self._take_damping(usable, whole or bool(follow)):
+            follow = usable  # bases stay as they are, and so does the schedule of refreshes
+        if whole:
             with record_function(CURVATURE):
                 self._rebase()
                 self._stacks = self._refresh(usable)
-            self._refreshed_at = self.steps
+            self._refreshed_at = self._inverted_at = self.steps
             self.refreshes += 1
-        elif self._updated_at == self.steps and any(block.inverts_on_update for block in usable):
+        elif follow:
+            self._inverted_at = self.steps
             with record_function(CURVATURE):
-                follow = [block for block in usable if block.inverts_on_update]
-                others = [stack for stack in self._stacks if not stack.blocks[0].inverts_on_update]
+                renewed = {id(block) for block in follow}
+                others = [stack for stack in self._stacks if id(stack.blocks[0]) not in renewed]
                 # In the order of the blocks, as after loading: the KL clip's sum over stacks rounds by its order.
                 order = {id(block): i for i, block in enumerate(self.blocks.values())}
                 self._stacks = sorted(others + self._refresh(follow), key=lambda stack: order[id(stack.blocks[0])])
@@ -613,12 +691,17 @@ class NaturalGradient(CurvatureOptimizer):
         """Set rate and momentum to where the exact quadratic model is least, and nu by the length that it gives."""
         self._check_shown()
         assert self.model is not None and self._inputs is not None and self.likelihood is not None
-        self._kl_scales, self._coefficients = {}, None
+        self._kl_scales, self._coefficients, self._length, self._trust = {}, None, None, None
         if not self._directions:
             return
-        rates = {p: rate(group) for group in self.param_groups for p in group["params"]}
+        # The rate that is found is that of the whole step: what is left for schedules of the groups' to multiply.
+        whole = max((rate(group) for group in self.param_groups), key=float) or 1.0 if self.auto_lr else 1.0
+        rates = {p: rate(group) / whole for group in self.param_groups for p in group["params"]}
         past = {p: self._momentum_of(p) * (rates[p] * self._own_momentum(p)) for p in self._directions}
         pair = [{p: v * rates[p] for p, v in self._directions.items()}, past]
+        if self._judges() and any(group["weight_decay"] for group in self.param_groups):
+            decays = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
+            pair.append({p: p.detach() * (rates[p] * decays[p]) for p in self._directions})
         matrix = fisher_products(self.model, self._inputs, self._shown, self.likelihood, pair)
         stacks = [self._stacked(_reader(own)) for own in pair]
         dampings = [self._dampings(stack.blocks) for stack in self._stacks]
@@ -627,16 +710,25 @@ class NaturalGradient(CurvatureOptimizer):
                 shares = [(shift * inner(a, b)).sum() for shift, a, b in zip(dampings, left, right, strict=True)]
                 matrix[i, j] += torch.stack(shares).sum().double()
         grads = {p: p.grad for p in self._directions if p.grad is not None}
-        slopes = [torch.stack([(g * own[p]).sum().double() for p, g in grads.items()]).sum() for own in pair]
+        slopes = [torch.stack([(g * own[p]).sum().double() for p, g in grads.items()]).sum() for own in pair[:2]]
         free = [float("nan") if auto else 1.0 for auto in (self.auto_lr, self.auto_momentum)]
-        found = minimizer(matrix, torch.stack(slopes), torch.tensor(free, dtype=torch.float64).to(matrix.device))
+        fixed = torch.tensor(free, dtype=torch.float64).to(matrix.device)
+        found = minimizer(matrix[:2, :2], torch.stack(slopes), fixed)
+        if self._judges():
+            shares = [(g * pair[0][p]).sum().double() * rates[p] for p, g in grads.items()]
+            self._trust = torch.stack(shares).sum() / matrix[0, 0]
         self._coefficients = found
         for p in self._directions:
             self._directions[p] = self._directions[p] * found[0].to(self._directions[p].dtype)
-        length = found @ matrix @ found
+        matrix = matrix * whole**2
+        length = found @ matrix[:2, :2] @ found
+        taken = torch.ones_like(matrix[0])
+        taken[:2] = found
         for clip in {group["kl_clip"] for group in self.param_groups} - {None}:
             scale = (self._kappa(clip) / length).sqrt()
             self._kl_scales[clip] = torch.where(scale < 1, scale, torch.ones_like(scale)).float()
+            taken[:2] = found * self._kl_scales[clip]
+        self._length = taken @ matrix @ taken
 
     def _own_momentum(self, p: Tensor) -> float:
         """What multiplies a parameter's past beside the coefficient that is found for it."""
@@ -678,9 +770,8 @@ class NaturalGradient(CurvatureOptimizer):
         return False
 
     def _has_moved(self) -> bool:
-        """Whether the inverses in use are of another F than those of the last step."""
-        follows = any(stack.blocks[0].inverts_on_update for stack in self._stacks)
-        return self._refreshed_at == self.steps or (follows and self._updated_at == self.steps)
+        """Whether the inverses in use are of another F, or lambda, than those of the last step."""
+        return self._inverted_at == self.steps
 
     def _stacked(self, entry: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Something that each parameter has, in the shape of the stacks' gradients."""
@@ -783,23 +874,103 @@ class NaturalGradient(CurvatureOptimizer):
         descend(params, buffers, lr)
 
     def _look_back(self) -> None:
-        """Shorten the step that was taken to the KL divergence that it is found to have, of all ranks' examples."""
-        if self.kl_of != "measured" or self.kl_clip is None:
+        """Judge lambda by the step that was taken, and shorten it to the KL divergence that it is found to have.
+
+        Both are of all ranks' examples, and of one forward pass: where steps are shortened, lambda is judged by the
+        step before it is.
+        """
+        measures = self.kl_of == "measured" and self.kl_clip is not None
+        judges = self._judges() and bool(self._stacks)
+        if not (measures or judges):
             return
         self._check_shown()
         with record_function(CURVATURE):
-            divergence = torch.stack([self._divergence(index) for index in range(len(self._shown))]).mean()
+            found: dict[str, list[Tensor]] = {}
+            for index in range(len(self._shown)):
+                after = self._inputs.again(index)  # type: ignore[union-attr]
+                if measures:
+                    found.setdefault("divergence", []).append(self._divergence(index, after))
+                if judges:
+                    found.setdefault("after", []).append(self._loss(index, after))
+            if judges:
+                found["before"] = self._losses
+            means = {name: torch.stack(values).mean() for name, values in found.items()}
             if communication.world_size() > 1:
-                communication.average_([divergence], torch.ones(1, device=divergence.device))
-            scale = (self._kappa(self.kl_clip) / (2 * divergence)).sqrt()
-            self._measured = torch.where(scale < 1, scale, torch.ones_like(scale))
-            for group in self.param_groups:
-                mine = [p for p in group["params"] if p.grad is not None]
-                buffers, params = real(self.state[p]["momentum_buffer"] for p in mine), real(mine)
-                excess = torch._foreach_mul(buffers, self._measured - 1)
-                descend(params, list(excess), rate(group))
-                torch._foreach_mul_(buffers, self._measured)
-            self._shorten(self._measured)
+                tensors = list(means.values())
+                communication.average_(tensors, torch.ones(len(tensors), device=tensors[0].device))
+            if judges:
+                self._judge(means["before"], means["after"])
+            if measures:
+                self._keep_within(means["divergence"])
+
+    def _keep_within(self, divergence: Tensor) -> None:
+        """Shorten the step that was taken, if it is too long."""
+        assert self.kl_clip is not None
+        scale = (self._kappa(self.kl_clip) / (2 * divergence)).sqrt()
+        self._measured = torch.where(scale < 1, scale, torch.ones_like(scale))
+        for group in self.param_groups:
+            mine = [p for p in group["params"] if p.grad is not None]
+            buffers, params = real(self.state[p]["momentum_buffer"] for p in mine), real(mine)
+            excess = torch._foreach_mul(buffers, self._measured - 1)
+            descend(params, list(excess), rate(group))
+            torch._foreach_mul_(buffers, self._measured)
+        self._shorten(self._measured)
+
+    def _judge(self, before: Tensor, after: Tensor) -> None:
+        """Adapt lambda to what the step that was taken has changed in the loss, beside what was to be expected."""
+        assert self._adapted is not None
+        steps = self._last_steps()
+        slopes = [sum_of_products(p.grad, step) for p, step in steps.items() if p.grad is not None]
+        predicted = torch.stack(slopes).sum() + self._step_length(steps).to(slopes[0]) / 2
+        stated = torch.stack(self._stated).sum()  # micro-batches' shares of one loss
+        trust = predicted.new_tensor(float("inf")) if self._trust is None else self._trust
+        tensors = (before, after, predicted, trust, stated, torch.stack(self._losses).mean())
+        now, then, expected, best, given, own = torch.stack([t.double().cpu() for t in tensors]).tolist()
+        given = -given if all(group["maximize"] for group in self.param_groups) else given
+        if abs(given - own) > 0.02 * abs(own):
+            self._say(
+                f"the loss is {given:.4g} where the likelihood's is {own:.4g}, and damping='auto' compares what steps "
+                "change in the likelihood's with the gradient of the loss: train on likelihood.nll(outputs, targets)"
+            )
+        # Outputs round each for itself, and what is summed of them in float32 or wider.
+        count = sum(outputs.numel() for outputs, _, _ in self._shown)
+        rounding = max(
+            torch.finfo(self._shown[0][0].dtype).eps / max(count, 1) ** 0.5, torch.finfo(self._losses[0].dtype).eps
+        )
+        self._adapted.judge(now, then, expected, 4 * rounding, best)
+
+    def _last_steps(self) -> dict[Tensor, Tensor]:
+        """By parameter what it was moved by in this step, decay included."""
+        found = {}
+        for group in self.param_groups:
+            lr, decay = rate(group), group["weight_decay"] if group["decoupled_decay"] else 0.0
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                step = self.state[p]["momentum_buffer"] * -lr
+                if decay and (shrunk := lr * decay) != 1:  # p is (1 - shrunk) what it was, and the step
+                    step = step - (p - step) * (shrunk / (1 - shrunk))
+                found[p] = step
+        return found
+
+    def _step_length(self, steps: dict[Tensor, Tensor]) -> Tensor:
+        """``dᵀ (F + damping) d`` of the last step d of the layers with curvature.
+
+        With F that of the batch where lr or momentum is ``"auto"``, else that of the inverses in use.
+        """
+        if self._is_auto:
+            return next(iter(steps.values())).new_zeros(()) if self._length is None else self._length
+        if self._knows_length():
+            squares = [q * rate(g) ** 2 for g, q in zip(self.param_groups, self._squares, strict=True)]
+            return torch.stack([q.reshape(()) for q in squares]).sum()
+        return torch.stack(self._squared(self._stacked(_reader(steps)))).sum()
+
+    def _knows_length(self) -> bool:
+        """Whether what the clip remembers is of the whole of the last step."""
+        return len(self._squares) == len(self.param_groups) and not self._decays_apart()
+
+    def _decays_apart(self) -> bool:
+        return any(group["weight_decay"] and group["decoupled_decay"] for group in self.param_groups)
 
     def _shorten(self, share: Tensor) -> None:
         """Bring what is remembered of the last step's length to a share of that length."""
@@ -809,17 +980,27 @@ class NaturalGradient(CurvatureOptimizer):
         """Raise RuntimeError if what the model returned is not known of each of its calls."""
         assert self._inputs is not None
         if not self._shown or len(self._shown) != len(self._inputs.calls):
-            asked = "kl_of='measured'" if self.kl_of == "measured" else "lr or momentum 'auto'"
+            asked = "lr or momentum 'auto'" if self._is_auto else "damping='auto'"
+            asked = "kl_of='measured'" if self.kl_of == "measured" else asked
+            when = "in each step" if self._always_looks else "in some steps"
             raise RuntimeError(
-                f"{asked} looks at what the model returns in each step, and saw {len(self._inputs.calls)} forward "
+                f"{asked} looks at what the model returns {when}, and saw {len(self._inputs.calls)} forward "
                 f"passes for {len(self._shown)} backward(loss, outputs): call the model once for each of them."
             )
 
-    def _divergence(self, index: int) -> Tensor:
+    def _loss(self, index: int, outputs: Tensor) -> Tensor:
+        """The likelihood's loss of a call, with the outputs that it has now."""
+        assert self.likelihood is not None
+        targets = self._shown[index][1]
+        if targets is None:  # of no examples
+            return outputs.new_zeros((), dtype=torch.promote_types(outputs.dtype, torch.float32))
+        return self.likelihood.masked_nll(outputs, targets, self._masks[index])
+
+    def _divergence(self, index: int, now: Tensor) -> Tensor:
         """KL divergence of a call's predictions as they were from those that they are now."""
-        assert self._inputs is not None and self.likelihood is not None
+        assert self.likelihood is not None
         outputs, targets, weights = self._shown[index]
-        before, after = (self.likelihood.observations(o, targets) for o in (outputs, self._inputs.again(index)))
+        before, after = (self.likelihood.observations(o, targets) for o in (outputs, now))
         wide = statistics_dtype(before)
         return (weights * self.likelihood.divergence(before.to(wide), after.to(wide))).sum()
 
@@ -841,7 +1022,10 @@ class NaturalGradient(CurvatureOptimizer):
         return sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in block.cache_shapes().values())
 
     def diagnostics(self) -> dict[str, float]:
-        """Adds how often curvature was updated and inverted, what had to be repaired, and the last KL scale nu."""
+        """Adds how often curvature was updated and inverted, what had to be repaired, and the last KL scale nu.
+
+        Where it is ``"auto"``, also lambda (in ``damping_unit``) and the last ratio of a loss's change to the expected.
+        """
         return super().diagnostics() | {
             "curvature/updates": float(self.updates),
             "curvature/refreshes": float(self.refreshes),
@@ -852,16 +1036,21 @@ class NaturalGradient(CurvatureOptimizer):
         } | self._found()
 
     def _found(self) -> dict[str, float]:
-        """Rate and momentum of the last step, as multiples of what the groups have."""
+        """Rate and momentum of the last step, as multiples of what the groups have; lambda and its last ratio."""
+        adapted: dict[str, float] = {}
+        if self._adapted is not None:
+            known = {"damping": self._adapted.value, "reduction_ratio": self._adapted.ratio}
+            adapted = {f"curvature/{name}": value for name, value in known.items() if value is not None}
         if self._coefficients is None:
-            return {}
+            return adapted
         asked = ((self.auto_lr, "rate"), (self.auto_momentum, "momentum"))
         pairs = zip(asked, self._coefficients.tolist(), strict=True)
-        return {f"curvature/{name}": value for (auto, name), value in pairs if auto}
+        return adapted | {f"curvature/{name}": value for (auto, name), value in pairs if auto}
 
     def _curvature(self) -> dict[str, Any]:
         """See CurvatureOptimizer; also the inverses in use, which may be older than the factors, and all counters."""
-        return super()._curvature() | {
+        adapted = {} if self._adapted is None else {"damping": self._adapted.state()}
+        return super()._curvature() | adapted | {
             "inverses": {block.layer.name: part for stack in self._stacks for block, part in stack.members()},
             "block_updates": dict(self._block_updates),
             "kl_squares": self._kl_squares(),
@@ -892,7 +1081,9 @@ class NaturalGradient(CurvatureOptimizer):
         self.updates, self.refreshes = int(counters["updates"]), int(counters["refreshes"])
         self._refreshed_at = int(counters["refreshed_at"])
         self._variables = counters.get("variables")
-        self._rebased_at = LONG_AGO  # the step that it is of may come again
+        if self._adapted is not None and "damping" in saved:
+            self._adapted.restore(saved["damping"])
+        self._rebased_at = self._inverted_at = LONG_AGO  # the step that it is of may come again
         self._counts = Counts(int(counters["repaired"]), int(counters["floored"]))
         self._block_updates = {name: int(count) for name, count in saved["block_updates"].items()}
         alike: dict[Any, list[tuple[Block, Factors]]] = {}
@@ -943,6 +1134,13 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     if len(left) == 1:
         return torch.dot(left.flatten(), right.flatten()).view(1)
     return (left * right).flatten(1).sum(1)
+
+
+def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product of two tensors of a shape, in the precision of statistics; of complex ones, its real part."""
+    left, right = real([left, right])
+    dtype = statistics_dtype(left)
+    return (left.to(dtype) * right.to(dtype)).sum()
 
 
 def _reader(entries: Mapping[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:

@@ -26,7 +26,7 @@ from optimizers.curvature.samples import Samples
 from optimizers.exact import SampledFisher
 from optimizers.kfac import KFAC
 from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Auto, Fisher, KLOf, KLUnit, Stack, stacked
+from optimizers.natural_gradient import Auto, Fisher, KLOf, KLUnit, Stack, _reader, stacked
 
 Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
 
@@ -81,7 +81,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         params: parameters or groups; default all.
         lr: learning rate; ``auto``: see NaturalGradient.
         momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
-        damping: lambda.
+        damping: lambda; ``auto``: see NaturalGradient.
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         coarse: the vectors of a layer: ``nicolaides``: ones; ``residual``: its share of ``P^-1 (g - (F + L) d0)``,
             renewed in every step; ``tselepidis``: ones, their matrix averaged over updates, the right-hand side R0 g;
@@ -127,7 +127,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         *,
         lr: Auto = 0.1,
         momentum: Auto = 0.9,
-        damping: float = 3e-3,
+        damping: Auto = 3e-3,
         damping_unit: Literal["absolute", "layer"] = "absolute",
         coarse: Coarse = "nicolaides",
         krylov: bool = False,
@@ -273,6 +273,17 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             shares = torch.where(mine, scale.to(shares.dtype), shares)
         self._moving = (shares * seen).to(seen.dtype) if whole else None
 
+    def _step_length(self, steps: dict[Tensor, Tensor]) -> Tensor:
+        """See NaturalGradient. With the samples' F, as in the clip."""
+        if self._is_auto or self._seen is None:
+            return super()._step_length(steps)
+        moves = self._stacked(_reader(steps))
+        if self._moving is None or self._decays_apart():
+            seen = self._images(moves)
+        else:
+            seen = self._of_layers("lr", self._seen) * self._moving
+        return seen.double().sum(0).square().sum() + (self._shifts * self._inner(moves, moves)).sum()
+
     def _shorten(self, share: Tensor) -> None:
         super()._shorten(share)
         self._moving = None if self._moving is None else self._moving * share
@@ -310,7 +321,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         """On refreshes and updates: the damping, the vectors, the matrix of the vectors."""
         layers = [block.layer for stack in self._stacks for block in stack.blocks]
         names = [layer.name for layer in layers]
-        moved = self._refreshed_at == self.steps or names != self._names
+        moved = self._inverted_at == self.steps or names != self._names
         if not moved and self._updated_at != self.steps:
             return
         if names != self._names:

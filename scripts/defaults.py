@@ -248,7 +248,7 @@ def cell(problem: Problem, optimizer: str, seed: int, factor: float = 1.0, optio
     """
     base = problem_config(problem.name)
     node = dict(optimizer_node(optimizer, options_of(optimizer, options)))
-    if factor != 1:
+    if factor != 1 and node["lr"] != "auto":
         node["lr"] = float(f"{factor * node['lr']:.6g}")
     values = {**base.values, "optimizer": node, "seed": seed}
     return Cell(problem, optimizer, seed, factor, RunConfig(values, {**base.choices, "optimizer": optimizer}))

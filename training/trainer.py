@@ -45,7 +45,13 @@ Schedule = Callable[..., LRScheduler]
 log = logging.getLogger(__name__)
 
 
-def backward(optimizer: Optimizer, loss: Tensor, outputs: Tensor | None = None, scale: float = 1.0) -> None:
+def backward(
+    optimizer: Optimizer,
+    loss: Tensor,
+    outputs: Tensor | None = None,
+    scale: float = 1.0,
+    targets: Tensor | None = None,
+) -> None:
     """Leave gradients in ``.grad``: the optimizer's own ``backward`` where it has one, else ``loss.backward()``.
 
     Args:
@@ -53,12 +59,14 @@ def backward(optimizer: Optimizer, loss: Tensor, outputs: Tensor | None = None, 
         loss: scalar; in accumulation, the micro-batch's loss divided by the number of micro-batches.
         outputs: the model's outputs, which methods that sample targets need.
         scale: a gradient scaler's factor inside ``loss``, which curvature must not see.
+        targets: of the loss, for optimizers that ask for them (``needs_targets``).
     """
     own = getattr(optimizer, "backward", None)
     if own is None:
         loss.backward()
     else:
-        own(loss, outputs, scale=scale)
+        told = {"targets": targets} if getattr(optimizer, "needs_targets", False) else {}
+        own(loss, outputs, scale=scale, **told)
 
 
 class Trainer:
@@ -186,7 +194,7 @@ class Trainer:
         if self.monitor is not None and self.monitor not in known:
             raise ValueError(f"monitor must be one of {', '.join(known)}, got {self.monitor!r}")
         if optimizer is not None:
-            self._check_optimizer(optimizer)
+            self._check_optimizer(optimizer, task)
             Scalars(optimizer, scalars or {})
         for callback in callbacks:
             callback.check(task)
@@ -201,13 +209,24 @@ class Trainer:
         with rng.observed(model, inputs.device):
             task.check(model, inputs[:1], targets[:1])
 
-    def _check_optimizer(self, optimizer: Optimizer) -> None:
+    def _check_optimizer(self, optimizer: Optimizer, task: Task) -> None:
         if isinstance(optimizer, Players):
             for player in optimizer.players.values():
-                self._check_optimizer(player)
+                self._check_optimizer(player, task)
         name = type(innermost(optimizer)).__name__
         if self.compile and getattr(optimizer, "needs_graph", False):
             raise ValueError(f"compile must be false for {name}: compiled models have no second derivatives")
+        if getattr(optimizer, "needs_targets", False):
+            if not task.whole:
+                raise UserError(
+                    f"damping must be a number for {task.name}: auto compares likelihoods of targets before and after "
+                    "steps, and this loss is none"
+                )
+            if self.clip_norm is not None:
+                raise ValueError(
+                    "clip_norm must be null where damping is auto, which expects of a step what its gradient says: "
+                    "kl_clip bounds steps"
+                )
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ValueError(f"optimizer {name} calls the model itself, which this loop does not offer: choose another")
@@ -392,7 +411,7 @@ class Trainer:
             run.phases.mark("forward")
             share = loss if self.accumulate == 1 else loss / self.accumulate
             scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0
-            backward(turn.optimizer, run.scaler.scale(share), outputs, scale)
+            backward(turn.optimizer, run.scaler.scale(share), outputs, scale, targets)
             run.phases.mark("backward")
         turn.measure(run.precision.full(outputs.detach()), targets, loss.detach())
         run.phases.mark("measure")

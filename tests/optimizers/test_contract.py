@@ -61,6 +61,7 @@ OPTIMIZERS: dict[str, partial[torch.optim.Optimizer]] = {
     "kfac_exact": partial(KFAC, **KRONECKER, fisher="exact", kl_clip=None, damping=0.1),
     "kfac_measured": partial(KFAC, **KRONECKER, kl_of="measured", kl_warmup=4, damping_unit="layer", damping=1.0),
     "kfac_auto": partial(KFAC, **KRONECKER | {"lr": "auto", "momentum": "auto"}, damping=1.0, decoupled_decay=True),
+    "kfac_damping_auto": partial(KFAC, **KRONECKER, damping="auto"),
     "kfac_direction": partial(KFAC, **KRONECKER, kl_of="direction", early_updates=False),
     "ekfac": partial(EKFAC, **KRONECKER | {"refresh_every": 6}),
     "ekfac_empirical": partial(EKFAC, **KRONECKER | {"fisher": "empirical", "batch_fraction": 0.5, "update_every": 1}),
@@ -144,6 +145,8 @@ def known_failures() -> dict[str, dict[str, str]]:
     for (name, point), reason in EXCEPTIONS.items():
         for one in THEIRS if name == PACKAGED else {name} & set(OPTIMIZERS):
             found[one] |= dict.fromkeys(POINTS.get(point, ()), reason)
+    unstated = "the check's loss states no targets, which damping='auto' asks for"
+    found["kfac_damping_auto"]["check_weight_decay_pulls_to_zero"] = unstated
     return found
 
 

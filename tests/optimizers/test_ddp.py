@@ -34,6 +34,10 @@ CASES |= {
 CASES |= {
     "twolevel_krylov": ("twolevel_kfac", {"krylov": True}),
     "ekfac_rank": ("ekfac_rank", {}),
+    "kfac_damping_auto": ("kfac_damping_auto", {}),
+    "ekfac_damping_auto": ("ekfac", {"damping": "auto", "damping_unit": "layer"}),
+    "twolevel_damping_auto": ("twolevel_kfac", {"damping": "auto", "kl_of": "measured"}),
+    "exact_ng_damping_auto": ("exact_ng", {"damping": "auto", "kl_clip": None}),
     "exact_ng_exact": ("exact_ng", {"fisher": "exact", "blocks": "layer"}),
     **{
         name: (name, {})

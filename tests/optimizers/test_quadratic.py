@@ -68,8 +68,9 @@ def test_rate_and_momentum_are_the_dense_solution(kind: str, method: Any, lr: An
         share = found.get("curvature/momentum", 1.0) * (1.0 if momentum == "auto" else momentum)
         direction = (sums - share * past) / found.get("curvature/rate", 1.0)
         torch.testing.assert_close(dense.flatten([p.detach() for p in params]), before - rate * sums)
-        # The minimum of gᵀ d + dᵀ C d / 2 over d = -rate (a v + b m), for what is free of a and b.
-        basis = torch.stack([rate * direction, rate * past * (1.0 if momentum == "auto" else momentum)], 1)
+        # The minimum of gᵀ d + dᵀ C d / 2 over d = -unit (a v + b m), for what is free of a and b.
+        unit = 1.0 if lr == "auto" else rate  # a rate that is found is the whole step's, which groups' then multiply
+        basis = torch.stack([unit * direction, unit * past * (1.0 if momentum == "auto" else momentum)], 1)
         matrix, slopes = basis.T @ damped @ basis, basis.T @ gradient
         expected = torch.ones(2)
         free = [i for i, auto in enumerate((lr == "auto", momentum == "auto")) if auto]
@@ -101,6 +102,31 @@ def test_the_clip_holds_the_exact_length() -> None:
         assert float(move @ damped @ move) == pytest.approx(1e-3, rel=1e-6)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("groups", [False, True])
+def test_schedules_multiply_the_rate_that_is_found(groups: bool) -> None:
+    """Half the rate is half the step, in whatever proportion groups have theirs; a clip holds what is left."""
+    moves = []
+    for factor, clip in ((1.0, None), (0.5, None), (0.5, 1e-6)):
+        model = net()
+        inputs, targets = batch(0)
+        damped = fisher(model, Categorical(), inputs, targets) + DAMPING * torch.eye(59)
+        params: Any = list(model.parameters())
+        if groups:
+            params = [{"params": params[:2]}, {"params": params[2:], "lr": 0.3}]
+        optimizer = KFAC(model, params, likelihood=Categorical(), lr="auto", damping=DAMPING, kl_clip=clip)
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+        before = dense.flatten([p.detach().clone() for p in model.parameters()])
+        outputs = model(inputs)
+        optimizer.backward(F.cross_entropy(outputs, targets), outputs)
+        optimizer.step()
+        moves.append(dense.flatten([p.detach() for p in model.parameters()]) - before)
+    torch.testing.assert_close(moves[1], moves[0] / 2)
+    assert float(moves[2] @ damped @ moves[2]) == pytest.approx(1e-6, rel=1e-6)
+    torch.testing.assert_close(moves[2] / moves[2].norm(), moves[0] / moves[0].norm())
+
+
 def test_it_trains_with_noise_norms_and_a_fallback() -> None:
     torch.manual_seed(0)
 
@@ -114,7 +140,7 @@ def test_it_trains_with_noise_norms_and_a_fallback() -> None:
             return self.head(self.drop(F.relu(self.norm(self.conv(x))).flatten(1)) + self.shift)
 
     model = Net()
-    optimizer = KFAC(model, likelihood=Categorical(), lr="auto", momentum="auto")
+    optimizer = KFAC(model, likelihood=Categorical(), lr="auto", momentum="auto", kl_clip=1e-2)
     inputs = torch.randn(32, 1, 8, 8)
     targets = inputs.flatten(1)[:, :10].argmax(1)
     losses = []
