@@ -194,7 +194,7 @@ class AdaHessian(CurvatureOptimizer):
         params: nn.Module | Params,
         *,
         model: nn.Module | None = None,
-        lr: float = 0.15,
+        lr: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
         weight_decay: float = 0.0,

@@ -108,7 +108,7 @@ class ExactNaturalGradient(SampledFisher):
             in either case).
         kl_clip: kappa; None: off.
         kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
-        kl_unit: kappa is of each ``variable`` that is predicted (a pixel, say), or of an ``observation`` (the image).
+        kl_unit: kappa is of an ``observation``, each ``variable`` that it predicts, or the ``root`` of their number.
         kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that F is taken on.
@@ -139,7 +139,7 @@ class ExactNaturalGradient(SampledFisher):
         blocks: Literal["full", "layer"] = "full",
         kl_clip: float | None = 1e-3,
         kl_of: KLOf = "step",
-        kl_unit: KLUnit = "variable",
+        kl_unit: KLUnit = "root",
         kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 1.0,

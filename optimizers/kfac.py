@@ -52,7 +52,7 @@ class KFAC(NaturalGradient):
         pi: split the factored damping by ``pi² = (tr A / dim A) / (tr G / dim G)``; false: evenly.
         kl_clip: kappa; None: off.
         kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
-        kl_unit: kappa is of each ``variable`` that is predicted (a pixel, say), or of an ``observation`` (the image).
+        kl_unit: kappa is of an ``observation``, each ``variable`` that it predicts, or the ``root`` of their number.
         kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that statistics are taken on.
@@ -91,7 +91,7 @@ class KFAC(NaturalGradient):
         pi: bool = True,
         kl_clip: float | None = 1e-3,
         kl_of: KLOf = "step",
-        kl_unit: KLUnit = "variable",
+        kl_unit: KLUnit = "root",
         kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 1.0,
@@ -144,7 +144,7 @@ class EKFAC(NaturalGradient):
         damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         kl_clip: kappa; None: off.
         kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
-        kl_unit: kappa is of each ``variable`` that is predicted (a pixel, say), or of an ``observation`` (the image).
+        kl_unit: kappa is of an ``observation``, each ``variable`` that it predicts, or the ``root`` of their number.
         kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
         fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that statistics are taken on.
@@ -184,7 +184,7 @@ class EKFAC(NaturalGradient):
         damping_unit: Literal["absolute", "layer"] = "absolute",
         kl_clip: float | None = 1e-3,
         kl_of: KLOf = "step",
-        kl_unit: KLUnit = "variable",
+        kl_unit: KLUnit = "root",
         kl_warmup: int = 0,
         fisher: Fisher = "sampled",
         batch_fraction: float = 1.0,

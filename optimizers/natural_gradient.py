@@ -40,7 +40,7 @@ LARGE = 512
 
 Fisher = Literal["sampled", "empirical", "exact"]
 KLOf = Literal["step", "direction", "measured"]
-KLUnit = Literal["variable", "observation"]
+KLUnit = Literal["root", "variable", "observation"]
 Auto = float | Literal["auto"]
 
 
@@ -144,9 +144,10 @@ class NaturalGradient(CurvatureOptimizer):
             and where ``2 d > kl_clip`` the step is shortened by the root of their ratio. The model's F is an average
             over steps without the terms between layers, and can be wrong by a factor of ten; this costs a third of a
             step.
-        kl_unit: kappa is of each ``"variable"`` that is predicted (``Likelihood.variables``: one for a softmax, as many
-            as there are pixels for an image), so that one value suits both; or of a whole ``"observation"``, as
-            published.
+        kl_unit: kappa is of a whole ``"observation"``, as published; of each ``"variable"`` that it predicts
+            (``Likelihood.variables``: one for a softmax, as many as there are pixels for an image); or of the
+            ``"root"`` of their number. Pixels of an image depend on each other: of the three, it is the root with
+            which one value serves labels, texts and images.
         kl_warmup: the radius ``sqrt(kl_clip)`` grows over so many steps, the k-th one having k / kl_warmup of it: the
             curvature of a first batch is not to be trusted any farther.
         damping_unit: lambda is ``"absolute"``, or in units of the mean eigenvalue of each ``"layer"``.
@@ -230,7 +231,7 @@ class NaturalGradient(CurvatureOptimizer):
                 raise ValueError(f"likelihood must be given for {name}, such as Categorical()")
         if self._is_auto and kl_of == "direction":
             raise ValueError("kl_of must be 'step' or 'measured' where lr or momentum is 'auto'")
-        check_choice("kl_unit", kl_unit, ("variable", "observation"))
+        check_choice("kl_unit", kl_unit, ("root", "variable", "observation"))
         check_range("kl_warmup", kl_warmup, 0)
         check_choice("fisher", fisher, ("sampled", "empirical", "exact"))
         if likelihood is None and fisher != "empirical":
@@ -738,9 +739,10 @@ class NaturalGradient(CurvatureOptimizer):
     def _kappa(self, kl_clip: float) -> float:
         """What bounds twice the KL divergence of an observation in this step, units and warm-up included."""
         share = min(1.0, (self.steps + 1) / self.kl_warmup) if self.kl_warmup else 1.0
-        if self.kl_unit == "variable" and self._variables is None and getattr(self.likelihood, "independent", False):
+        power = {"observation": 0.0, "root": 0.5, "variable": 1.0}[self.kl_unit]
+        if power and self._variables is None and getattr(self.likelihood, "independent", False):
             self._say("kl_clip is of whole observations until outputs are given: call backward(loss, outputs)")
-        return kl_clip * share**2 * (self._variables or 1 if self.kl_unit == "variable" else 1)
+        return kl_clip * share**2 * (self._variables or 1) ** power
 
     def _lengths(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
         """``xᵀ (F + damping) x`` of each group's layers, which move as a whole, x being what ``kl_of`` says: no lr."""

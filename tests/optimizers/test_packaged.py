@@ -268,7 +268,7 @@ def test_options_of_any_class_by_its_name() -> None:
         ("optimizer=pytorch_optimizer optimizer.name=SophiaH", r"^optimizer.name must not be SophiaH, which needs"),
         ("optimizer=pytorch_optimizer optimizer.name=SAM", r"^optimizer.name must not be SAM, which wraps another"),
         ("optimizer=torch optimizer.name=[1]", r"^optimizer.name must be text, got \[1\]$"),
-        ("optimizer=torch +optimizer.bettas=[0.9,0.99]", r"^optimizer.bettas: RAdam .* \(did you mean 'betas'\?\)$"),
+        ("optimizer=torch +optimizer.bettas=[0.9,0.99]", r"^optimizer.bettas: NAdam .* \(did you mean 'betas'\?\)$"),
         ("optimizer=torch +optimizer.betas=[0.9]", r"^optimizer.betas must be a list of 2 values"),
         ("optimizer=torch optimizer.eps=1", r"not in the file of this optimizer: add it with \+optimizer.eps=1$"),
         ("optimizer=torch +optimizer.lr=1", r"cannot be added with \+: write optimizer.lr=1$"),
