@@ -541,7 +541,8 @@ def _beside(results: Results, optimizer: str, problem: Problem) -> bool | None:
     return own is not None and (its is None or _loss(problem, own) <= _loss(problem, its))
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, a line each, and an empty one."""
     rule = ["---", *("---:" for _ in titles[1:])]
     return [f"| {' | '.join(line)} |" for line in (titles, rule, *rows)] + [""]
 
@@ -576,9 +577,9 @@ def page(results: Results, options: Sequence[str] = (), notes: str = "") -> str:
         config = problem_config(it.name).values
         least = f"{100 * it.least:g} %" if it.metric == "accuracy" else ""
         rows.append([_title(it), it.title, str(it.steps), str(config["dataset"]["batch_size"]), it.metric, least])
-    lines += _table(["problem", "what it is", "steps", "batch", "measured", "at least"], rows)
+    lines += markdown(["problem", "what it is", "steps", "batch", "measured", "at least"], rows)
     lines += ["## At default values", ""]
-    lines += _table(titles, [[name, *(_value(results, name, it) for it in problems)] for name in known])
+    lines += markdown(titles, [[name, *(_value(results, name, it) for it in problems)] for name in known])
     counted = [(name, it) for name in known for it in problems if results.seeds(name, it)]
     failed = [(name, it) for name, it in counted if not results.learned(name, it)]
     lines += [f"{len(failed)} of {len(counted)} cells do not learn." if counted else "Nothing was run.", ""]
@@ -599,7 +600,7 @@ def _rates(results: Results) -> list[str]:
         f"farther than {100 * NEAR_ACCURACY:g} points or {100 * NEAR_LOSS:g} %.",
         "",
     ]  # fmt: skip
-    lines += _table(["optimizer", *map(_title, problems)], rows)
+    lines += markdown(["optimizer", *map(_title, problems)], rows)
     entries = [text for row in rows for text in row[1:] if text]
     far = sum(text.startswith("**") for text in entries)
     return [*lines, f"{len(entries) - far} of {len(entries)} are near their best.", ""]
@@ -620,7 +621,7 @@ def _reference(results: Results) -> list[str]:
     if not rows:
         return []
     lines = ["## Beside Adam at its default values", "", "On how many problems the mean reaches Adam's.", ""]
-    return lines + _table(["optimizer", "to choose by", "held out", "together", "short of Adam on"], rows)
+    return lines + markdown(["optimizer", "to choose by", "held out", "together", "short of Adam on"], rows)
 
 
 def _costs(results: Results) -> list[str]:
@@ -632,7 +633,7 @@ def _costs(results: Results) -> list[str]:
     for name in results.optimizers:
         seconds = [[it.seconds for it in results.seeds(name, problem)] for problem in results.problems]
         rows.append([name, *(f"{fmean(some):.3g}" if some else "" for some in seconds)])
-    return lines + _table(["optimizer", *map(_title, results.problems)], rows) if rows else []
+    return lines + markdown(["optimizer", *map(_title, results.problems)], rows) if rows else []
 
 
 def write_page(path: Path, options: Sequence[str] = (), split: str = "test") -> Path:
