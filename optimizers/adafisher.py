@@ -11,13 +11,12 @@ Fisher block, of which the paper's Proposition 3.1 is an approximation.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from optimizers.base import CurvatureOptimizer, OfGroups, Params, descend, descend_scaled, rate, real
+from optimizers.base import CurvatureOptimizer, OfGroups, Params, descend, descend_scaled, limit_, rate, real
 from optimizers.checks import check_choice, check_range
 from optimizers.curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
 from optimizers.curvature.layers import AffineLayer, Layer
@@ -109,11 +108,6 @@ class AdaFisher(CurvatureOptimizer):
         self._owner: dict[Tensor, Approximation] = {}
         self._attach()
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        if group.get("max_update") is not None:
-            check_range("max_update", group["max_update"], 0, open_low=True)
-
     def _attach(self) -> None:
         super()._attach()
         self._watch(self._block)
@@ -182,12 +176,7 @@ class AdaFisher(CurvatureOptimizer):
             return
         updates = list(torch._foreach_div(moments, fisher))
         torch._foreach_mul_(updates, sizes)
-        limits = [group["max_update"] * math.sqrt(u.numel()) for u in updates]
-        wide = torch.float64 if any(u.dtype == torch.float64 for u in updates) else torch.float32
-        shares = torch._foreach_reciprocal(torch._foreach_norm(updates, 2, dtype=wide))
-        torch._foreach_mul_(shares, limits)
-        torch._foreach_clamp_max_(shares, 1.0)
-        torch._foreach_mul_(updates, [share.to(u.dtype) for share, u in zip(shares, updates, strict=True)])
+        limit_(updates, group["max_update"])
         descend(real(params), updates, lr)
 
     def _cache_bytes(self, block: Approximation) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -207,6 +208,15 @@ def descend_scaled(
         torch._foreach_addcdiv_(params, moments, denominators, [-lr * size for size in sizes])
 
 
+def limit_(updates: list[Tensor], largest: float) -> None:
+    """Shorten, in place, tensors whose root mean square is above ``largest`` (Shazeer & Stern, 2018, section 6)."""
+    wide = torch.float64 if any(u.dtype == torch.float64 for u in updates) else torch.float32
+    shares = torch._foreach_reciprocal(torch._foreach_norm(updates, 2, dtype=wide))
+    torch._foreach_mul_(shares, [largest * math.sqrt(u.numel()) for u in updates])
+    torch._foreach_clamp_max_(shares, 1.0)
+    torch._foreach_mul_(updates, [share.to(u.dtype) for share, u in zip(shares, updates, strict=True)])
+
+
 @dataclass
 class Coverage:
     """Which parameters have which curvature, as a table (``str(coverage)``).
@@ -341,8 +351,10 @@ class CurvatureOptimizer(Optimizer):
         return {"maximize": bool(flags.get("maximize", False))}
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for a group with a value of its own for what is the whole optimizer's."""
+        """Raise ValueError for a value out of its range, or a group's own for what is the whole optimizer's."""
         self._checked_flags({name: group[name] for name in UNUSED_FLAGS if name in group})
+        if group.get("max_update") is not None:
+            check_range("max_update", group["max_update"], 0, open_low=True)
         for name in inspect.signature(type(self).__init__).parameters:
             if name in group and name not in self.defaults and name not in ("params", "model"):
                 mine = getattr(self, name, getattr(getattr(self, "options", None), name, None))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, adopted, descend, rate, real
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params, adopted, descend, limit_, rate, real
 from optimizers.checks import check_choice, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
@@ -270,11 +270,14 @@ class FishLeg(CurvatureOptimizer):
 
     Args:
         model: the whole module; it returns its outputs as one tensor.
-        params: parameters or groups; default all. ``lr, momentum, damping, weight_decay, fallback_lr`` may differ
-            between groups.
+        params: parameters or groups; default all. ``lr, momentum, damping, max_update, weight_decay, fallback_lr``
+            may differ between groups.
         lr: learning rate (η).
         momentum: decay of the average of natural gradients (β); no bias correction.
         damping: γ; of the Fisher matrix, in the units of the loss. May be scheduled: Q follows.
+        max_update: largest root mean square over a tensor of a natural gradient, which is shortened to it before it
+            goes into the average: until Q is learned, steps are plain gradients as long as the loss is steep. None:
+            none, as published.
         weight_decay: decoupled: ``θ -= lr weight_decay θ``.
         aux_lr: Adam's rate for λ. The published 1e-4 is careful: 1e-3 learns Q faster, and much more may diverge.
         aux_betas: Adam's decays for λ.
@@ -315,6 +318,7 @@ class FishLeg(CurvatureOptimizer):
         lr: float = 0.005,
         momentum: float = 0.9,
         damping: float = 0.1,
+        max_update: float | None = 1.0,
         weight_decay: float = 1e-5,
         aux_lr: float = 1e-4,
         aux_betas: tuple[float, float] = (0.9, 0.999),
@@ -360,6 +364,7 @@ class FishLeg(CurvatureOptimizer):
             "lr": lr,
             "momentum": momentum,
             "damping": damping,
+            "max_update": max_update,
             "weight_decay": weight_decay,
             "fallback_lr": fallback_lr,
         }
@@ -702,6 +707,8 @@ class FishLeg(CurvatureOptimizer):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if group["max_update"] is not None and (own := [p for p in params if p not in {p for p, _ in bare}]):
+            limit_([self._directions[p] for p in own], group["max_update"])
         directions = [self._directions.pop(p) for p in params]
         buffers, params = real(self.state[p]["momentum_buffer"] for p in params), real(params)
         torch._foreach_lerp_(buffers, directions, 1 - beta)

@@ -80,7 +80,7 @@ def fisher_product(optimizer: FishLeg, v: dict[Tensor, Tensor], inputs: list[Ten
 def test_a_step_multiplies_the_gradient_by_the_dense_inverse(name: str) -> None:
     layer, x = layer_and_input(name)
     model = nn.Sequential(layer, nn.Flatten())
-    optimizer = FishLeg(model, lr=1.0, momentum=0.0, weight_decay=0.0, likelihood=Gaussian())
+    optimizer = FishLeg(model, lr=1.0, momentum=0.0, weight_decay=0.0, max_update=None, likelihood=Gaussian())
     shaken(optimizer)
     before = [p.detach().clone() for p in layer.parameters()]
     optimizer.backward(model(x).square().sum())
@@ -150,8 +150,9 @@ def test_the_first_steps_are_those_of_sgd() -> None:
         models, batch = [conv_net(), conv_net()], images()
         models[1].load_state_dict(models[0].state_dict())
         optimizer = FishLeg(
-            models[0], lr=0.01, momentum=0.0, weight_decay=0.0, aux_every=3, likelihood=Categorical(), **options
-        )
+            models[0], lr=0.01, momentum=0.0, max_update=None, weight_decay=0.0, aux_every=3, likelihood=Categorical(),
+            **options,
+        )  # fmt: skip
         sgd = torch.optim.SGD(models[1].parameters(), lr=0.01 * rate)
         for step in range(4):
             train(optimizer, models[0], batch, Categorical())
@@ -422,7 +423,7 @@ def test_steps_by_hand(u: str, preconditioned: bool) -> None:
     layers = {"0": model[0], "1": model[1], "4": model[4], "6": model[6]}
     optimizer = FishLeg(
         model, lr=lr, momentum=beta, weight_decay=decay, damping=damping, aux_lr=aux_lr, aux_every=1, aux_steps=2,
-        u=u, precondition_aux=preconditioned, likelihood=likelihood, seed=5,
+        u=u, precondition_aux=preconditioned, likelihood=likelihood, seed=5, max_update=None,
     )  # fmt: skip
     shaken(optimizer)
     factors = {
@@ -785,3 +786,29 @@ def test_the_learned_sigma_moves_with_fishleg() -> None:
         train(optimizer, model, batch, likelihood)
     assert float(likelihood.sigma) == pytest.approx(0.3, rel=0.1)
     assert optimizer.updates > 40
+
+
+@pytest.mark.usefixtures("float64")
+def test_natural_gradients_are_no_longer_than_their_limit() -> None:
+    """Tensor by tensor, before they are averaged; the fallback's have a length of their own."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(8, 5), torch.randint(3, (8,))
+    moves = []
+    for limit in (None, 1e-3):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        optimizer = FishLeg(
+            model, lr=0.1, momentum=0.0, weight_decay=0.0, max_update=limit, skip="2", likelihood=Categorical()
+        )
+        before = [p.detach().clone() for p in model.parameters()]
+        outputs = model(inputs)
+        optimizer.backward(F.cross_entropy(outputs, targets), outputs)
+        optimizer.step()
+        moves.append([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    free, held = moves
+    for index, (whole, short) in enumerate(zip(free, held, strict=True)):
+        length = float(whole.square().mean().sqrt()) / 0.1
+        assert length > 1e-3
+        torch.testing.assert_close(short, whole * (1e-3 / length if index < 2 else 1.0))
+    with pytest.raises(ValueError, match="max_update must be in"):
+        FishLeg(model, max_update=0.0, likelihood=Categorical())
