@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from optimizers.base import CurvatureOptimizer, OfGroups, Params, descend, descend_scaled, limit_, rate, real
+from optimizers.base import CurvatureOptimizer, OfGroups, Params, descend_scaled, rate, real
 from optimizers.checks import check_choice, check_range
 from optimizers.curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
 from optimizers.curvature.layers import AffineLayer, Layer
@@ -170,14 +170,7 @@ class AdaFisher(CurvatureOptimizer):
         fisher = [self._fisher[p][1] if p in self._fisher else fallback[p] for p in params]
         if decay and self.decoupled_decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        sizes = [1 / c for c in corrections]
-        if group["max_update"] is None:
-            descend_scaled(real(params), moments, fisher, sizes, lr)
-            return
-        updates = list(torch._foreach_div(moments, fisher))
-        torch._foreach_mul_(updates, sizes)
-        limit_(updates, group["max_update"])
-        descend(real(params), updates, lr)
+        descend_scaled(real(params), moments, fisher, [1 / c for c in corrections], lr, group["max_update"])
 
     def _cache_bytes(self, block: Approximation) -> int:
         return sum(p.numel() * p.element_size() for p in block.layer.parameters)  # F~

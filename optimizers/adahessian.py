@@ -176,6 +176,8 @@ class AdaHessian(CurvatureOptimizer):
         lr: learning rate (eta).
         betas: decay of the gradient's and of the squared curvature's averages (beta_1, beta_2).
         eps: added to the denominator.
+        max_update: largest root mean square over a tensor of the update ``m / (D + eps)``, which is shortened to it:
+            where there is almost no curvature, a Newton step has no end. None: none, as published.
         weight_decay: decoupled, as in AdamW.
         hessian_power: k in [0, 1]; 1 is a Newton-like step, 0 is momentum.
         hessian_every: steps between curvature estimates; in between the last average stands.
@@ -197,6 +199,7 @@ class AdaHessian(CurvatureOptimizer):
         lr: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
+        max_update: float | None = 1.0,
         weight_decay: float = 0.0,
         hessian_power: float = 1.0,
         hessian_every: int = 1,
@@ -220,6 +223,7 @@ class AdaHessian(CurvatureOptimizer):
             "lr": lr,
             "betas": tuple(betas),
             "eps": eps,
+            "max_update": max_update,
             "weight_decay": weight_decay,
             "hessian_power": hessian_power,
         }
@@ -402,7 +406,7 @@ class AdaHessian(CurvatureOptimizer):
         sizes = [scale / c for (_, scale), c in zip(denominators, corrections, strict=True)]
         if decay:
             torch._foreach_mul_(params, 1 - lr * decay)
-        descend_scaled(params, moments, [d for d, _ in denominators], sizes, lr)
+        descend_scaled(params, moments, [d for d, _ in denominators], sizes, lr, group["max_update"])
 
     def _reset(self) -> None:
         super()._reset()

@@ -196,18 +196,6 @@ def descend(params: list[Tensor], directions: list[Tensor], lr: float | Tensor) 
         torch._foreach_add_(params, directions, alpha=-lr)
 
 
-def descend_scaled(
-    params: list[Tensor], moments: list[Tensor], denominators: list[Tensor], sizes: list[float], lr: float | Tensor
-) -> None:
-    """``params -= lr * sizes * moments / denominators``, in place."""
-    if isinstance(lr, Tensor):
-        steps = torch._foreach_div(moments, denominators)
-        torch._foreach_mul_(steps, sizes)
-        descend(params, list(steps), lr)
-    else:
-        torch._foreach_addcdiv_(params, moments, denominators, [-lr * size for size in sizes])
-
-
 def limit_(updates: list[Tensor], largest: float) -> None:
     """Shorten, in place, tensors whose root mean square is above ``largest`` (Shazeer & Stern, 2018, section 6)."""
     wide = torch.float64 if any(u.dtype == torch.float64 for u in updates) else torch.float32
@@ -215,6 +203,25 @@ def limit_(updates: list[Tensor], largest: float) -> None:
     torch._foreach_mul_(shares, [largest * math.sqrt(u.numel()) for u in updates])
     torch._foreach_clamp_max_(shares, 1.0)
     torch._foreach_mul_(updates, [share.to(u.dtype) for share, u in zip(shares, updates, strict=True)])
+
+
+def descend_scaled(
+    params: list[Tensor],
+    moments: list[Tensor],
+    denominators: list[Tensor],
+    sizes: list[float],
+    lr: float | Tensor,
+    largest: float | None = None,
+) -> None:
+    """``params -= lr * updates``, in place, of ``sizes * moments / denominators``, each no longer than ``largest``."""
+    if isinstance(lr, Tensor) or largest is not None:
+        updates = list(torch._foreach_div(moments, denominators))
+        torch._foreach_mul_(updates, sizes)
+        if largest is not None:
+            limit_(updates, largest)
+        descend(params, updates, lr)
+    else:
+        torch._foreach_addcdiv_(params, moments, denominators, [-lr * size for size in sizes])
 
 
 @dataclass
