@@ -117,8 +117,9 @@ def test_steps_by_hand(power: float) -> None:
     model, (inputs, targets) = small_net(), images()
     params = list(model.parameters())
     optimizer = AdaHessian(
-        model, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay, hessian_power=power, hessian_every=2, seed=4
-    )
+        model, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay, hessian_power=power, hessian_every=2, seed=4,
+        max_update=None,
+    )  # fmt: skip
     theta = [p.detach().clone() for p in params]
     m = [torch.zeros_like(p) for p in params]
     v = [torch.zeros_like(p) for p in params]
@@ -314,3 +315,22 @@ def test_every_problem_has_second_derivatives() -> None:
         optimizer.backward(F.cross_entropy(model(inputs), targets))
         optimizer.step()
         assert all(bool(p.isfinite().all()) for p in model.parameters()), name
+
+
+@pytest.mark.usefixtures("float64")
+def test_updates_are_no_longer_than_their_limit() -> None:
+    inputs, targets = images()
+    moves = []
+    for limit in (None, 0.05):
+        torch.manual_seed(0)
+        model = small_net()
+        optimizer = AdaHessian(model, lr=0.1, max_update=limit)
+        before = [p.detach().clone() for p in model.parameters()]
+        outputs = model(inputs)
+        optimizer.backward(F.cross_entropy(outputs, targets), outputs)
+        optimizer.step()
+        moves.append([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    lengths = [float(whole.square().mean().sqrt()) / 0.1 for whole in moves[0]]
+    assert max(lengths) > 0.05
+    for whole, short, length in zip(*moves, lengths, strict=True):
+        torch.testing.assert_close(short, whole * min(1.0, 0.05 / length))
