@@ -38,7 +38,7 @@ class AdaFisher(CurvatureOptimizer):
         model: the whole module.
         params: parameters or groups; default all. ``lr, momentum, damping, decay, max_update, weight_decay, maximize``
             may differ between groups (a layer takes the decay of its weight's).
-        lr: learning rate (alpha in the paper).
+        lr: learning rate (alpha in the paper); 1e-3 with ``ema="reference"`` and no limit, as published.
         momentum: decay of the first moment (beta_1).
         damping: added to every curvature (Lambda). With ``ema="reference"`` curvature settles below 1e-4, so the
             published 1e-3 dominates it: ``diagnostics()`` reports the share of directions in which it does not.
@@ -50,8 +50,8 @@ class AdaFisher(CurvatureOptimizer):
         normalize: ``"minmax"`` scales each new factor to [0, 1]; ``"none"`` keeps its units (the per-example loss's).
         damping_mode: ``"absolute"``, or ``"relative"``: Lambda times the layer's mean curvature.
         max_update: largest root mean square over a tensor of the update ``m / F~``, which is shortened to it (Shazeer &
-            Stern, "Adafactor", 2018, section 6): no step is longer than about Adam's at this lr, whatever the scale of
-            the loss and however curvature falls from one update to the next. None: none, as published.
+            Stern, "Adafactor", 2018, section 6): no step is longer than ``lr max_update``, whatever the scale of the
+            loss and however curvature falls from one update to the next. None: none, as published.
         weight_decay: L2 coefficient.
         loss_reduction: how the loss sums over examples; matters for ``normalize="none"`` only.
         flags: torch's; see CurvatureOptimizer.
@@ -69,15 +69,15 @@ class AdaFisher(CurvatureOptimizer):
         model: nn.Module,
         params: Params | None = None,
         *,
-        lr: float = 1e-3,
+        lr: float = 2e-2,
         momentum: float = 0.9,
         damping: float = 1e-3,
         decay: float = 0.8,
         update_every: int = 100,
-        ema: Literal["reference", "average"] = "reference",
+        ema: Literal["reference", "average"] = "average",
         normalize: Literal["minmax", "none"] = "minmax",
         damping_mode: Literal["absolute", "relative"] = "absolute",
-        max_update: float | None = 1.0,
+        max_update: float | None = 0.1,
         weight_decay: float = 0.0,
         loss_reduction: Literal["mean", "sum"] = "mean",
         **flags: Any,

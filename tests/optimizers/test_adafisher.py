@@ -149,7 +149,7 @@ def test_reference_recursion_by_hand(decoupled: bool) -> None:
     model = nn.Linear(3, 2).double()
     cls = AdaFisherW if decoupled else AdaFisher
     options = {"lr": lr, "momentum": beta, "damping": damping, "decay": gamma, "weight_decay": decay}
-    optimizer = cls(model, update_every=2, max_update=None, **options)
+    optimizer = cls(model, update_every=2, ema="reference", max_update=None, **options)
     inputs, targets = torch.randn(5, 3), torch.randint(0, 2, (5,))
 
     theta = torch.cat([model.weight, model.bias.unsqueeze(1)], dim=1).detach().clone()  # [d_out, d_in + 1]
@@ -273,7 +273,7 @@ def test_overflowed_statistics_are_rejected_and_counted() -> None:
 def test_published_settings_are_dominated_by_lambda() -> None:
     """The known limit of ema="reference": after three updates no direction's curvature exceeds Lambda."""
     model = mlp()
-    optimizer = AdaFisher(model, update_every=1)
+    optimizer = AdaFisher(model, update_every=1, ema="reference")
     inputs, targets = images()
     shares = []
     for _ in range(3):
