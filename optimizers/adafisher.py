@@ -69,7 +69,7 @@ class AdaFisher(CurvatureOptimizer):
         model: nn.Module,
         params: Params | None = None,
         *,
-        lr: float = 2e-2,
+        lr: float = 1e-2,
         momentum: float = 0.9,
         damping: float = 1e-3,
         decay: float = 0.8,
