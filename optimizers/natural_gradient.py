@@ -269,7 +269,7 @@ class NaturalGradient(CurvatureOptimizer):
         self._adapted = AdaptiveDamping(1.0 if damping_unit == "layer" else None) if self.auto_damping else None
         self._block_updates: dict[str, int] = {}
         self._counts = Counts()
-        self._variables: int | None = None  # that an observation holds, once outputs were seen
+        self._variables = 0  # that an observation holds; 0 until outputs were seen
         self._stacks: list[Stack] = []
         self._directions: dict[Tensor, Tensor] = {}
         self._kl_scales: dict[float, Tensor] = {}  # nu by kl_clip
@@ -740,9 +740,9 @@ class NaturalGradient(CurvatureOptimizer):
         """What bounds twice the KL divergence of an observation in this step, units and warm-up included."""
         share = min(1.0, (self.steps + 1) / self.kl_warmup) if self.kl_warmup else 1.0
         power = {"observation": 0.0, "root": 0.5, "variable": 1.0}[self.kl_unit]
-        if power and self._variables is None and getattr(self.likelihood, "independent", False):
+        if power and not self._variables and getattr(self.likelihood, "independent", False):
             self._say("kl_clip is of whole observations until outputs are given: call backward(loss, outputs)")
-        return kl_clip * share**2 * (self._variables or 1) ** power
+        return kl_clip * share**2 * max(self._variables, 1) ** power
 
     def _lengths(self, gradients: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
         """``xᵀ (F + damping) x`` of each group's layers, which move as a whole, x being what ``kl_of`` says: no lr."""
@@ -1082,7 +1082,7 @@ class NaturalGradient(CurvatureOptimizer):
         counters = saved["counters"]
         self.updates, self.refreshes = int(counters["updates"]), int(counters["refreshes"])
         self._refreshed_at = int(counters["refreshed_at"])
-        self._variables = counters.get("variables")
+        self._variables = int(counters.get("variables", 0))
         if self._adapted is not None and "damping" in saved:
             self._adapted.restore(saved["damping"])
         self._rebased_at = self._inverted_at = LONG_AGO  # the step that it is of may come again
