@@ -79,7 +79,7 @@ def test_newtons_step_on_a_bowl() -> None:
 
 
 def _adahessian(tensors: list[Tensor], lr: float, eps: float) -> torch.optim.Optimizer:
-    return AdaHessian(tensors, lr=lr, eps=eps)
+    return AdaHessian(tensors, lr=lr, eps=eps, max_update=None)
 
 
 def test_the_rate_that_ends_lowest_is_chosen_and_divergence_never() -> None:

@@ -91,8 +91,8 @@ def test_the_learned_gaussian_is_the_normal_density() -> None:
     [
         lambda model, groups, likelihood: torch.optim.SGD(groups, lr=0.02),
         lambda model, groups, likelihood: torch.optim.Adam(groups, lr=0.02),
-        lambda model, groups, likelihood: AdaFisher(model, groups, lr=5e-5),
-        lambda model, groups, likelihood: AdaHessian(groups, lr=0.02),
+        lambda model, groups, likelihood: AdaFisher(model, groups, lr=5e-5, ema="reference", max_update=None),
+        lambda model, groups, likelihood: AdaHessian(groups, lr=0.02, max_update=None),
         lambda model, groups, likelihood: KFAC(model, groups, lr=0.02, fallback_lr=0.02, likelihood=likelihood),
     ],
     ids=["sgd", "adam", "adafisher", "adahessian", "kfac"],

@@ -175,8 +175,8 @@ def fit(
 OPTIMIZERS: dict[str, tuple[Callable[[nn.Module, Any], torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (lambda m, _: torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9), {}),
     "adamw": (lambda m, _: torch.optim.AdamW(m.parameters(), lr=3e-3), {}),
-    "adafisherw": (lambda m, _: optimizers.AdaFisherW(m, lr=1e-3, update_every=2), {}),
-    "adafisherw, untied": (lambda m, _: optimizers.AdaFisherW(m, lr=1e-3, update_every=2), {"tie": False}),
+    "adafisherw": (lambda m, _: optimizers.AdaFisherW(m, lr=3e-2, update_every=2), {}),
+    "adafisherw, untied": (lambda m, _: optimizers.AdaFisherW(m, lr=3e-2, update_every=2), {"tie": False}),
     "kfac": (lambda m, fit: optimizers.KFAC(m, lr=0.1, likelihood=fit, update_every=2, refresh_every=4), {}),
     "kfac, untied, wide head": (
         lambda m, fit: optimizers.KFAC(m, lr=0.1, likelihood=fit, update_every=2, refresh_every=4, max_factor_dim=10),
