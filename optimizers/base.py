@@ -196,13 +196,21 @@ def descend(params: list[Tensor], directions: list[Tensor], lr: float | Tensor) 
         torch._foreach_add_(params, directions, alpha=-lr)
 
 
-def limit_(updates: list[Tensor], largest: float) -> None:
-    """Shorten, in place, tensors whose root mean square is above ``largest`` (Shazeer & Stern, 2018, section 6)."""
+def limited(updates: list[Tensor], largest: float, sizes: list[float]) -> list[float] | list[Tensor]:
+    """``sizes``, less where the root mean square of ``size * update`` is above ``largest`` (Shazeer & Stern, 2018, 6).
+
+    Numbers on a CPU; tensors of no dimension on an accelerator, to read which would wait.
+    """
     wide = torch.float64 if any(u.dtype == torch.float64 for u in updates) else torch.float32
-    shares = torch._foreach_reciprocal(torch._foreach_norm(updates, 2, dtype=wide))
-    torch._foreach_mul_(shares, [largest * math.sqrt(u.numel()) for u in updates])
-    torch._foreach_clamp_max_(shares, 1.0)
-    torch._foreach_mul_(updates, [share.to(u.dtype) for share, u in zip(shares, updates, strict=True)])
+    norms = torch._foreach_norm(updates, 2, dtype=wide)
+    ends = [largest * math.sqrt(u.numel()) for u in updates]
+    if all(norm.device.type == "cpu" for norm in norms):
+        lengths = torch.stack(list(norms)).tolist()
+        # A length that is no number stays in the product with it.
+        return [size if not size * n > end else end / n for size, n, end in zip(sizes, lengths, ends, strict=True)]
+    shares = torch._foreach_reciprocal(norms)
+    torch._foreach_mul_(shares, ends)
+    return [share.clamp(max=size).to(u.dtype) for share, size, u in zip(shares, sizes, updates, strict=True)]
 
 
 def descend_scaled(
@@ -214,14 +222,16 @@ def descend_scaled(
     largest: float | None = None,
 ) -> None:
     """``params -= lr * updates``, in place, of ``sizes * moments / denominators``, each no longer than ``largest``."""
-    if isinstance(lr, Tensor) or largest is not None:
-        updates = list(torch._foreach_div(moments, denominators))
-        torch._foreach_mul_(updates, sizes)
-        if largest is not None:
-            limit_(updates, largest)
-        descend(params, updates, lr)
-    else:
+    if largest is None and not isinstance(lr, Tensor):
         torch._foreach_addcdiv_(params, moments, denominators, [-lr * size for size in sizes])
+        return
+    updates = list(torch._foreach_div(moments, denominators))
+    scales = sizes if largest is None else limited(updates, largest, sizes)
+    if isinstance(lr, Tensor) or isinstance(scales[0], Tensor):
+        torch._foreach_mul_(updates, scales)
+        descend(params, updates, lr)
+    else:  # no pass over the updates
+        torch._foreach_addcdiv_(params, moments, denominators, [-lr * scale for scale in scales])
 
 
 @dataclass

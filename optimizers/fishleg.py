@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, adopted, descend, limit_, rate, real
+from optimizers.base import CURVATURE, CurvatureOptimizer, Params, adopted, descend, limited, rate, real
 from optimizers.checks import check_choice, check_range
 from optimizers.curvature import communication
 from optimizers.curvature.approximations import Approximation, statistics_dtype
@@ -708,7 +708,8 @@ class FishLeg(CurvatureOptimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         if group["max_update"] is not None and (own := [p for p in params if p not in {p for p, _ in bare}]):
-            limit_([self._directions[p] for p in own], group["max_update"])
+            long = [self._directions[p] for p in own]
+            torch._foreach_mul_(long, limited(long, group["max_update"], [1.0] * len(long)))
         directions = [self._directions.pop(p) for p in params]
         buffers, params = real(self.state[p]["momentum_buffer"] for p in params), real(params)
         torch._foreach_lerp_(buffers, directions, 1 - beta)
