@@ -193,7 +193,7 @@ class EKFAC(NaturalGradient):
         early_updates: bool = True,
         refresh_every: int = 100,
         basis: Literal["iterate", "eigh"] = "iterate",
-        rank: int | None = None,
+        rank: int | None = 128,
         sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 8192,
         solve_dtype: Literal["float32", "bfloat16"] = "float32",
