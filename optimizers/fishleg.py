@@ -701,15 +701,15 @@ class FishLeg(CurvatureOptimizer):
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr, beta, decay = rate(group), group["momentum"], group["weight_decay"]
+        long = [self._directions[p] for p in params if p in self._directions]
+        if group["max_update"] is not None and long:
+            torch._foreach_mul_(long, limited(long, group["max_update"], [1.0] * len(long)))
         bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._directions]
         for (p, g), denominator in zip(bare, self._fallback(bare).values(), strict=True):
             self._directions[p] = real([g])[0] / denominator * group["fallback_ratio"]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        if group["max_update"] is not None and (own := [p for p in params if p not in {p for p, _ in bare}]):
-            long = [self._directions[p] for p in own]
-            torch._foreach_mul_(long, limited(long, group["max_update"], [1.0] * len(long)))
         directions = [self._directions.pop(p) for p in params]
         buffers, params = real(self.state[p]["momentum_buffer"] for p in params), real(params)
         torch._foreach_lerp_(buffers, directions, 1 - beta)

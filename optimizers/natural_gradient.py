@@ -43,6 +43,9 @@ KLOf = Literal["step", "direction", "measured"]
 KLUnit = Literal["root", "variable", "observation"]
 Auto = float | Literal["auto"]
 
+#: By ``kl_unit`` the power of the number of variables in an observation that kappa is multiplied by.
+KL_POWERS: dict[KLUnit, float] = {"root": 0.5, "variable": 1.0, "observation": 0.0}
+
 
 class Block(Invertible, Approximation):
     """For type hints: an approximation with a damped solve."""
@@ -231,7 +234,7 @@ class NaturalGradient(CurvatureOptimizer):
                 raise ValueError(f"likelihood must be given for {name}, such as Categorical()")
         if self._is_auto and kl_of == "direction":
             raise ValueError("kl_of must be 'step' or 'measured' where lr or momentum is 'auto'")
-        check_choice("kl_unit", kl_unit, ("root", "variable", "observation"))
+        check_choice("kl_unit", kl_unit, tuple(KL_POWERS))
         check_range("kl_warmup", kl_warmup, 0)
         check_choice("fisher", fisher, ("sampled", "empirical", "exact"))
         if likelihood is None and fisher != "empirical":
@@ -739,7 +742,7 @@ class NaturalGradient(CurvatureOptimizer):
     def _kappa(self, kl_clip: float) -> float:
         """What bounds twice the KL divergence of an observation in this step, units and warm-up included."""
         share = min(1.0, (self.steps + 1) / self.kl_warmup) if self.kl_warmup else 1.0
-        power = {"observation": 0.0, "root": 0.5, "variable": 1.0}[self.kl_unit]
+        power = KL_POWERS[self.kl_unit]
         if power and not self._variables and getattr(self.likelihood, "independent", False):
             self._say("kl_clip is of whole observations until outputs are given: call backward(loss, outputs)")
         return kl_clip * share**2 * max(self._variables, 1) ** power
@@ -886,10 +889,11 @@ class NaturalGradient(CurvatureOptimizer):
         if not (measures or judges):
             return
         self._check_shown()
+        assert self._inputs is not None
         with record_function(CURVATURE):
             found: dict[str, list[Tensor]] = {}
             for index in range(len(self._shown)):
-                after = self._inputs.again(index)  # type: ignore[union-attr]
+                after = self._inputs.again(index)
                 if measures:
                     found.setdefault("divergence", []).append(self._divergence(index, after))
                 if judges:

@@ -37,12 +37,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -74,6 +74,9 @@ FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 NEAR_ACCURACY, NEAR_LOSS = 0.02, 0.05
 REFERENCE = "adam"
 NOTES = "## Notes"
+
+
+Chosen = TypeVar("Chosen")
 
 
 @dataclass
@@ -370,17 +373,20 @@ def _last_byte(path: Path) -> bytes:
         return file.read(1)
 
 
-def run_missing(choices: Choices, path: Path) -> bool:
+def run_missing(todo: Iterable[tuple[Cell, Sequence[str]]], path: Path, data: Path, limit: float = math.inf) -> bool:
     """Run what is missing; whether all of it came to a result.
 
     Args:
-        choices: which cells, and where the data lie.
+        todo: cells, each with the options that are not the defaults.
         path: of the results.
+        data: folder of the data sets.
+        limit: seconds after which to break a run off.
     """
-    data = Path(choices.data)
     absent = {name: problem.folder for name, problem in PROBLEMS.items() if problem.folder}
     absent = {name: folder for name, folder in absent.items() if not (data / folder).is_dir()}
-    wanted = {what.key: what for what in cells(choices)}
+    wanted, options = {}, {}
+    for what, given in todo:
+        wanted[what.key], options[what.key] = what, given
     for name in dict.fromkeys(what.problem.name for what in wanted.values() if what.problem.name in absent):
         print(f"{name}: no data: there is no folder {absent[name]} in {data} (give data=FOLDER)", flush=True)
     known = read(path)
@@ -391,7 +397,7 @@ def run_missing(choices: Choices, path: Path) -> bool:
     for done, what in enumerate(missing):
         known = read(path)  # again: another process may have done it
         if known.get(what.key, _NOTHING).status == "failed":
-            outcome = run(what, data, choices.limit, choices.options)
+            outcome = run(what, data, limit, options[what.key])
             append(path, outcome)
             known[what.key] = outcome
             good &= outcome.status != "failed"
@@ -657,23 +663,37 @@ def write_page(path: Path, options: Sequence[str] = (), split: str = "test") -> 
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
+def given_to(kind: type[Chosen], given: Sequence[str]) -> Chosen:
+    """The choices of a command line; those of ``problems`` and ``optimizers`` exist.
+
+    Args:
+        kind: their dataclass.
+        given: ``key=value``.
+
+    Raises:
+        UserError: one of them does not exist, or has a value of another type.
+    """
+    try:
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist([*given])))
+    except OmegaConfBaseException as error:
+        known = ", ".join(vars(kind()))
+        raise UserError(f"{str(error).splitlines()[0]} (choices are {known}; see --help)") from error
+    assert isinstance(merged, kind)
+    known_names = {"problems": [*PROBLEMS], "optimizers": [name for name, _, _ in present()]}
+    for key, names in known_names.items():
+        for name in getattr(merged, key):
+            if name not in names:
+                raise UserError(f"{key} has no {name!r}{did_you_mean(name, names)}")
+    return merged
+
+
 def chosen(given: Sequence[str]) -> Choices:
     """The choices of the command line.
 
     Raises:
         UserError: one of them does not exist, or does not go with another.
     """
-    try:
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Choices), OmegaConf.from_dotlist([*given])))
-    except OmegaConfBaseException as error:
-        known = ", ".join(vars(Choices()))
-        raise UserError(f"{str(error).splitlines()[0]} (choices are {known}; see --help)") from error
-    assert isinstance(merged, Choices)
-    known_names = {"problems": [*PROBLEMS], "optimizers": [name for name, _, _ in present()]}
-    for key, names in known_names.items():
-        for name in getattr(merged, key):
-            if name not in names:
-                raise UserError(f"{key} has no {name!r}{did_you_mean(name, names)}")
+    merged = given_to(Choices, given)
     if merged.set not in ("tuning", "held_out", "all"):
         raise UserError(f"set must be tuning, held_out or all, got {merged.set!r}")
     if merged.split not in ("test", "val"):
@@ -694,17 +714,32 @@ def chosen(given: Sequence[str]) -> Choices:
     return merged
 
 
+def _main(choices: Choices) -> tuple[Path, bool]:
+    path = Path(choices.results)
+    todo = ((what, choices.options) for what in cells(choices))
+    good = choices.report or run_missing(todo, path, Path(choices.data), choices.limit)
+    return write_page(path, choices.options, choices.split), good
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 1 if a cell ended in an error other than divergence."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return command(__doc__, argv, lambda given: _main(chosen(given)))
+
+
+def command(about: str | None, argv: Sequence[str] | None, work: Callable[[list[str]], tuple[Path, bool]]) -> int:
+    """A command line of ``key=value``; returns the exit code.
+
+    Args:
+        about: what ``--help`` prints.
+        argv: None: the process's.
+        work: of the ``key=value``; returns the page that it wrote, and whether all cells came to a result.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("choices", nargs="*", metavar="key=value", help="see above")
     given = parser.parse_args(argv).choices
     torch.set_num_threads(1)
     try:
-        choices = chosen(given)
-        path = Path(choices.results)
-        good = choices.report or run_missing(choices, path)
-        target = write_page(path, choices.options, choices.split)
+        target, good = work(given)
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1

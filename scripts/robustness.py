@@ -16,7 +16,6 @@ are not run again, and the table is written beside the results.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,13 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from scripts.defaults import Cell, Outcome, append, cell, markdown, read, run
+from scripts.defaults import Cell, Outcome, cell, command, given_to, markdown, read, run_missing
 from scripts.problems import PROBLEMS
-from training.errors import UserError
 from training.run_folder import atomic_file
 
 #: The published rule with the values that were the defaults: each new direction is held, whatever momentum makes of it.
@@ -60,8 +54,8 @@ def cells(choices: Choices) -> Iterator[tuple[Cell, tuple[str, ...]]]:
                     yield cell(PROBLEMS[problem], optimizer, 0, 2.0**octave, options), options
 
 
-def width(values: Sequence[float | None], accuracy: bool) -> tuple[int, int]:
-    """Octaves down and up from the best of values at rates an octave apart, as far as all of them are near it.
+def width(values: Sequence[float | None], accuracy: bool) -> tuple[int, int, int]:
+    """Places of the lowest rate, the best one and the highest, as far as all values between are near the best.
 
     Args:
         values: by rate, ascending; None where a run did not come to an end.
@@ -80,7 +74,7 @@ def width(values: Sequence[float | None], accuracy: bool) -> tuple[int, int]:
         low -= 1
     while near(high + 1):
         high += 1
-    return place - low, high - place
+    return low, place, high
 
 
 def page(found: dict[str, Outcome], choices: Choices) -> str:
@@ -95,16 +89,13 @@ def page(found: dict[str, Outcome], choices: Choices) -> str:
                 values = [found[key].value if key in found else None for key in keys]
                 if not any(value is not None for value in values):
                     break
-                down, up = width(values, accuracy)
-                place = next(i for i, v in enumerate(values) if v == (max if accuracy else min)(
-                    v for v in values if v is not None
-                ))  # fmt: skip
+                low, place, high = width(values, accuracy)
                 best = values[place]
                 assert best is not None
-                ends = [(place - down, place > down), (place + up, place + up < len(values) - 1)]
-                inside = [f"{'' if closed else 'beyond '}x2^{OCTAVES[i]}" for i, closed in ends]
-                texts += [f"{100 * best:.1f}" if accuracy else f"{best:.4g}", f"{down + up} ({' to '.join(inside)})"]
-                octaves.append(down + up)
+                open_ends = ((low, low == 0), (high, high == len(values) - 1))
+                ends = [f"{'beyond ' if beyond else ''}x2^{OCTAVES[i]}" for i, beyond in open_ends]
+                texts += [f"{100 * best:.1f}" if accuracy else f"{best:.4g}", f"{high - low} ({' to '.join(ends)})"]
+                octaves.append(high - low)
             if len(octaves) == 2:
                 rows.append([problem, optimizer, *texts, f"{octaves[1] - octaves[0]:+d}"])
     titles = ["problem", "optimizer", "best before", "octaves before", "best now", "octaves now", "wider by"]
@@ -121,32 +112,16 @@ def page(found: dict[str, Outcome], choices: Choices) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("choices", nargs="*", metavar="key=value", help="see above")
-    given = parser.parse_args(argv).choices
-    torch.set_num_threads(1)
-    try:
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(Choices), OmegaConf.from_dotlist(given))
-        except OmegaConfBaseException as error:
-            raise UserError(f"{str(error).splitlines()[0]} (choices are {', '.join(vars(Choices()))})") from error
-        choices = OmegaConf.to_object(merged)
-        assert isinstance(choices, Choices)
-        path = Path(choices.results)
-        known = read(path)
-        todo = [(what, options) for what, options in cells(choices) if what.key not in known]
-        for done, (what, options) in enumerate(todo):
-            outcome = run(what, Path(choices.data), options=options)
-            append(path, outcome)
-            known[what.key] = outcome
-            print(f"[{done + 1}/{len(todo)}] {what} {' '.join(options)}: {outcome.value} {outcome.status}", flush=True)
-    except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 1
-    with atomic_file(path.with_suffix(".md")) as file:
-        file.write(page(known, choices).encode())
-    print(f"{path.with_suffix('.md')} is written")
-    return 0
+    return command(__doc__, argv, lambda given: _main(given_to(Choices, given)))
+
+
+def _main(choices: Choices) -> tuple[Path, bool]:
+    path = Path(choices.results)
+    good = run_missing(cells(choices), path, Path(choices.data))
+    target = path.with_suffix(".md")
+    with atomic_file(target) as file:
+        file.write(page(read(path), choices).encode())
+    return target, good
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""scripts/robustness.py: how far a range of rates goes, and what it says of a wrong name."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts import robustness
+
+
+@pytest.mark.parametrize(
+    ("values", "accuracy", "expected"),
+    [
+        ([0.90, 0.97, 0.99, 0.98, 0.96, 0.98], True, (1, 2, 3)),  # past one that is worse nothing counts
+        ([0.99, 0.98, None, 0.99], True, (0, 0, 1)),  # nor past one that did not end
+        ([1.03, 1.02, 1.0, 1.02], False, (1, 2, 3)),
+        ([None, 2.0, None], False, (1, 1, 1)),
+    ],
+)
+def test_the_range_around_the_best(
+    values: list[float | None], accuracy: bool, expected: tuple[int, int, int]
+) -> None:
+    assert robustness.width(values, accuracy) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("optimizers=[kfax]", "optimizers has no 'kfax' (did you mean 'kfac'?)"),
+        ("problems=[digits_mpl]", "problems has no 'digits_mpl' (did you mean 'digits_mlp'?)"),
+        ("rates=true", "choices are optimizers, problems, results, data; see --help"),
+    ],
+)
+def test_a_wrong_choice_ends_in_a_sentence(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert robustness.main([given]) == 1
+    assert said in capsys.readouterr().err
