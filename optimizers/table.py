@@ -62,7 +62,7 @@ CATALOGUE: dict[str, Entry] = {
         "Amari 1998; Ren & Goldfarb 2019, 1906.02353",
     ),
     "fishleg": Entry("optimizers.FishLeg", "a learned inverse Fisher a layer", "ICLR 2023"),
-    "shampoo": Entry("pytorch_optimizer.Shampoo", "a matrix a dimension, summed", "ICML 2018, 1802.09568"),
+    "shampoo": Entry("optimizers.shampoo.shampoo", "a matrix a dimension; Adam's length", "ICML 2018, 1802.09568"),
     "soap": Entry("pytorch_optimizer.SOAP", "Adam in Shampoo's eigenbasis", "ICLR 2025, 2409.11321"),
     "lamb": Entry("pytorch_optimizer.Lamb", "Adam, steps as long as weights allow", "ICLR 2020, 1904.00962"),
     "lion": Entry("pytorch_optimizer.Lion", "sign of an average", "NeurIPS 2023, 2302.06675"),

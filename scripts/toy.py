@@ -34,8 +34,11 @@ DEFAULT = (
     "adahessian", "shampoo", "soap", "lamb", "lion",
 )  # fmt: skip
 PACKAGES = {"torch": packaged.torch_optim, "pytorch_optimizer": packaged.pytorch_optimizer}
-# Two numbers are a vector, which SOAP would leave to Adam.
-OPTIONS: dict[str, dict[str, Any]] = {"soap": {"precondition_1d": True}}
+# Two numbers are a vector, which SOAP would leave to Adam; and what Shampoo does is to be seen, not Adam's length.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "soap": {"precondition_1d": True},
+    "shampoo": {"graft": None, "matrix_eps": 1e-6, "preconditioning_compute_steps": 1},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

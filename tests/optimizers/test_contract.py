@@ -30,6 +30,7 @@ from optimizers import (
     TwoLevelKFAC,
 )
 from optimizers.packaged import EXCEPTIONS, muon
+from optimizers.shampoo import shampoo
 from optimizers.testing import parametrize_with_checks
 from optimizers.testing.checks import check_every_trainable_tensor_moves
 from optimizers.testing.loop import Maker, same_state, train_step, weights
@@ -99,7 +100,8 @@ OPTIMIZERS: dict[str, partial[torch.optim.Optimizer]] = {
         warmup_steps=2,
         likelihood=Categorical(),
     ),
-    "shampoo": partial(pytorch_optimizer.Shampoo, lr=0.05, preconditioning_compute_steps=1, matrix_eps=1e-4),
+    "shampoo": partial(shampoo, lr=3e-3, preconditioning_compute_steps=1),  # type: ignore[dict-item]
+    "shampoo_own_length": partial(pytorch_optimizer.Shampoo, lr=0.05, preconditioning_compute_steps=1, matrix_eps=1e-4),
     "soap": partial(pytorch_optimizer.SOAP, lr=3e-3, precondition_frequency=3),
     "lamb": partial(pytorch_optimizer.Lamb, lr=1e-3, weight_decay=5e-4),
     "lion": partial(pytorch_optimizer.Lion, lr=1e-3),

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from optimizers import packaged
 from optimizers.packaged import DRAWING, LIMITS, hidden_weights, muon, pytorch_optimizer, torch_optim
+from optimizers.shampoo import shampoo
 from tests.optimizers.problems import EmbeddingModel, ViTBlock, conv_net, images, mlp
 from training import schema
 from training.config import CONFIG_FOLDER, compose, prepare
@@ -150,8 +152,20 @@ def test_shampoo_is_algorithm_two(shape: tuple[int, ...], float64: None) -> None
             matrices[i] = matrices[i] + unfolded @ unfolded.T
             step = torch.tensordot(root(matrices[i], -1 / (2 * len(shape))), step.movedim(i, 0), 1).movedim(0, i)
         expected = expected - 0.05 * step
-    found = given(lambda ps: package.Shampoo(ps, lr=0.05, matrix_eps=0.1), start, grads)
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    def own(ps: list[nn.Parameter]) -> Optimizer:
+        return shampoo(ps, lr=0.05, graft=None, preconditioning_compute_steps=1, matrix_eps=0.1)
+
+    torch.testing.assert_close(given(own, start, grads), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_shampoo_steps_are_as_long_as_adams(float64: None) -> None:
+    """Anil et al. 2020: tensor by tensor, in its own direction."""
+    start, grads = torch.randn(3, 5), gradients((3, 5), 1)
+    options = {"preconditioning_compute_steps": 1}
+    step = given(lambda ps: shampoo(ps, lr=0.02, **options), start, grads) - start
+    own = given(lambda ps: shampoo(ps, lr=0.02, graft=None, **options), start, grads) - start
+    adam = given(lambda ps: torch.optim.Adam(ps, lr=0.02), start, grads) - start
+    torch.testing.assert_close(step, own * adam.norm() / own.norm())
 
 
 def test_soap_is_adam_in_the_eigenbasis(float64: None) -> None:
@@ -273,7 +287,7 @@ def test_options_of_any_class_by_its_name() -> None:
         ("optimizer=torch optimizer.eps=1", r"not in the file of this optimizer: add it with \+optimizer.eps=1$"),
         ("optimizer=torch +optimizer.lr=1", r"cannot be added with \+: write optimizer.lr=1$"),
         ("optimizer=torch +model.widht=1", r"cannot be added with \+; "),
-        ("optimizer=pytorch_optimizer +optimizer.foo=1", r"^optimizer.foo: AdaBelief has no such option; it takes lr"),
+        ("optimizer=pytorch_optimizer +optimizer.foo=1", r"^optimizer.foo: AdaFactor has no such option; it takes lr"),
         ("optimizer=pytorch_optimizer optimizer.name=Ranger21", r"^optimizer.num_iterations is missing: Ranger21"),
         ("optimizer=pytorch_optimizer optimizer.lr=-1", r"^optimizer: learning rate must be positive"),
         ("optimizer=soap optimizer.lr=-1", r"^optimizer: learning rate must be positive"),
