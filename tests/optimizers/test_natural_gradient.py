@@ -373,7 +373,7 @@ def test_a_truncated_second_term_keeps_its_largest_eigenvalues(
     optimizer = method(model, damping=damping, rank=rank, update_every=1, refresh_every=1, **settings)
     block = optimizer.blocks["1"]
     assert block._truncated
-    for _ in range(400):
+    for _ in range(400 if name == "grouped" else 100):  # where eigenvalues lie close to each other it takes more
         train(optimizer, model, (inputs, targets), 1)
     f = block.factors
     shares = block._shares(f, torch.full((len(f["A"]),), damping))
@@ -682,11 +682,10 @@ def test_nothing_of_a_batch_outlives_the_step(method: type[NaturalGradient], fis
         optimizer.backward(loss, outputs)
         optimizer.step()
         watched = [weakref.ref(t) for t in (inputs, outputs, loss)]
-        alive = {id(t) for t in gc.get_objects() if isinstance(t, Tensor)}
+        if step == 3:  # two updates: the second one is the first to average
+            settled = len({id(t) for t in gc.get_objects() if isinstance(t, Tensor)})
         del inputs, targets, outputs, loss
         assert [w() for w in watched] == [None, None, None], step
-        if step == 3:  # two updates: the second one is the first to average
-            settled = len(alive)
     assert len({id(t) for t in gc.get_objects() if isinstance(t, Tensor)}) <= settled
 
 
