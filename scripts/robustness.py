@@ -3,13 +3,14 @@
     python scripts/robustness.py
     python scripts/robustness.py optimizers=[kfac] problems=[digits_mlp] results=try.jsonl
 
-Each optimizer is run on each problem (those of scripts/problems.py) at 2^k times its default rate, k from -5 to 8, at
+Each optimizer is run on each problem (those of scripts/problems.py) at 2^k times its default rate, k from -8 to 8, at
 its default values and at those of BEFORE, at equal steps. A range is measured in octaves around the best rate, as far
-as every rate in it is within two percent of the best (points of accuracy, or percent of the loss). Runs that are there
-are not run again, and the table is written beside the results.
+as the mean over the seeds at every rate in it is within two percent of the best (points of accuracy, or percent of the
+loss). Runs that are there are not run again, and the table is written beside the results.
 
     optimizers=[...]  of the table (python -m optimizers)
     problems=[...]    by name; data as for scripts/defaults.py
+    seeds=[0,1,2]     of the runs
     results=...       docs/results/robustness.jsonl unless given
     data=FOLDER       of the data sets; $CURVLAB_DATA or datasets unless given
 """
@@ -20,18 +21,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.defaults import Cell, Outcome, cell, command, given_to, markdown, read, run_missing
+from scripts.defaults import SEEDS, Cell, Outcome, cell, command, given_to, markdown, read, run_missing
 from scripts.problems import PROBLEMS
 from training.run_folder import atomic_file
 
 #: The published rule with the values that were the defaults: each new direction is held, whatever momentum makes of it.
 BEFORE = ("kl_of=direction", "kl_unit=observation", "kl_clip=1e-2", "damping=1e-2", "early_updates=false")
-OCTAVES = tuple(range(-5, 9))
+OCTAVES = tuple(range(-8, 9))
 NEAR = 0.02
 
 
@@ -41,17 +44,28 @@ class Choices:
 
     optimizers: list[str] = field(default_factory=lambda: ["kfac", "ekfac", "kpsvd", "deflation", "exact_ng"])
     problems: list[str] = field(default_factory=lambda: ["digits_mlp", "deep_relu"])
+    seeds: list[int] = field(default_factory=lambda: [*SEEDS])
     results: str = "docs/results/robustness.jsonl"
     data: str = field(default_factory=lambda: os.environ.get("CURVLAB_DATA", "datasets"))
 
 
 def cells(choices: Choices) -> Iterator[tuple[Cell, tuple[str, ...]]]:
     """What there is to run, each with the options that are not the defaults."""
-    for problem in choices.problems:
-        for optimizer in choices.optimizers:
-            for options in ((), BEFORE):
-                for octave in OCTAVES:
-                    yield cell(PROBLEMS[problem], optimizer, 0, 2.0**octave, options), options
+    for seed, problem in product(choices.seeds, choices.problems):
+        for optimizer, options, octave in product(choices.optimizers, ((), BEFORE), OCTAVES):
+            yield cell(PROBLEMS[problem], optimizer, seed, 2.0**octave, options), options
+
+
+def means(
+    found: dict[str, Outcome], problem: str, optimizer: str, options: Sequence[str], seeds: Sequence[int]
+) -> list[float | None]:
+    """The means over the seeds by rate; None where a run is missing or did not come to an end."""
+    result: list[float | None] = []
+    for octave in OCTAVES:
+        runs = [found.get(cell(PROBLEMS[problem], optimizer, seed, 2.0**octave, options).key) for seed in seeds]
+        values = [run.value for run in runs if run is not None and run.value is not None]
+        result.append(fmean(values) if len(values) == len(seeds) else None)
+    return result
 
 
 def width(values: Sequence[float | None], accuracy: bool) -> tuple[int, int, int]:
@@ -85,8 +99,7 @@ def page(found: dict[str, Outcome], choices: Choices) -> str:
         for optimizer in choices.optimizers:
             texts, octaves = [], []
             for options in (BEFORE, ()):
-                keys = [cell(PROBLEMS[problem], optimizer, 0, 2.0**k, options).key for k in OCTAVES]
-                values = [found[key].value if key in found else None for key in keys]
+                values = means(found, problem, optimizer, options, choices.seeds)
                 if not any(value is not None for value in values):
                     break
                 low, place, high = width(values, accuracy)
@@ -102,9 +115,10 @@ def page(found: dict[str, Outcome], choices: Choices) -> str:
     lines = [
         "# How wide the range of good learning rates is", "",
         f"Made by `python scripts/robustness.py`: rates from 2^{OCTAVES[0]} to 2^{OCTAVES[-1]} times the default,",
-        "seed 0, test sets, steps and problems of [defaults.md](defaults.md). A range is within "
-        f"{100 * NEAR:g} points (or",
-        "percent of the loss) of the best, \"beyond\" where it goes on past the rates that were tried. Before:",
+        f"means over the seeds {', '.join(map(str, choices.seeds))}, test sets, steps and problems of "
+        "[defaults.md](defaults.md). A range is within",
+        f"{100 * NEAR:g} points (or percent of the loss) of the best, \"beyond\" where it goes on past the rates that "
+        "were tried. Before:",
         f"`{' '.join(BEFORE)}`. Now: the default values.", "",
     ]  # fmt: skip
     return "\n".join([*lines, *markdown(titles, rows)])

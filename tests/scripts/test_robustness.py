@@ -27,7 +27,7 @@ def test_the_range_around_the_best(
     [
         ("optimizers=[kfax]", "optimizers has no 'kfax' (did you mean 'kfac'?)"),
         ("problems=[digits_mpl]", "problems has no 'digits_mpl' (did you mean 'digits_mlp'?)"),
-        ("rates=true", "choices are optimizers, problems, results, data; see --help"),
+        ("rates=true", "choices are optimizers, problems, seeds, results, data; see --help"),
     ],
 )
 def test_a_wrong_choice_ends_in_a_sentence(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
