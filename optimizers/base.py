@@ -230,8 +230,9 @@ def descend_scaled(
     if isinstance(lr, Tensor) or isinstance(scales[0], Tensor):
         torch._foreach_mul_(updates, scales)
         descend(params, updates, lr)
-    else:  # no pass over the updates
-        torch._foreach_addcdiv_(params, moments, denominators, [-lr * scale for scale in scales])
+    else:  # no pass that scales the updates
+        for p, update, scale in zip(params, updates, scales, strict=True):
+            p.add_(update, alpha=-lr * scale)
 
 
 @dataclass
