@@ -43,7 +43,7 @@ class Problem:
         least: for an accuracy: below it, nothing was learned.
         constant: for a loss: that of the best output that is the same for every example, where the data set does not
             know it.
-        rates: whether each optimizer is tried at several learning rates, too.
+        rates: whether each optimizer is tried at several learning rates, too: six problems whose runs take seconds.
     """
 
     name: str
@@ -97,7 +97,7 @@ PROBLEMS = {
                 "dataset=mnist_autoencoder", "dataset.download=false", "dataset.limit_train=0.1",
                 "dataset.limit_val=0.1", "dataset.batch_size=64", "model=conv_autoencoder",
             ),
-            steps=200, tuning=True, folder="mnist", metric="loss",
+            steps=200, tuning=True, folder="mnist", metric="loss", rates=True,
         ),
         Problem(
             "cifar10_resnet20", "CIFAR-10 subset at 16 × 16, ResNet-20",
@@ -105,7 +105,7 @@ PROBLEMS = {
                 "dataset=small_photos", "dataset.root=${paths.data}/cifar10-subset", "dataset.batch_size=32",
                 "model=resnet20",
             ),
-            steps=200, tuning=True, folder="cifar10-subset", least=0.2, rates=True,
+            steps=200, tuning=True, folder="cifar10-subset", least=0.2,
         ),
         Problem(
             "wikitext2_gpt_mini", "WikiText-2's slice by characters, GPT mini of half the width",
@@ -121,7 +121,7 @@ PROBLEMS = {
         Problem(
             "ill_conditioned", "ill-conditioned linear regression",
             ("dataset=ill_conditioned", "model=deep_linear", "model.hidden=[]"),
-            steps=1000, tuning=True, metric="loss",
+            steps=1000, tuning=True, metric="loss", rates=True,
         ),
         Problem(
             "mnist_mlp", "a tenth of MNIST, MLP",
@@ -164,7 +164,7 @@ PROBLEMS = {
                 "dataset=small_photos", "dataset.root=${paths.data}/cifar10-subset", "dataset.batch_size=32",
                 "model=slim_vit",
             ),
-            steps=200, tuning=False, folder="cifar10-subset", least=0.2, rates=True,
+            steps=200, tuning=False, folder="cifar10-subset", least=0.2,
         ),
     )
 }  # fmt: skip
