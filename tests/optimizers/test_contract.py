@@ -100,12 +100,12 @@ OPTIMIZERS: dict[str, partial[torch.optim.Optimizer]] = {
         warmup_steps=2,
         likelihood=Categorical(),
     ),
-    "shampoo": partial(shampoo, lr=3e-3, preconditioning_compute_steps=1),  # type: ignore[dict-item]
+    "shampoo": partial(shampoo, lr=3e-3, preconditioning_compute_steps=1),
     "shampoo_own_length": partial(pytorch_optimizer.Shampoo, lr=0.05, preconditioning_compute_steps=1, matrix_eps=1e-4),
     "soap": partial(pytorch_optimizer.SOAP, lr=3e-3, precondition_frequency=3),
     "lamb": partial(pytorch_optimizer.Lamb, lr=1e-3, weight_decay=5e-4),
     "lion": partial(pytorch_optimizer.Lion, lr=1e-3),
-    "muon": partial(muon, lr=5e-3),  # type: ignore[dict-item]
+    "muon": partial(muon, lr=5e-3),
     "adabelief": partial(pytorch_optimizer.AdaBelief, lr=1e-3),
     "adan": partial(pytorch_optimizer.Adan, lr=1e-3),
     "ademamix": partial(pytorch_optimizer.AdEMAMix, lr=1e-3),

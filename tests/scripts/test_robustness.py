@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from scripts import robustness
+from scripts.defaults import Outcome, cell
+from scripts.problems import PROBLEMS
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,16 @@ def test_the_range_around_the_best(
     values: list[float | None], accuracy: bool, expected: tuple[int, int, int]
 ) -> None:
     assert robustness.width(values, accuracy) == expected
+
+
+def test_a_mean_is_of_all_seeds() -> None:
+    found = {}
+    for seed, octave, value in ((0, -8, 0.5), (1, -8, 0.7), (0, -7, 0.9), (0, -6, 0.9), (1, -6, None)):
+        key = cell(PROBLEMS["digits_mlp"], "kfac", seed, 2.0**octave).key
+        status = "diverged" if value is None else "finished"
+        found[key] = Outcome(key, "digits_mlp", "kfac", seed, 2.0**octave, 0.1, [], status, value)
+    means = robustness.means(found, "digits_mlp", "kfac", (), [0, 1])
+    assert means[0] == pytest.approx(0.6) and means[1:] == [None] * 16  # a seed is missing, or did not end
 
 
 @pytest.mark.parametrize(
