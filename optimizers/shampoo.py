@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from optimizers.base import Params
 from optimizers.checks import check_range
+from optimizers.curvature import linalg
 from optimizers.step_length import Graft
+
+
+class SymmetricSVD(TorchFunctionMode):
+    """While active, ``torch.linalg.svd`` takes its matrices for symmetric and positive semi-definite.
+
+    Their decomposition by eigenvectors is the same one, and converges where LAPACK's SVD of sums of squares, most of
+    whose directions were never seen, gives up.
+    """
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Intercept one call of a torch function."""
+        if func is not torch.linalg.svd:
+            return func(*args, **(kwargs or {}))
+        matrix: Tensor = args[0]
+        values, vectors = linalg.eigh(matrix.reshape(-1, *matrix.shape[-2:]))
+        rounding = torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
+        values, vectors = torch.maximum(values, rounding).flip(-1), vectors.flip(-1)
+        return vectors.view_as(matrix), values.view(matrix.shape[:-1]), vectors.mT.reshape(matrix.shape)
+
+
+@functools.cache
+def _package() -> Callable[..., Optimizer]:
+    """pytorch_optimizer's class with roots by eigenvectors; imported when first asked for."""
+    plain: Any = importlib.import_module("pytorch_optimizer").Shampoo
+
+    class Shampoo(plain):
+        """With another decomposition of its matrices."""
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            """Take one step; the closure is run apart: its own decompositions are what they are."""
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            with SymmetricSVD():
+                super().step()
+            return loss
+
+    return Shampoo
 
 
 def shampoo(
@@ -45,7 +91,7 @@ def shampoo(
         ValueError: for a value out of its range.
     """
     check_range("lr", lr, 0)
-    made: Optimizer = importlib.import_module("pytorch_optimizer").Shampoo(
+    made = _package()(
         params, lr=lr, momentum=momentum, weight_decay=weight_decay, weight_decouple=weight_decouple,
         preconditioning_compute_steps=preconditioning_compute_steps, matrix_eps=matrix_eps,
     )  # fmt: skip

@@ -158,6 +158,28 @@ def test_shampoo_is_algorithm_two(shape: tuple[int, ...], float64: None) -> None
     torch.testing.assert_close(given(own, start, grads), expected, rtol=1e-8, atol=1e-10)
 
 
+def test_shampoos_roots_need_no_svd() -> None:
+    """LAPACK's gives up on a multiple of the identity with few directions more, which is what the sums are at first."""
+    start, grads = torch.zeros(64, 8), [1e-3 * torch.randn(64, 8)]
+    with torch.profiler.profile() as profile:
+        given(lambda ps: shampoo(ps, preconditioning_compute_steps=1), start, grads)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::linalg_eigh" in called and not any("svd" in name for name in called)
+
+
+def test_a_closures_own_svd_is_one(float64: None) -> None:
+    """Only the optimizer's matrices are symmetric."""
+    p, matrix = nn.Parameter(torch.ones(3)), torch.randn(3, 3)
+    optimizer = shampoo([p])
+
+    def closure() -> Tensor:
+        loss = p.sum() * torch.linalg.svd(matrix)[1].sum()
+        loss.backward()
+        return loss
+
+    torch.testing.assert_close(optimizer.step(closure), 3 * torch.linalg.matrix_norm(matrix, "nuc"))
+
+
 def test_shampoo_steps_are_as_long_as_adams(float64: None) -> None:
     """Anil et al. 2020: tensor by tensor, in its own direction."""
     start, grads = torch.randn(3, 5), gradients((3, 5), 1)
