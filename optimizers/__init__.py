@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimizers.adafisher import AdaFisher, AdaFisherW
-from optimizers.adahessian import AdaHessian
-from optimizers.averaging import EMA, ScheduleFree
-from optimizers.base import Coverage, CurvatureOptimizer, Params, unwrap
-from optimizers.exact import ExactNaturalGradient
-from optimizers.fishleg import FishLeg
-from optimizers.kfac import EKFAC, KFAC
-from optimizers.kronecker_svd import KPSVD, Deflation, KFACCorrected, Lanczos
-from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, LearnedGaussian, Likelihood
-from optimizers.step_length import Graft, Normalized
-from optimizers.two_level import TwoLevelKFAC
-from optimizers.wrapper import Wrapper, innermost
+from .adafisher import AdaFisher, AdaFisherW
+from .adahessian import AdaHessian
+from .averaging import EMA, ScheduleFree
+from .base import Coverage, CurvatureOptimizer, Params, unwrap
+from .exact import ExactNaturalGradient
+from .fishleg import FishLeg
+from .kfac import EKFAC, KFAC
+from .kronecker_svd import KPSVD, Deflation, KFACCorrected, Lanczos
+from .likelihoods import Bernoulli, Categorical, Gaussian, LearnedGaussian, Likelihood
+from .step_length import Graft, Normalized
+from .two_level import TwoLevelKFAC
+from .wrapper import Wrapper, innermost
 
 __all__ = [
     "EKFAC",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from optimizers import table
+from . import table
 
 
 def main(argv: Sequence[str] | None = None) -> int:

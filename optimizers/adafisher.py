@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from optimizers.base import CurvatureOptimizer, OfGroups, Params, descend_scaled, rate, real
-from optimizers.checks import check_choice, check_range
-from optimizers.curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
-from optimizers.curvature.layers import AffineLayer, Layer
+from .base import CurvatureOptimizer, OfGroups, Params, descend_scaled, rate, real
+from .checks import check_choice, check_range
+from .curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
+from .curvature.layers import AffineLayer, Layer
 
 
 def minmax(x: Tensor, eps: float = 1e-6) -> Tensor:

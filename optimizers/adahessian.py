@@ -16,10 +16,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, descend_scaled, rate, real
-from optimizers.checks import check_range
-from optimizers.curvature import communication, second_order
-from optimizers.curvature.recorder import TwiceDifferentiable
+from .base import CURVATURE, CurvatureOptimizer, Params, descend_scaled, rate, real
+from .checks import check_range
+from .curvature import communication, second_order
+from .curvature.recorder import TwiceDifferentiable
 
 
 def rademacher(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:

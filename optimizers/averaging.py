@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from optimizers.base import known_rate
-from optimizers.checks import check_range
-from optimizers.wrapper import Wrapper, half, innermost, wide, wrappers
+from .base import known_rate
+from .checks import check_range
+from .wrapper import Wrapper, half, innermost, wide, wrappers
 
 
 def none(optimizer: Optimizer) -> Optimizer:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.optim.optimizer import Optimizer
 
-from optimizers.checks import check_range
-from optimizers.curvature import communication
-from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.layers import COMPUTED, Flow, Layer, adapt, layer_kinds
-from optimizers.curvature.losses import stated
-from optimizers.curvature.probe import DEAD
-from optimizers.curvature.recorder import NOT_CALLED, NOT_SEEN, Recorder, remove_dead_hooks
-from optimizers.wrapper import check_wrappers
+from .checks import check_range
+from .curvature import communication
+from .curvature.approximations import Approximation, statistics_dtype
+from .curvature.layers import COMPUTED, Flow, Layer, adapt, layer_kinds
+from .curvature.losses import stated
+from .curvature.probe import DEAD
+from .curvature.recorder import NOT_CALLED, NOT_SEEN, Recorder, remove_dead_hooks
+from .wrapper import check_wrappers
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, Params, adopted
-from optimizers.checks import check_choice
-from optimizers.curvature import linalg
-from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.kronecker import Options
-from optimizers.curvature.layers import Layer
-from optimizers.curvature.samples import Observations, Samples
-from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Auto, Block, Fisher, KLOf, KLUnit, NaturalGradient, Stack, inner
+from .base import CURVATURE, Params, adopted
+from .checks import check_choice
+from .curvature import linalg
+from .curvature.approximations import Approximation, statistics_dtype
+from .curvature.kronecker import Options
+from .curvature.layers import Layer
+from .curvature.samples import Observations, Samples
+from .likelihoods import Likelihood
+from .natural_gradient import Auto, Block, Fisher, KLOf, KLUnit, NaturalGradient, Stack, inner
 
 
 class SampledFisher(NaturalGradient):

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.utils._pytree import tree_map
 
-from optimizers.base import CURVATURE, CurvatureOptimizer, Params, adopted, descend, limited, rate, real
-from optimizers.checks import check_choice, check_range
-from optimizers.curvature import communication
-from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.layers import AffineLayer, Layer
-from optimizers.curvature.losses import targets_of
-from optimizers.curvature.recorder import Call, RootInputs
-from optimizers.likelihoods import Likelihood
+from .base import CURVATURE, CurvatureOptimizer, Params, adopted, descend, limited, rate, real
+from .checks import check_choice, check_range
+from .curvature import communication
+from .curvature.approximations import Approximation, statistics_dtype
+from .curvature.layers import AffineLayer, Layer
+from .curvature.losses import targets_of
+from .curvature.recorder import Call, RootInputs
+from .likelihoods import Likelihood
 
 #: Tensors by parameter: a vector of the size of the model, or of a part of it.
 Vector = dict[Tensor, Tensor]

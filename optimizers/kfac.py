@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from optimizers.base import Params
-from optimizers.checks import check_choice, check_range
-from optimizers.curvature.approximations import Approximation
-from optimizers.curvature.kronecker import EigenFactors, KroneckerFactors, Options
-from optimizers.curvature.layers import AffineLayer
-from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Auto, Fisher, KLOf, KLUnit, NaturalGradient
+from .base import Params
+from .checks import check_choice, check_range
+from .curvature.approximations import Approximation
+from .curvature.kronecker import EigenFactors, KroneckerFactors, Options
+from .curvature.layers import AffineLayer
+from .likelihoods import Likelihood
+from .natural_gradient import Auto, Fisher, KLOf, KLUnit, NaturalGradient
 
 SOLVE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 

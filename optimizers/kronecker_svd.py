@@ -17,20 +17,20 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from optimizers.base import Params
-from optimizers.checks import check_choice, check_range
-from optimizers.curvature.approximations import Approximation
-from optimizers.curvature.kronecker import (
+from .base import Params
+from .checks import check_choice, check_range
+from .curvature.approximations import Approximation
+from .curvature.kronecker import (
     BestKronecker,
     CorrectedFactors,
     KroneckerFactors,
     KroneckerPairs,
     Options,
 )
-from optimizers.curvature.layers import AffineLayer
-from optimizers.kfac import check_options
-from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Auto, Fisher, KLOf, KLUnit, NaturalGradient
+from .curvature.layers import AffineLayer
+from .kfac import check_options
+from .likelihoods import Likelihood
+from .natural_gradient import Auto, Fisher, KLOf, KLUnit, NaturalGradient
 
 Solver = Literal["gram", "power", "lanczos"]
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from optimizers.checks import check_choice, check_range
+from .checks import check_choice, check_range
 
 #: How a loss adds up its observations: ``batchmean``: the mean over observations of the sum over their features;
 #: ``mean``: the mean over both, torch's default; ``sum``: the sum over both.

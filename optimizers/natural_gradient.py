@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import (
+from .base import (
     CURVATURE,
     LONG_AGO,
     CurvatureOptimizer,
@@ -24,16 +24,16 @@ from optimizers.base import (
     rate,
     real,
 )
-from optimizers.checks import check_choice, check_range
-from optimizers.curvature import communication
-from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.damping import AdaptiveDamping
-from optimizers.curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
-from optimizers.curvature.layers import AffineLayer, Layer
-from optimizers.curvature.losses import stated, targets_of
-from optimizers.curvature.quadratic import fisher_products, minimizer
-from optimizers.curvature.recorder import RootInputs, set_aside
-from optimizers.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, check_outputs
+from .checks import check_choice, check_range
+from .curvature import communication
+from .curvature.approximations import Approximation, statistics_dtype
+from .curvature.damping import AdaptiveDamping
+from .curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
+from .curvature.layers import AffineLayer, Layer
+from .curvature.losses import stated, targets_of
+from .curvature.quadratic import fisher_products, minimizer
+from .curvature.recorder import RootInputs, set_aside
+from .likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, check_outputs
 
 #: Wider matrices than this keep a processor busy one by one.
 LARGE = 512

@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from optimizers.base import Params, unwrap
-from optimizers.checks import check_range
-from optimizers.curvature import communication
-from optimizers.curvature.layers import AffineLayer, adapt
+from .base import Params, unwrap
+from .checks import check_range
+from .curvature import communication
+from .curvature.layers import AffineLayer, adapt
 
 #: Classes that cannot train or cannot resume in a loop of forward, backward and step, by the reason.
 LIMITS: dict[str, tuple[str, ...]] = {

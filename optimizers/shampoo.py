@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from optimizers.base import Params
-from optimizers.checks import check_range
-from optimizers.curvature import linalg
-from optimizers.step_length import Graft
+from .base import Params
+from .checks import check_range
+from .curvature import linalg
+from .step_length import Graft
 
 
 class SymmetricSVD(TorchFunctionMode):

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optimizers.base import known_rate, real, unwrap
-from optimizers.checks import check_choice, check_range
-from optimizers.packaged import torch_optim
-from optimizers.wrapper import Wrapper, wrappers
+from .base import known_rate, real, unwrap
+from .checks import check_choice, check_range
+from .packaged import torch_optim
+from .wrapper import Wrapper, wrappers
 
 
 def own(optimizer: Optimizer) -> Optimizer:

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optimizers import Categorical, CurvatureOptimizer, build_optimizer
-from optimizers.packaged import DRAWING, EXCEPTIONS, LIMITS, Package
+from . import Categorical, CurvatureOptimizer, build_optimizer
+from .packaged import DRAWING, EXCEPTIONS, LIMITS, Package
 
 Target = Callable[..., torch.optim.Optimizer]
 

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from optimizers.base import CURVATURE, Params
-from optimizers.checks import check_choice
-from optimizers.curvature import communication, linalg
-from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.kronecker import Factors, Invertible
-from optimizers.curvature.layers import Flow, Layer
-from optimizers.curvature.samples import Samples
-from optimizers.exact import SampledFisher
-from optimizers.kfac import KFAC
-from optimizers.likelihoods import Likelihood
-from optimizers.natural_gradient import Auto, Fisher, KLOf, KLUnit, Stack, _reader, stacked
+from .base import CURVATURE, Params
+from .checks import check_choice
+from .curvature import communication, linalg
+from .curvature.approximations import Approximation, statistics_dtype
+from .curvature.kronecker import Factors, Invertible
+from .curvature.layers import Flow, Layer
+from .curvature.samples import Samples
+from .exact import SampledFisher
+from .kfac import KFAC
+from .likelihoods import Likelihood
+from .natural_gradient import Auto, Fisher, KLOf, KLUnit, Stack, _reader, stacked
 
 Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from optimizers.curvature.layers import AffineLayer, ElementwiseLayer, Flow, Layer
+from .layers import AffineLayer, ElementwiseLayer, Flow, Layer
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:

@@ -16,11 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optimizers.curvature import communication, linalg
-from optimizers.curvature.approximations import Approximation, Diagonal, statistics_dtype
-from optimizers.curvature.layers import AffineLayer, Flow, Layer
-from optimizers.curvature.linalg import product as _product
-from optimizers.curvature.rearranged import Pairs, Terms, compress_many, leading_pairs_many, location_mask
+from . import communication, linalg
+from .approximations import Approximation, Diagonal, statistics_dtype
+from .layers import AffineLayer, Flow, Layer
+from .linalg import product as _product
+from .rearranged import Pairs, Terms, compress_many, leading_pairs_many, location_mask
 
 Factors = dict[str, Tensor]
 

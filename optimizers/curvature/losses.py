@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from optimizers.curvature.recorder import set_aside
-from optimizers.likelihoods import Bernoulli, Categorical, Likelihood, check_outputs
+from ..likelihoods import Bernoulli, Categorical, Likelihood, check_outputs
+from .recorder import set_aside
 
 #: A node of the graph, and which of its outputs.
 Edge = tuple[Any, int]

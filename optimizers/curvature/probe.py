@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optimizers.curvature.layers import Layer
+from .layers import Layer
 
 #: Share of the squared gradients that may lie on rows of other examples: rounding.
 LEAK = 1e-9

@@ -15,10 +15,10 @@ import torch.autograd.forward_ad as forward_mode
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from optimizers.curvature import communication
-from optimizers.curvature.approximations import statistics_dtype
-from optimizers.curvature.recorder import RootInputs
-from optimizers.likelihoods import Likelihood
+from ..likelihoods import Likelihood
+from . import communication
+from .approximations import statistics_dtype
+from .recorder import RootInputs
 
 #: What a step shows of a call: outputs, targets if they are known, weights of the observations in the loss.
 Shown = tuple[Tensor, Tensor | None, Tensor]

@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from optimizers.curvature import probe
-from optimizers.curvature.approximations import statistics_dtype
-from optimizers.curvature.layers import Flow, Layer
-from optimizers.curvature.probe import Layout
-from optimizers.curvature.second_order import SecondOrder
+from . import probe
+from .approximations import statistics_dtype
+from .layers import Flow, Layer
+from .probe import Layout
+from .second_order import SecondOrder
 
 log = logging.getLogger(__name__)
 

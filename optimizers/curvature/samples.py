@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from optimizers.curvature import communication
-from optimizers.curvature.approximations import Approximation, statistics_dtype
-from optimizers.curvature.layers import AffineLayer, Flow, Layer, LinearLayer
+from . import communication
+from .approximations import Approximation, statistics_dtype
+from .layers import AffineLayer, Flow, Layer, LinearLayer
 
 #: A backward pass of a step: the number of its batch, and which pass over that batch it is.
 Pass = tuple[int, int]

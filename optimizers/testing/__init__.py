@@ -7,9 +7,9 @@ optimizer records of each layer of a model with a backward pass of each example 
 
 from __future__ import annotations
 
-from optimizers.testing.checks import optimizer_checks
-from optimizers.testing.curvature import CurvatureReport, LayerCheck, check_curvature
-from optimizers.testing.runner import OptimizerReport, check_optimizer, parametrize_with_checks
+from .checks import optimizer_checks
+from .curvature import CurvatureReport, LayerCheck, check_curvature
+from .runner import OptimizerReport, check_optimizer, parametrize_with_checks
 
 __all__ = [
     "CurvatureReport",

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
-from optimizers.testing.loop import Batch, Maker, differentiate, named, ours, same_state, train_step, weights
-from optimizers.testing.problems import PROBLEMS, EmbeddingModel, Problem, conv_net, frozen_net, images, mlp
+from .loop import Batch, Maker, differentiate, named, ours, same_state, train_step, weights
+from .problems import PROBLEMS, EmbeddingModel, Problem, conv_net, frozen_net, images, mlp
 
 Check = Callable[[Callable[..., Optimizer]], None]
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from optimizers.base import CurvatureOptimizer, unwrap
-from optimizers.likelihoods import Likelihood
-from optimizers.testing.loop import Maker
-from optimizers.testing.recording import (
+from ..base import CurvatureOptimizer, unwrap
+from ..likelihoods import Likelihood
+from ..wrapper import innermost
+from .loop import Maker
+from .recording import (
     PLAIN,
     Recording,
     exact,
@@ -26,8 +27,7 @@ from optimizers.testing.recording import (
     records,
     small_blocks,
 )
-from optimizers.testing.tables import aligned
-from optimizers.wrapper import innermost
+from .tables import aligned
 
 #: Below this share of a larger one a gradient is rounding, and only its absolute error counts.
 NEGLIGIBLE = 1e-6

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optimizers import build_optimizer
-from optimizers.base import CurvatureOptimizer, Params
-from optimizers.likelihoods import Categorical, Likelihood
-from optimizers.wrapper import innermost
+from .. import build_optimizer
+from ..base import CurvatureOptimizer, Params
+from ..likelihoods import Categorical, Likelihood
+from ..wrapper import innermost
 
 Batch = tuple[Tensor, Tensor]
 

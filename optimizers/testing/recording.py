@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.base import CurvatureOptimizer
-from optimizers.curvature.approximations import Diagonal
-from optimizers.curvature.layers import AffineLayer, Flow, Layer
-from optimizers.curvature.samples import Samples
+from ..base import CurvatureOptimizer
+from ..curvature.approximations import Diagonal
+from ..curvature.layers import AffineLayer, Flow, Layer
+from ..curvature.samples import Samples
 
 #: Hyper-parameters under which a step's curvature is the empirical Fisher of its very batch, where an optimizer has
 #: them.

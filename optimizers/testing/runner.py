@@ -10,9 +10,9 @@ from unittest import SkipTest
 
 from torch.optim import Optimizer
 
-from optimizers.testing.checks import optimizer_checks
-from optimizers.testing.loop import Maker
-from optimizers.testing.tables import aligned
+from .checks import optimizer_checks
+from .loop import Maker
+from .tables import aligned
 
 #: How a check ended.
 PASSED, FAILED, EXPECTED, SKIPPED = "passed", "FAILED", "fails as expected", "skipped"
