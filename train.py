@@ -16,12 +16,15 @@ import hydra
 from omegaconf import DictConfig
 
 from models import build_model
-from training import cli, distributed, resume, tasks, verification
-from training.config import CONFIG_FOLDER, CONFIG_NAME
-from training.rng import seed_everything
-from training.run_config import RunConfig
-from training.schema import build, build_optimizers, build_scalars, build_schedule, refusals
-from training.warm_start import warm_start
+from training import tasks
+from training.command import cli, verification
+from training.loop import distributed
+from training.loop.rng import seed_everything
+from training.runs import resume
+from training.runs.record import RunConfig
+from training.runs.warm_start import warm_start
+from training.settings.files import BEHAVIOUR, CONFIG_FOLDER, CONFIG_NAME
+from training.settings.schema import build, build_optimizers, build_scalars, build_schedule, refusals
 
 
 def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
@@ -74,7 +77,7 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
     return summary, folder.path
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=CONFIG_NAME)
+@hydra.main(**BEHAVIOUR, config_path=str(CONFIG_FOLDER), config_name=CONFIG_NAME)
 def job(cfg: DictConfig) -> float:
     """One job of this command; the monitored metric is what a sweeper may optimize."""
     return cli.run_job(train, cfg)

@@ -30,7 +30,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from analysis.curves import GREY, _dress, read_metrics
-from training.run_config import BUDGETS, VOLATILE, load, replace_folder
+from training.runs.record import BUDGETS, VOLATILE, load, replace_folder
 
 # One colour a group; grey is kept for what belongs to no group.
 PALETTE = (

@@ -54,16 +54,15 @@ from omegaconf.errors import OmegaConfBaseException
 from optimizers.table import present
 from scripts.problems import CONFIGS, LEARNED, PROBLEMS, SPLIT, Problem
 from train import train
-from training import resume
 from training.callbacks import Callback
-from training.config import compose
-from training.errors import UserError
-from training.finite import Diverged
-from training.run import Run
-from training.run_config import RunConfig, replace_folder
-from training.run_folder import atomic_file
-from training.schema import did_you_mean
-from training.signals import CTRL_C, Interrupted
+from training.errors import UserError, did_you_mean
+from training.loop.signals import CTRL_C, Interrupted
+from training.runs import resume
+from training.runs.finite import Diverged
+from training.runs.folder import atomic_file
+from training.runs.record import RunConfig, replace_folder
+from training.runs.run import Run
+from training.settings.composition import compose
 
 DATA = "datasets"  # what stands for the folder of the data sets, wherever it is
 RESULTS = "docs/results/defaults.jsonl"

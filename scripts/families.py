@@ -40,7 +40,7 @@ from optimizers import KFAC, AdaFisher, AdaHessian, Categorical, CurvatureOptimi
 from optimizers.base import Coverage
 from optimizers.curvature.probe import DEAD
 from scripts.zoo import keep
-from training.schema import did_you_mean
+from training.errors import did_you_mean
 
 SIDES = (32, 64, 224, 240, 256)  # of images
 CLASSES = 10

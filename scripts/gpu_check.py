@@ -56,7 +56,7 @@ from optimizers.curvature import linalg
 from scripts import benchmark
 from tests import dense
 from tests.optimizers.problems import PROBLEMS, Problem
-from training.rng import deterministic
+from training.loop.rng import deterministic
 
 #: Updates and refreshes fall on different steps, so that inverses are now older than the factors and now not. Sampled
 #: curvature of so few examples is noisy: more damping than usual.

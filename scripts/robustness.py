@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.defaults import SEEDS, Cell, Outcome, cell, command, given_to, markdown, read, run_missing
 from scripts.problems import PROBLEMS
-from training.run_folder import atomic_file
+from training.runs.folder import atomic_file
 
 #: The published rule with the values that were the defaults: each new direction is held, whatever momentum makes of it.
 BEFORE = ("kl_of=direction", "kl_unit=observation", "kl_clip=1e-2", "damping=1e-2", "early_updates=false")

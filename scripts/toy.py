@@ -25,8 +25,7 @@ from rich.table import Table
 
 from analysis import toy
 from optimizers import packaged, table
-from training.errors import UserError
-from training.schema import did_you_mean
+from training.errors import UserError, did_you_mean
 
 # AdamW without decay is Adam, and the two generic files are asked for by the names of classes.
 DEFAULT = (

@@ -38,8 +38,9 @@ from optimizers.testing import CurvatureReport, check_curvature
 from scripts.families import FREE
 from scripts.zoo import ROWS, Row, keep, node
 from training import tasks
-from training.rng import seed_everything
-from training.schema import build, did_you_mean
+from training.errors import did_you_mean
+from training.loop.rng import seed_everything
+from training.settings.schema import build
 
 EXAMPLES = 4
 CLASSES = 10

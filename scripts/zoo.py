@@ -46,10 +46,10 @@ from models import build_model
 from optimizers import CurvatureOptimizer, build_optimizer
 from scripts.benchmark import Arm
 from training import tasks
-from training.config import compose
-from training.errors import UserError
-from training.rng import seed_everything
-from training.schema import build, did_you_mean
+from training.errors import UserError, did_you_mean
+from training.loop.rng import seed_everything
+from training.settings.composition import compose
+from training.settings.schema import build
 
 OPTIMIZERS = ("sgd", "adafisher", "kfac", "adahessian")  # of transformers adafisherw in place of adafisher
 

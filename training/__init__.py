@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from training.errors import UserError
 
 if TYPE_CHECKING:
-    from training.distributed import World, session
-    from training.finite import Diverged
-    from training.rng import seed_everything
-    from training.run_folder import RunFolder
-    from training.signals import Interrupted
-    from training.trainer import Trainer, backward
+    from training.loop.backward import backward
+    from training.loop.distributed import World, session
+    from training.loop.rng import seed_everything
+    from training.loop.signals import Interrupted
+    from training.runs.finite import Diverged
+    from training.runs.folder import RunFolder
+    from training.trainer import Trainer
 
 __all__ = [
     "Diverged",
@@ -31,14 +32,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Diverged": "finite",
-    "Interrupted": "signals",
-    "RunFolder": "run_folder",
+    "Diverged": "runs.finite",
+    "Interrupted": "loop.signals",
+    "RunFolder": "runs.folder",
     "Trainer": "trainer",
-    "World": "distributed",
-    "backward": "trainer",
-    "seed_everything": "rng",
-    "session": "distributed",
+    "World": "loop.distributed",
+    "backward": "loop.backward",
+    "seed_everything": "loop.rng",
+    "session": "loop.distributed",
 }
 
 

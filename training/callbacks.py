@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from training.tasks import Task
+from training.runs.run import Callback, Run
+from training.tasks.task import Task
 
-if TYPE_CHECKING:
-    from training.run import Run
+__all__ = ["Callback", "CurvePlots", "EarlyStopping", "Profiler"]
 
 log = logging.getLogger(__name__)
-
-
-class Callback:
-    """Called at fixed points of a run, on every rank; each method does nothing unless overridden.
-
-    A callback whose decisions depend on the past returns that past from ``state_dict``: plain tensors and primitives.
-    """
-
-    def check(self, task: Task) -> None:
-        """Before anything is written: raise ValueError if the callback cannot work on this task."""
-
-    def on_fit_start(self, run: Run) -> None:
-        """Before the first step, after a checkpoint was restored."""
-
-    def on_step(self, run: Run) -> None:
-        """After every optimizer step."""
-
-    def on_evaluation(self, run: Run, values: dict[str, float]) -> None:
-        """After an evaluation on the validation set, with its values ("val/loss", ...)."""
-
-    def on_fit_end(self, run: Run, summary: dict[str, Any]) -> None:
-        """When training has ended by itself: finished, stopped early or diverged."""
-
-    def close(self) -> None:
-        """However the run ended. Idempotent."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` returned."""
 
 
 class EarlyStopping(Callback):

@@ -1,4 +1,9 @@
-"""The one exception for what a user can cause and mend."""
+"""The one exception for what a user can cause and mend, and a word of help in its sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -7,3 +12,10 @@ class UserError(Exception):
     The command line prints the sentence alone (`CURVLAB_DEBUG=1` adds the stack trace); any other exception
     counts as a bug and keeps its trace.
     """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A clause such as ` (did you mean 'momentum'?)`, or an empty string when nothing known is close."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

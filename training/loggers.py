@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import rich.console
 import torch
@@ -20,50 +20,15 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from training.run_folder import plain
-
-if TYPE_CHECKING:
-    from training.run import Run
+from training.runs.folder import plain
+from training.runs.run import Logger, Run
 
 #: Keys of an event that are not metrics.
 HEADER = ("event", "step", "epoch", "seconds", "wall")
 
+__all__ = ["Console", "JSONLines", "Logger", "TensorBoard"]
+
 log = logging.getLogger(__name__)
-
-
-class Logger:
-    """Receives the events of a run. What cannot be written raises: a run without its record is not worth its time."""
-
-    def start(self, run: Run) -> None:
-        """Open whatever is written to; the run's counters say where a resumed run goes on."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """One event: event, step, epoch, seconds, wall, and its values."""
-
-    def image(self, name: str, image: torch.Tensor, step: int) -> None:
-        """A picture, uint8 ``[C, H, W]`` with one channel or three."""
-
-    def text(self, name: str, text: str, step: int) -> None:
-        """Some lines of text."""
-
-    def on_step(self, run: Run) -> None:
-        """After every optimizer step; values that lie on the device are not to be read."""
-
-    def flush(self) -> None:
-        """Bring everything to the disk: a checkpoint is about to rely on it."""
-
-    def finish(self, run: Run, summary: dict[str, Any]) -> None:
-        """The run ended by itself."""
-
-    def close(self) -> None:
-        """Let go of files and of the terminal, however the run ended. Idempotent."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: plain tensors and primitives."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` returned. Called before ``start``."""
 
 
 class JSONLines(Logger):

@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from optimizers.wrapper import innermost
+from training.errors import did_you_mean
 
 
 def _check(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
@@ -234,8 +235,6 @@ class Scalars:
             raise ValueError("lr is the scheduler's: choose scheduler=NAME, such as cosine or onecycle, in its place")
         known, kind = self._known(), type(self._optimizer).__name__
         if name not in known:
-            from training.schema import did_you_mean  # which builds what is defined here
-
             names = sorted(known_name for known_name, values in known.items() if _is_number(values[0]))
             advice = did_you_mean(name, names) or f"; it has {', '.join(names) or 'none'}"
             raise ValueError(f"{name} is no scalar of {kind}{advice}")

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from optimizers.curvature.communication import average_
 from optimizers.wrapper import innermost
-from training import checkpoints, provenance, rng, schedules
-from training.averaging import averaged, averages, enter
-from training.budgets import Budget, Every
+from training import schedules
 from training.callbacks import Callback, Profiler
-from training.distributed import World, barrier, broadcast_buffers
 from training.errors import UserError
-from training.finite import Diverged, matrix_failure, require_finite, require_finite_loss
 from training.loggers import Logger, log_file
-from training.metrics import evaluate
-from training.players import Players
-from training.precision import Precision
-from training.provenance import summarise
-from training.run import Run
-from training.run_folder import RunFolder
+from training.loop import rng
+from training.loop.budgets import Budget, Every
+from training.loop.distributed import World, barrier
+from training.loop.precision import Precision
+from training.loop.signals import Interrupted, StopSignals
+from training.runs import checkpoints, evaluation, provenance, step
+from training.runs.averaging import averaged, averages, enter
+from training.runs.finite import Diverged, require_finite, require_finite_loss
+from training.runs.folder import RunFolder
+from training.runs.provenance import summarise
+from training.runs.run import Run
 from training.schedules import Scalars, ScalarSchedule
-from training.signals import Interrupted, StopSignals
-from training.tasks import Task, Turn
+from training.tasks.players import Players
+from training.tasks.task import Task
 
 if TYPE_CHECKING:
     from data import DataModule
@@ -43,30 +41,6 @@ if TYPE_CHECKING:
 Schedule = Callable[..., LRScheduler]
 
 log = logging.getLogger(__name__)
-
-
-def backward(
-    optimizer: Optimizer,
-    loss: Tensor,
-    outputs: Tensor | None = None,
-    scale: float = 1.0,
-    targets: Tensor | None = None,
-) -> None:
-    """Leave gradients in ``.grad``: the optimizer's own ``backward`` where it has one, else ``loss.backward()``.
-
-    Args:
-        optimizer: any.
-        loss: scalar; in accumulation, the micro-batch's loss divided by the number of micro-batches.
-        outputs: the model's outputs, which methods that sample targets need.
-        scale: a gradient scaler's factor inside ``loss``, which curvature must not see.
-        targets: of the loss, for optimizers that ask for them (``needs_targets``).
-    """
-    own = getattr(optimizer, "backward", None)
-    if own is None:
-        loss.backward()
-    else:
-        told = {"targets": targets} if getattr(optimizer, "needs_targets", False) else {}
-        own(loss, outputs, scale=scale, **told)
 
 
 class Trainer:
@@ -369,9 +343,9 @@ class Trainer:
         batches = run.batches()
         with run.clock.count("training"):
             if run.resumed and eval_due(run.step) and run.evaluated != run.step:
-                self._evaluate(run)  # the signal that stopped the run would not wait for it
+                evaluation.validate(run)  # the signal that stopped the run would not wait for it
             while not (run.done or run.stop_reason):
-                self._step(run, batches)
+                step.take(run, batches, self.clip_norm)
                 signal = run.advance(signals.exit_code)
                 for callback in run.callbacks:
                     callback.on_step(run)
@@ -380,53 +354,11 @@ class Trainer:
                 if log_due(run.step):
                     self._log(run)
                 if eval_due(run.step) and not signal:
-                    self._evaluate(run)
+                    evaluation.validate(run)
                 if save_due(run.step) or run.done or run.stop_reason or signal:
                     self._save(run)
                 if signal:
                     raise Interrupted(f"Interrupted after step {run.step}: resume={run.folder.path} goes on.", signal)
-
-    def _step(self, run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """The updates of one step, each on the same ``accumulate`` batches. Nothing in it waits for the device."""
-        run.phases.mark(None)
-        run.scalars.set(run.progress)
-        turns = run.task.turns(run)
-        served: Iterable[tuple[Tensor, Tensor]] = (next(batches) for _ in range(self.accumulate))
-        served = served if len(turns) == 1 else list(served)
-        for turn in turns:
-            turn.optimizer.zero_grad()
-            for part, (inputs, targets) in enumerate(served, 1):
-                self._micro_batch(run, turn, inputs, targets, last=part == self.accumulate)
-            self._update(run, turn.optimizer)
-        run.lr = float(run.optimizer.param_groups[0]["lr"])
-        run.scaler.update()
-        run.phases.mark("update")
-
-    def _micro_batch(self, run: Run, turn: Turn, inputs: Tensor, targets: Tensor, last: bool) -> None:
-        run.phases.mark("data")
-        # Gradients travel between ranks once an update, with the last batch.
-        with nullcontext() if last or not run.replicated else run.forward.no_sync():  # type: ignore[attr-defined]
-            with run.precision.autocast():
-                outputs, loss = turn.play(inputs, targets)
-            run.phases.mark("forward")
-            share = loss if self.accumulate == 1 else loss / self.accumulate
-            scale = run.scaler.get_scale() if run.scaler.is_enabled() else 1.0
-            backward(turn.optimizer, run.scaler.scale(share), outputs, scale, targets)
-            run.phases.mark("backward")
-        turn.measure(run.precision.full(outputs.detach()), targets, loss.detach())
-        run.phases.mark("measure")
-
-    def _update(self, run: Run, optimizer: Optimizer) -> None:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if not run.replicated:
-            average_([p.grad for p in params if p.grad is not None])
-        if self.clip_norm is not None:
-            run.scaler.unscale_(optimizer)
-            run.grad_norm = nn.utils.clip_grad_norm_(params, self.clip_norm)
-        try:
-            run.scaler.step(optimizer)
-        except torch.linalg.LinAlgError as error:  # what some packages make of gradients that are not finite
-            raise matrix_failure(run, error) from error
 
     # -- what happens now and then -------------------------------------------------------------------------------------
 
@@ -446,34 +378,6 @@ class Trainer:
             run.window.reset()
             run.window_steps = 0
             run.emit("train", values)
-
-    def _evaluate(self, run: Run) -> None:
-        require_finite(run)
-        with averaged(run):
-            values = self._measure(run, "val")
-            run.evaluated = run.step
-            if not values:  # a data set without validation examples
-                return
-            require_finite_loss(run, values["val/loss"], "validation")
-            with run.clock.count("other"):
-                run.emit("eval", values)
-                improved = run.improves(values)
-                if improved:
-                    found = {"metric": run.monitor, "value": values[run.monitor], "step": run.step, "epoch": run.epoch}
-                    run.best = found | values
-                for callback in run.callbacks:
-                    callback.on_evaluation(run, values)
-                if improved:
-                    state = checkpoints.capture(run)
-                    if run.world.is_main:
-                        checkpoints.save(run.folder.checkpoints / "best.pt", state)
-                    run.best_written = run.step
-
-    def _measure(self, run: Run, split: Literal["val", "test"]) -> dict[str, float]:
-        with run.clock.count("evaluation"):
-            broadcast_buffers(run.model, run.world)
-            values = evaluate(run.model, getattr(run.data, split), run.task, run.precision)
-        return {f"{split}/{name}": value for name, value in values.items()}
 
     def _save(self, run: Run) -> None:
         require_finite(run)
@@ -498,10 +402,10 @@ class Trainer:
         if run.window_steps:
             self._log(run)
         if run.evaluated != run.step:
-            self._evaluate(run)
+            evaluation.validate(run)
         enter(run)  # and so the model stays
-        values = self._measure(run, "test")
-        of_best = values if run.best is None or run.best["step"] == run.step else self._test_best(run)
+        values = evaluation.measure(run, "test")
+        of_best = values if run.best is None or run.best["step"] == run.step else evaluation.test_best(run)
         with run.clock.count("other"):
             if run.best is not None:
                 run.best |= of_best
@@ -513,19 +417,6 @@ class Trainer:
         for logger in run.loggers:
             logger.finish(run, summary)
         return summary
-
-    def _test_best(self, run: Run) -> dict[str, float]:
-        """Test metrics of the best weights; the model holds the last ones before and after."""
-        last = copy.deepcopy(run.model.state_dict())  # with the versions of its layers' formats, which some ask for
-        try:
-            if run.world.is_main:
-                run.model.load_state_dict(checkpoints.load(run.folder.checkpoints / "best.pt")["model"])
-            if run.world.world_size > 1:
-                for parameter in run.model.parameters():
-                    dist.broadcast(parameter.data, src=0)
-            return self._measure(run, "test")  # which broadcasts the buffers
-        finally:
-            run.model.load_state_dict(last)
 
     def _fail(self, folder: RunFolder, run: Run | None, error: BaseException) -> None:
         interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from tests.cli.conftest import Outcome, metrics, runs, summary, unfinish
-from training import checkpoints
-from training.config import CONFIG_FOLDER, compose
-from training.run_config import AROUND
+from training.runs import checkpoints
+from training.runs.record import AROUND
+from training.settings.composition import CONFIG_FOLDER, compose
 
 STEPS = (
     "trainer.max_epochs=null", "trainer.max_steps=6", "trainer.eval_every_epochs=null", "trainer.eval_every_steps=2",

@@ -13,8 +13,8 @@ import yaml
 
 from tests.cli.conftest import Outcome, runs, summary
 from tests.conftest import ROOT
-from training.config import CONFIG_FOLDER, compose
-from training.schema import locate, parameters
+from training.settings.composition import CONFIG_FOLDER, compose
+from training.settings.schema import locate, parameters
 
 FILES = sorted(CONFIG_FOLDER.rglob("*.yaml"))
 OURS = ("data", "models", "optimizers", "training")

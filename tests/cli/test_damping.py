@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import Outcome, metrics, runs, summary, unfinish
-from training import checkpoints
+from training.runs import checkpoints
 
 STEPS = (
     "callbacks=none", "logger=quiet", "trainer.max_epochs=null", "trainer.max_steps=8", "trainer.log_every_steps=2",

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.cli.conftest import Outcome, runs, summary
 from tests.conftest import ROOT
-from training.config import CONFIG_FOLDER, compose
+from training.settings.composition import CONFIG_FOLDER, compose
 
 EXPERIMENTS = sorted(
     path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("").as_posix()

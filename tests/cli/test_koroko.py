@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.cli.conftest import Outcome, metrics, runs, summary
-from training.config import compose
+from training.settings.composition import compose
 
 NAMES = ("curves", "mnist", "faces")
 PIXELS = {"curves": 784, "mnist": 784, "faces": 625}

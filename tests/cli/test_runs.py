@@ -17,8 +17,8 @@ from filelock import FileLock
 
 from tests.cli.conftest import QUICK, Outcome, metrics, runs, summary, unfinish
 from tests.conftest import ROOT
-from training.config import compose
-from training.warm_start import warm_start
+from training.runs.warm_start import warm_start
+from training.settings.composition import compose
 
 
 def test_a_run_and_its_folder(command: Callable[..., Outcome], work: Path) -> None:

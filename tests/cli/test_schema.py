@@ -8,8 +8,8 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from training import schema
 from training.errors import UserError
+from training.settings import schema
 
 
 def example(

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import models
-from training import schema
+from training.settings import schema
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = {"in_channels": 1, "num_classes": 10, "image_size": 8}

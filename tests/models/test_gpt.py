@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from models.gpt import gpt
 from tests.conftest import ROOT
-from training.config import compose
+from training.settings.composition import compose
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "<unk>"]
 

@@ -19,10 +19,10 @@ from optimizers import packaged
 from optimizers.packaged import DRAWING, LIMITS, hidden_weights, muon, pytorch_optimizer, torch_optim
 from optimizers.shampoo import shampoo
 from tests.optimizers.problems import EmbeddingModel, ViTBlock, conv_net, images, mlp
-from training import schema
-from training.config import CONFIG_FOLDER, compose, prepare
 from training.errors import UserError
-from training.rng import seed_everything
+from training.loop.rng import seed_everything
+from training.settings import schema
+from training.settings.composition import CONFIG_FOLDER, compose, prepare
 
 package = pytest.importorskip("pytorch_optimizer")
 

@@ -14,7 +14,7 @@ from optimizers import KFAC, AdaHessian, Categorical, table
 from optimizers.__main__ import main
 from optimizers.packaged import muon
 from tests.conftest import ROOT
-from training import schema
+from training.settings import schema
 
 FILES = {path.stem: path for path in (ROOT / "configs" / "optimizer").glob("*.yaml")}
 BLOCK = ("<!-- optimizers -->\n", "\n<!-- /optimizers -->")

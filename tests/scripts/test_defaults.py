@@ -21,8 +21,8 @@ from optimizers.table import present
 from scripts import defaults, problems
 from scripts.defaults import Outcome
 from tests.conftest import ROOT
-from training.config import compose
-from training.schema import build
+from training.settings.composition import compose
+from training.settings.schema import build
 
 TINY = replace(problems.PROBLEMS["digits_mlp"], steps=20, least=0.1)
 LINEAR = replace(problems.PROBLEMS["ill_conditioned"], steps=20)

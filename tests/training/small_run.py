@@ -29,7 +29,6 @@ from training import (
     Trainer,
     UserError,
     World,
-    checkpoints,
     loggers,
     schedules,
     seed_everything,
@@ -37,8 +36,9 @@ from training import (
     tasks,
 )
 from training.callbacks import Callback, EarlyStopping
-from training.distributed import barrier
-from training.run import Run
+from training.loop.distributed import barrier
+from training.runs import checkpoints
+from training.runs.run import Run
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}),

@@ -34,18 +34,19 @@ from training import (
     Trainer,
     UserError,
     World,
-    checkpoints,
     loggers,
     schedules,
     seed_everything,
     session,
     tasks,
 )
-from training.adversarial import Adversarial, SamplePlots, penalty
 from training.callbacks import Callback, CurvePlots
-from training.config import CONFIG_FOLDER, compose
-from training.players import Players, frozen, unobserved
-from training.schema import build_optimizers
+from training.runs import checkpoints
+from training.settings.composition import CONFIG_FOLDER, compose
+from training.settings.schema import build_optimizers
+from training.show.samples import SamplePlots
+from training.tasks.generation import Adversarial, penalty
+from training.tasks.players import Players, frozen, unobserved
 
 SMALL = {"latent": 4, "width": 2}
 CURVATURE: dict[str, Any] = {"damping": 0.1, "update_every": 2, "refresh_every": 3, "likelihood": Gaussian()}

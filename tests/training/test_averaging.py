@@ -17,12 +17,13 @@ from tests.conftest import ROOT
 from tests.training import test_adversarial as game
 from tests.training.small_run import AROUND, SignalAt, differences, events, final_state, fit, small_data, small_model
 from tests.training.test_resume import assert_same_run
-from training import Interrupted, UserError, checkpoints, tasks
+from training import Interrupted, UserError, tasks
 from training.callbacks import Callback
-from training.metrics import evaluate
-from training.players import Players
-from training.precision import Precision
-from training.run import Run
+from training.loop.precision import Precision
+from training.runs import checkpoints
+from training.runs.evaluation import evaluate
+from training.runs.run import Run
+from training.tasks.players import Players
 
 CPU = torch.device("cpu")
 CASES = [("sgd", "ema"), ("adam", "free"), ("kfac", "graft"), ("kfac", "graft ema"), ("adafisher", "normalized free")]

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from training import UserError, checkpoints
-from training.checkpoints import CheckpointError
-from training.run_folder import RunFolder, atomic_file
+from training import UserError
+from training.runs import checkpoints
+from training.runs.checkpoints import CheckpointError
+from training.runs.folder import RunFolder, atomic_file
 
 
 def state(step: int = 1, size: int = 100) -> dict:
@@ -80,7 +81,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     script = (
-        "import resource, sys; from pathlib import Path; from training import checkpoints\n"
+        "import resource, sys; from pathlib import Path; from training.runs import checkpoints\n"
         "from tests.training.test_checkpoints import state\n"
         "path = Path(sys.argv[1]); checkpoints.save(path, state(1))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
@@ -96,7 +97,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_kill_9_while_writing_leaves_a_whole_file(tmp_path: Path) -> None:
     script = (
-        "import itertools, sys; from pathlib import Path; from training import checkpoints\n"
+        "import itertools, sys; from pathlib import Path; from training.runs import checkpoints\n"
         "from tests.training.test_checkpoints import state\n"
         "for i in itertools.count(1):\n"
         "    checkpoints.save(Path(sys.argv[1]), state(i, 1_000_000)); print(i, flush=True)\n"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tests.optimizers.test_contract import OPTIMIZERS
 from tests.training import small_run
-from training import Diverged, checkpoints
+from training import Diverged
 from training.callbacks import Callback
-from training.run import Run
+from training.runs import checkpoints
+from training.runs.run import Run
 
 
 class Spoil(Callback):

@@ -17,9 +17,10 @@ import optimizers
 from models import build_model
 from models.gpt import gpt
 from tests.training.small_run import differences
-from training import RunFolder, Trainer, UserError, World, checkpoints, loggers, seed_everything, tasks
+from training import RunFolder, Trainer, UserError, World, loggers, seed_everything, tasks
 from training.callbacks import Callback
-from training.sample_text import SampleText, continued
+from training.runs import checkpoints
+from training.show.sample_text import SampleText, continued
 
 FACTS = {"vocabulary": 7}
 

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 from tests.training.small_run import SignalAt, fit
 from training import Interrupted, loggers
 from training.callbacks import CurvePlots
-from training.run import Run
+from training.runs.run import Run
 
 
 def test_json_lines_hold_every_event(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from torch.nn import functional
 
 import data
 from analysis.curves import plot_run
-from training import RunFolder, Trainer, UserError, World, checkpoints, loggers, seed_everything, tasks
+from training import RunFolder, Trainer, UserError, World, loggers, seed_everything, tasks
 from training.callbacks import Callback, CurvePlots
-from training.reconstructions import ReconstructionPlots
+from training.runs import checkpoints
+from training.show.reconstructions import ReconstructionPlots
 
 
 def net(pixels: int) -> nn.Module:

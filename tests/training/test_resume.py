@@ -16,10 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import ROOT
 from tests.training.small_run import OPTIMIZERS, SignalAt, differences, events, final_state, fit
-from training import Interrupted, checkpoints
+from training import Interrupted
 from training.callbacks import Callback, EarlyStopping
-from training.checkpoints import CheckpointError
-from training.run import Run
+from training.runs import checkpoints
+from training.runs.checkpoints import CheckpointError
+from training.runs.run import Run
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -17,9 +17,9 @@ from tests.cli.conftest import command, metrics, quick, runs, work  # noqa: F401
 from tests.training.small_run import SignalAt, differences, events, final_state, fit
 from training import Interrupted, Trainer, UserError
 from training.callbacks import Callback
-from training.config import compose
-from training.run import Run
+from training.runs.run import Run
 from training.schedules import Scalars, ScalarSchedule
+from training.settings.composition import compose
 
 DAMPING = ScalarSchedule(1e-5, "exponential")
 EVERY = ScalarSchedule(7, "linear", start=0.1, stop=0.5)

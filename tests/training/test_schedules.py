@@ -13,7 +13,7 @@ import torch
 from torch.optim import lr_scheduler as official
 
 from training import schedules
-from training.budgets import TIME_TICKS, Budget, Clock, Every, Phases
+from training.loop.budgets import TIME_TICKS, Budget, Clock, Every, Phases
 
 CPU = torch.device("cpu")
 

@@ -22,11 +22,13 @@ from torch import nn
 from optimizers import AdaFisher
 from tests.conftest import ROOT
 from tests.training.small_run import SignalAt, Slow, events, final_state, fit, small_data, small_model
-from training import Diverged, Interrupted, RunFolder, Trainer, backward, checkpoints, loggers, rng, schedules, tasks
+from training import Diverged, Interrupted, RunFolder, Trainer, backward, loggers, schedules, tasks
 from training.callbacks import Callback, EarlyStopping
-from training.metrics import evaluate
-from training.precision import Precision
-from training.run import Run
+from training.loop import rng
+from training.loop.precision import Precision
+from training.runs import checkpoints
+from training.runs.evaluation import evaluate
+from training.runs.run import Run
 
 PLAIN = {"dropout": 0.0, "batch_norm": False}
 CPU = torch.device("cpu")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from training.distributed import maximum
+from training.loop.distributed import maximum
 from training.errors import UserError
-
-if TYPE_CHECKING:
-    from training.run import Run
+from training.runs.run import Run
 
 
 class Diverged(UserError):

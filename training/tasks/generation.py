@@ -1,4 +1,4 @@
-"""A generator and a critic taught by each other, as the one loop plays them: their turns, their evaluation, a picture.
+"""A generator and a critic taught by each other, as the one loop plays them: their turns and their evaluation.
 
 Source: Gulrajani et al., "Improved Training of Wasserstein GANs", NeurIPS 2017 (arXiv 1704.00028), Algorithm 1. With
 real images x, generated ones y = G(z) and points x' between them, the critic minimizes
@@ -17,23 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchvision.utils import make_grid
 
 from models import GAN
 from models.features import features
 from optimizers.curvature.communication import rank, world_size
 from optimizers.likelihoods import Gaussian
-from training import rng
 from training.errors import UserError
-from training.metrics import Mean, Meters
-from training.pictures import CELL, Pictures
-from training.players import Players, frozen, unobserved
-from training.precision import Precision
-from training.tasks import Task, Turn
+from training.loop.precision import Precision
+from training.tasks.metrics import Mean, Meters
+from training.tasks.players import Players, frozen, unobserved
+from training.tasks.task import Learning, Task, Turn
 
 if TYPE_CHECKING:
     from data import BatchLoader
-    from training.run import Run
 
 #: What is drawn: numbers for the critic's turn, for the generator's, and for all evaluations and pictures.
 CRITIC, GENERATOR, FIXED = range(3)
@@ -74,6 +70,12 @@ class Adversarial(Task):
         self._inception = frechet == "inception"
         self._distance = _inception_distance() if self._inception else FrechetInceptionDistance(features(frechet))
 
+    @classmethod
+    def of(cls, facts: dict[str, Any], label_smoothing: float, seed: int) -> Task:
+        """See Task."""
+        cls._refuse_smoothing(label_smoothing)
+        return cls(facts["frechet"], seed)
+
     def check(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         """See Task."""
         if not isinstance(model, GAN):
@@ -84,7 +86,7 @@ class Adversarial(Task):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def turns(self, run: Run) -> Sequence[Turn]:
+    def turns(self, run: Learning) -> Sequence[Turn]:
         """See Task."""
         assert isinstance(run.model, GAN) and isinstance(run.optimizer, Players)
         critic = Turn(
@@ -96,7 +98,7 @@ class Adversarial(Task):
         return [critic, Turn(run.optimizer.generator, generate, partial(self._measure_generator, run.window))]
 
     def _criticise(
-        self, run: Run, model: GAN, parts: Iterator[int], inputs: Tensor, targets: Tensor
+        self, run: Learning, model: GAN, parts: Iterator[int], inputs: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The critic's pass: scores ``[2 b, 1]`` of real images, then of generated ones, and its loss."""
         draws = self._generator(run.step, next(parts), CRITIC)
@@ -116,7 +118,7 @@ class Adversarial(Task):
         return scores, loss
 
     def _generate(
-        self, run: Run, model: GAN, players: Players, parts: Iterator[int], inputs: Tensor, targets: Tensor
+        self, run: Learning, model: GAN, players: Players, parts: Iterator[int], inputs: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The generator's pass: scores ``[b, 1]`` of as many images as there are real ones, and its loss."""
         draws = self._generator(run.step, next(parts), GENERATOR)
@@ -185,7 +187,7 @@ class Adversarial(Task):
         meters.metrics["loss"].update(-distance, len(images))
         meters.metrics["wasserstein"].update(distance, len(images))
         images = images.to(self._distance.device)
-        self._distance.update(_bytes(images) if self._inception else images.float(), real)
+        self._distance.update(as_bytes(images) if self._inception else images.float(), real)
 
 
 def penalty(critic: nn.Module, between: Tensor) -> Tensor:
@@ -206,7 +208,7 @@ def _shared(draw: Any, generator: torch.Generator, shape: tuple[int, ...], devic
     return joint.tensor_split(world_size())[rank()].to(device, non_blocking=True)
 
 
-def _bytes(images: Tensor) -> Tensor:
+def as_bytes(images: Tensor) -> Tensor:
     """Images in [-1, 1] as Inception takes them: coloured bytes."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
@@ -220,33 +222,3 @@ def _inception_distance() -> FrechetInceptionDistance:
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"Inception's weights cannot be downloaded ({reason}): {way_out}") from error
-
-
-class SamplePlots(Pictures):
-    """Draws images that the generator makes of the same latents every time; only where images are imitated.
-
-    The picture goes to TensorBoard in the course of training and into the run folder, ``samples.png``, when it ends.
-
-    Args:
-        columns: images side by side.
-        rows: of images.
-        every_epochs: how often, at the first evaluation after so many epochs; fractions count.
-
-    Raises:
-        ValueError: for a value out of its range.
-    """
-
-    name, task = "samples", Adversarial
-
-    def __init__(self, columns: int = 10, rows: int = 6, every_epochs: float = 1.0) -> None:
-        super().__init__(columns, rows, every_epochs)
-
-    def draw(self, run: Run) -> Tensor:
-        """See Pictures."""
-        assert isinstance(run.model, GAN) and isinstance(run.task, Adversarial)
-        latents = run.task.latents(self.columns * self.rows, run.model.latent)
-        with rng.observed(run.model, run.world.device), run.precision.autocast():
-            made = run.model.generator(latents.to(run.world.device))
-        scale = max(1, CELL // made.shape[-1])
-        large = made.float().nan_to_num().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        return make_grid(_bytes(large), nrow=self.columns, padding=2, pad_value=128).cpu()

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from optimizers.averaging import Averaging, batch_norms, recalibrate
 from optimizers.curvature.communication import average_
-from training import rng
-from training.players import members, unobserved
-
-if TYPE_CHECKING:
-    from training.run import Run
+from training.loop import rng
+from training.tasks.players import members, unobserved
+from training.runs.run import Run
 
 
 def averages(run: Run) -> list[Averaging]:

@@ -11,20 +11,18 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from optimizers.wrapper import check_wrappers
-from training import rng
-from training.averaging import leave
-from training.distributed import broadcast_object, gather_objects
+from training.loop import rng
+from training.runs.averaging import leave
+from training.loop.distributed import broadcast_object, gather_objects
 from training.errors import UserError
-from training.players import members
-from training.run_folder import atomic_file, sync_folder
-
-if TYPE_CHECKING:
-    from training.run import Run
+from training.tasks.players import members
+from training.runs.folder import atomic_file, sync_folder
+from training.runs.run import Run
 
 #: Raised whenever what a checkpoint holds changes its meaning.
 FORMAT = 1

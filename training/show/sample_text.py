@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data.text import END, Vocabulary, tokenise
 from optimizers.likelihoods import Categorical
-from training import rng
-from training.callbacks import Callback
-from training.tasks import LanguageModelling
-
-if TYPE_CHECKING:
-    from training.run import Run
+from training.loop import rng
+from training.runs.run import Callback, Run
 
 
 class SampleText(Callback):
@@ -46,7 +42,7 @@ class SampleText(Callback):
     def on_fit_end(self, run: Run, summary: dict[str, Any]) -> None:
         """See Callback."""
         # A model that diverged has nothing to say.
-        if not run.world.is_main or not isinstance(run.task, LanguageModelling) or summary["status"] == "diverged":
+        if not run.world.is_main or run.task.name != "language_modelling" or summary["status"] == "diverged":
             return
         text = self.write(run)
         (run.folder.path / "sample.txt").write_text(text + "\n", encoding="utf-8")

@@ -13,10 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from training import checkpoints
+from training.runs import checkpoints
 from training.errors import UserError
-from training.run_config import RunConfig, find, load
-from training.run_folder import RunFolder, atomic_file
+from training.runs.record import RunConfig, find, load
+from training.runs.folder import RunFolder, atomic_file
 
 # These runs have ended; every other status (interrupted, failed, or none after a kill) leaves something to resume.
 ENDED = ("finished", "stopped_early", "diverged")

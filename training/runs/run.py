@@ -1,4 +1,4 @@
-"""The live state of one training run: what the loop, the callbacks, the loggers and the checkpoints share."""
+"""The live state of one training run, and what may look on: callbacks, which run beside the loop, and loggers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from training.budgets import Budget, Clock, Pace, Phases
-from training.distributed import World, maximum
-from training.metrics import Meters
-from training.precision import Precision
-from training.run_folder import RunFolder
+from training.loop.budgets import Budget, Clock, Pace, Phases
+from training.loop.distributed import World, maximum
+from training.tasks.metrics import Meters
+from training.loop.precision import Precision
+from training.runs.folder import RunFolder
 from training.schedules import Scalars
-from training.tasks import Task
+from training.tasks.task import Task
 
 if TYPE_CHECKING:
     from data import DataModule
-    from training.callbacks import Callback
-    from training.loggers import Logger
 
 
 @dataclass
@@ -185,3 +183,70 @@ class Run:
         if self.best is None:
             return True
         return value < self.best["value"] if self.task.metrics[name] == "min" else value > self.best["value"]
+
+
+class Callback:
+    """Called at fixed points of a run, on every rank; each method does nothing unless overridden.
+
+    A callback whose decisions depend on the past returns that past from ``state_dict``: plain tensors and primitives.
+    """
+
+    def check(self, task: Task) -> None:
+        """Before anything is written: raise ValueError if the callback cannot work on this task."""
+
+    def on_fit_start(self, run: Run) -> None:
+        """Before the first step, after a checkpoint was restored."""
+
+    def on_step(self, run: Run) -> None:
+        """After every optimizer step."""
+
+    def on_evaluation(self, run: Run, values: dict[str, float]) -> None:
+        """After an evaluation on the validation set, with its values ("val/loss", ...)."""
+
+    def on_fit_end(self, run: Run, summary: dict[str, Any]) -> None:
+        """When training has ended by itself: finished, stopped early or diverged."""
+
+    def close(self) -> None:
+        """However the run ended. Idempotent."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` returned."""
+
+
+class Logger:
+    """Receives the events of a run. What cannot be written raises: a run without its record is not worth its time."""
+
+    def start(self, run: Run) -> None:
+        """Open whatever is written to; the run's counters say where a resumed run goes on."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One event: event, step, epoch, seconds, wall, and its values."""
+
+    def image(self, name: str, image: torch.Tensor, step: int) -> None:
+        """A picture, uint8 ``[C, H, W]`` with one channel or three."""
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Some lines of text."""
+
+    def on_step(self, run: Run) -> None:
+        """After every optimizer step; values that lie on the device are not to be read."""
+
+    def flush(self) -> None:
+        """Bring everything to the disk: a checkpoint is about to rely on it."""
+
+    def finish(self, run: Run, summary: dict[str, Any]) -> None:
+        """The run ended by itself."""
+
+    def close(self) -> None:
+        """Let go of files and of the terminal, however the run ended. Idempotent."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain tensors and primitives."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` returned. Called before ``start``."""

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from training.errors import UserError
-from training.players import PLAYERS
+from training.tasks.players import PLAYERS
 
 BUDGETS = ("max_epochs", "max_steps", "max_time")
 CHOICES = "choices"  # in config.yaml: the name of each group's file

@@ -8,12 +8,10 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from training.run import Run
+from training.runs.run import Run
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "numpy", "scikit-learn", "tensorboard")
 

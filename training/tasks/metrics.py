@@ -1,20 +1,11 @@
-"""Means over examples, kept on the device and reduced over ranks, and the evaluation of a model by them."""
+"""Means over examples, kept on the device and reduced over ranks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
-
-from training import rng
-
-if TYPE_CHECKING:
-    from data import BatchLoader
-    from training.precision import Precision
-    from training.tasks import Task
 
 
 class Mean(Metric):
@@ -105,26 +96,3 @@ class Meters:
             metric.load_state_dict(
                 {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
             )
-
-
-def evaluate(model: nn.Module, loader: BatchLoader, task: Task, precision: Precision) -> dict[str, float]:
-    """A task's metrics over a whole set, each example once, whatever share of it each rank holds.
-
-    The model is put in evaluation mode and back; random generators are left as they were.
-
-    Args:
-        model: the bare model (DDP's wrapper would exchange messages a pass, and shares may differ in length).
-        loader: the set; an empty one has no metrics.
-        task: says what is measured.
-        precision: of the forward pass.
-
-    Returns:
-        {"loss": ..., "accuracy": ...}, or what else the task measures; the loss is the likelihood's own, without
-        smoothing.
-    """
-    if loader.num_examples == 0:
-        return {}
-    meters = task.examiners(precision.device)
-    with rng.observed(model, precision.device):
-        task.examine(model, loader, meters, precision)
-    return meters.compute()

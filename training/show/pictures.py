@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
 
-from training.callbacks import Callback
-from training.tasks import Task
-
-if TYPE_CHECKING:
-    from training.run import Run
+from training.runs.run import Callback, Run
 
 CELL = 60  # smaller images are enlarged to about so many pixels a side
 
@@ -28,14 +24,14 @@ class Pictures(Callback, ABC):
 
     Attributes:
         name: of the file in the run folder, without ``.png``, and in TensorBoard.
-        task: runs of another one have no such picture.
+        task: name of the one whose runs have such a picture.
 
     Raises:
         ValueError: for a value out of its range.
     """
 
     name: ClassVar[str]
-    task: ClassVar[type[Task]]
+    task: ClassVar[str]
 
     def __init__(self, columns: int, rows: int, every_epochs: float) -> None:
         for name, value in {"columns": columns, "rows": rows}.items():
@@ -52,7 +48,7 @@ class Pictures(Callback, ABC):
 
     def on_evaluation(self, run: Run, values: dict[str, float]) -> None:
         """See Callback."""
-        if run.epoch < self._due or not isinstance(run.task, self.task):
+        if run.epoch < self._due or run.task.name != self.task:
             return
         self._due = self._next(run)
         if run.world.is_main:
@@ -62,7 +58,7 @@ class Pictures(Callback, ABC):
 
     def on_fit_end(self, run: Run, summary: dict[str, Any]) -> None:
         """See Callback."""
-        if run.world.is_main and isinstance(run.task, self.task):
+        if run.world.is_main and run.task.name == self.task:
             pixels = self.draw(run).permute(1, 2, 0).squeeze(-1)  # [H, W] is a grey picture
             Image.fromarray(pixels.numpy()).save(run.folder.path / f"{self.name}.png")
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training import rng
-from training.pictures import CELL, Pictures
-from training.tasks import Reconstruction
-
-if TYPE_CHECKING:
-    from training.run import Run
+from training.loop import rng
+from training.runs.run import Run
+from training.show.pictures import CELL, Pictures
+from training.tasks.reconstruction import Reconstruction
 
 MARGIN = 255  # brightness of the lines between the images
 
@@ -34,7 +30,7 @@ class ReconstructionPlots(Pictures):
         ValueError: for a value out of its range.
     """
 
-    name, task = "reconstructions", Reconstruction
+    name, task = "reconstructions", "reconstruction"
 
     def __init__(self, columns: int = 12, rows: int = 2, every_epochs: float = 10.0) -> None:
         super().__init__(columns, rows, every_epochs)

@@ -7,13 +7,12 @@ callable's own business: it raises `ValueError("lr must be positive, got -1")`, 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import types
 import typing
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,11 +22,11 @@ import torch
 from models import GAN
 from optimizers import Gaussian, build_optimizer
 from optimizers.packaged import Package
-from training.errors import UserError
-from training.finetune import parameter_groups
-from training.players import PLAYERS, Players
-from training.run_config import AROUND
+from training.errors import UserError, did_you_mean
+from training.runs.record import AROUND
 from training.schedules import Scalars, ScalarSchedule
+from training.settings.finetune import parameter_groups
+from training.tasks.players import PLAYERS, Players
 
 TARGET = "_target_"
 
@@ -40,15 +39,14 @@ INJECTED: dict[str, frozenset[str]] = {
     "averaging": frozenset({"optimizer"}),
     "scheduler": frozenset({"optimizer", "ticks"}),
 }
+# Where callables live that run folders of earlier versions name elsewhere.
+MOVED = {
+    "training.adversarial": "training.show.samples",
+    "training.reconstructions": "training.show.reconstructions",
+    "training.sample_text": "training.show.sample_text",
+}
 # Packages whose exceptions for a value that they refuse are no ValueErrors.
 PECULIAR = ("pytorch_optimizer",)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A clause such as ` (did you mean 'momentum'?)`, or an empty string when nothing known is close."""
-    by_lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
-    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
 def locate(target: Any, where: str) -> Callable[..., Any]:
@@ -60,6 +58,7 @@ def locate(target: Any, where: str) -> Callable[..., Any]:
     if not isinstance(target, str) or "." not in target:
         raise UserError(f"{where}.{TARGET} must be a dotted path such as torch.optim.SGD, got {target!r}")
     module_name, _, name = target.rpartition(".")
+    module_name = MOVED.get(module_name, module_name)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data import DataError
-from training import report
-from training.config import current, prepare
-from training.distributed import World, broadcast_object
 from training.errors import UserError
-from training.resume import release, sweep_folder
-from training.run_config import RunConfig
-from training.run_folder import RunFolder
-from training.signals import CTRL_C, Interrupted
+from training.loop.distributed import World, broadcast_object
+from training.loop.signals import CTRL_C, Interrupted
+from training.runs.folder import RunFolder
+from training.runs.record import RunConfig
+from training.runs.resume import release, sweep_folder
+from training.settings.composition import current, prepare
+from training.show import report
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from optimizers.testing import check_curvature
 from optimizers.testing.loop import Maker
-from training import cli
-from training.distributed import World
+from training.command import cli
 from training.errors import UserError
-from training.schema import TARGET, locate
-from training.tasks import Task
+from training.loop.distributed import World
+from training.settings.schema import TARGET, locate
+from training.tasks.task import Task
 
 if TYPE_CHECKING:
     from data import DataModule

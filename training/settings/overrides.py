@@ -1,0 +1,114 @@
+"""Hydra's grammar of overrides, as far as a command line of ours is read before Hydra reads it."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
+
+from training.errors import UserError
+
+#: The one key whose names are not in the files: those of the chosen optimizer's scalars, which are checked against it.
+OPEN = "schedules"
+#: Another one, checked against the names of the model's parameters.
+RATES = "finetune.lr_mult"
+#: And another, against the options of a class of torch.optim.
+GRAFTED = "step_length.options"
+# Regular expressions, which are full of what Hydra's grammar takes for its own.
+EXPRESSIONS = ("finetune.freeze", "optimizer.skip", "generator.skip", "critic.skip")
+
+
+class Arguments(argparse.ArgumentParser):
+    """The flags of a Hydra program, as its documentation lists them; what it does not know is a UserError."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False)
+        self.add_argument("overrides", nargs="*")
+        self.add_argument("--help", "-h", action="store_true")
+        for flag in ("--hydra-help", "--version", "--resolve", "--experimental-rerun"):
+            self.add_argument(flag, action="store_true" if flag != "--experimental-rerun" else "store")
+        self.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+        self.add_argument("--info", "-i", nargs="?", const="all")
+        self.add_argument("--package", "-p")
+        self.add_argument("--run", "-r", action="store_true")
+        self.add_argument("--multirun", "-m", action="store_true")
+        self.add_argument("--shell-completion", "-sc", action="store_true")
+        self.add_argument("--config-path", "-cp")
+        self.add_argument("--config-name", "-cn")
+        self.add_argument("--config-dir", "-cd")
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse; values are given as key=value."""
+        unknown = re.search(r"unrecognized arguments: (--?)(\S+)", message)
+        if unknown:
+            flag = "".join(unknown.groups())
+            raise UserError(
+                f"unknown flag {flag!r}: values are given as key=value, e.g. optimizer.lr=0.01 (see --help)"
+            )
+        raise UserError(f"{message} (see --help)")
+
+
+def flags_of(argv: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The arguments that are no overrides, flags with their values."""
+    left = list(overrides)
+    flags = []
+    for text in argv:
+        if left and text == left[0]:
+            left.pop(0)
+        else:
+            flags.append(text)
+    return flags
+
+
+def parse(text: str) -> Override:
+    """One override.
+
+    Raises:
+        UserError: it is malformed.
+    """
+    try:
+        return OverridesParser.create().parse_overrides([text])[0]
+    except OverrideParseException as error:
+        why = str(error).splitlines()[0]
+        hint = f" ({why}); quote values with special characters" if "=" in text else ": write key=value"
+        raise UserError(f"malformed override {text!r}{hint}") from error
+
+
+def name_of(override: Override) -> str:
+    """A key or group, the latter with the package that it is chosen for: `optimizer@critic`."""
+    return override.key_or_group + (f"@{override.package}" if override.package else "")
+
+
+def quoted(text: str) -> str:
+    """Quote a regular expression, and the path of an existing file, that means something to Hydra's grammar."""
+    key, _, value = text.partition("=")
+    if value.startswith(("'", '"')) or not re.search(r"[^\w./:~-]", value):
+        return text
+    if key in EXPRESSIONS:
+        return f"{key}='{value}'" if value.strip() and "'" not in value else text
+    special = re.search(r"[=,{}\[\]()]", value) and not value.startswith("[")
+    return f"{key}='{value}'" if special and Path(value).exists() else text
+
+
+def opened(text: str) -> str:
+    """An override under `schedules` in the form that adds what is not there, which Hydra would refuse."""
+    key = text.partition("=")[0]
+    return f"++{text}" if key.split(".")[0] == OPEN or key.startswith((RATES, GRAFTED)) else text
+
+
+def jobs(overrides: Sequence[Override]) -> list[list[str]]:
+    """Every job of a sweep over lists of values, as its overrides: the last key varies fastest."""
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        swept = override.is_sweep_override()
+        given = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        values[key] = [f"{key}={value}" for value in given]
+    return [list(job) for job in itertools.product(*values.values())]
