@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import probe
 from .approximations import statistics_dtype
-from .layers import Flow, Layer
+from .layers import OPERATIONS, Flow, Layer
 from .probe import Layout
 from .second_order import SecondOrder
 
@@ -33,23 +33,6 @@ log = logging.getLogger(__name__)
 Observer = Callable[[Flow], None]
 #: Positional and keyword arguments of one forward pass of the model.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-#: Where the operations that layers are made of have their input and their weight.
-OPERATIONS: dict[Any, tuple[str, ...]] = {
-    F.linear: ("input", "weight"),
-    torch.conv1d: ("input", "weight"),
-    torch.conv2d: ("input", "weight"),
-    torch.conv_transpose2d: ("input", "weight"),
-    F.embedding: ("input", "weight"),
-    F.layer_norm: ("input", "normalized_shape", "weight"),
-    torch.layer_norm: ("input", "normalized_shape", "weight"),
-    F.group_norm: ("input", "num_groups", "weight"),
-    torch.group_norm: ("input", "num_groups", "weight"),
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training"),
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
-    F.rms_norm: ("input", "normalized_shape", "weight"),
-    torch.rms_norm: ("input", "normalized_shape", "weight"),
-}
 
 #: Attention of torch.nn, with its operations in sight: the function looks for a mode like ours first, and hands the
 #: whole call over if there is one. This copy of it does not look.

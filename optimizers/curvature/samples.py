@@ -113,8 +113,7 @@ class Samples(Approximation):
         """The step's passes one behind the other, and the ranks'."""
         device = self.layer.parameters[0].device
         shapes = [[sum(self._sizes)]] if as_rows else [[n for n in shape if n] for shape in (x_shape, g_shape)]
-        tokens = not isinstance(self.layer, AffineLayer)
-        dtypes = [self._dtype] if as_rows else [torch.int32 if tokens else self._dtype, self._dtype]
+        dtypes = [self._dtype] if as_rows else [torch.int32 if self.layer.indexed else self._dtype, self._dtype]
         parts = []
         for when, rows in ({(0, 0): 0} | self._observations.rows).items():
             if when not in self._kept:
