@@ -21,6 +21,9 @@ from .layers import AffineLayer, Flow, Layer, LinearLayer
 #: A backward pass of a step: the number of its batch, and which pass over that batch it is.
 Pass = tuple[int, int]
 
+#: Dimensions of what is kept of an example, at most.
+DIMS = 6
+
 
 @dataclass
 class Observations:
@@ -95,7 +98,7 @@ class Samples(Approximation):
             plans = ranks.amax(1).tolist()
         scale = gradient_scale / examples**0.5
         return {
-            block.layer.name: block._joined(plan[0] == 1, plan[1:4], plan[4:7], scale)
+            block.layer.name: block._joined(plan[0] == 1, plan[1 : 1 + DIMS], plan[1 + DIMS : -1], scale)
             for block, plan in zip(members, plans, strict=True)
             if any(plan[:-1])
         }
@@ -103,11 +106,11 @@ class Samples(Approximation):
     def _plan(self) -> list[int]:
         """Whether rows are kept, and an example's shapes of x and g, padded with zeros: what ranks have to agree on."""
         if not self._kept:
-            return [0] * 7
+            return [0] * (1 + 2 * DIMS)
         flow = next(iter(self._kept.values()))[0]
         if len(flow) == 1 or any(len(calls) > 1 for calls in self._kept.values()):
-            return [1] + [0] * 6
-        return [0] + [size for t in flow for size in (*t.shape[1:], 0, 0, 0)[:3]]
+            return [1] + [0] * (2 * DIMS)
+        return [0] + [size for t in flow for size in (*t.shape[1:], *[0] * DIMS)[:DIMS]]
 
     def _joined(self, as_rows: bool, x_shape: list[int], g_shape: list[int], scale: float) -> dict[str, Tensor]:
         """The step's passes one behind the other, and the ranks'."""
