@@ -158,7 +158,7 @@ class Samples(Approximation):
         """``Sᵀ d``, one number an observation, for d in tensors shaped like the layer's parameters."""
         tensors = [t.to(self._dtype) for t in tensors]
         if "V" in self.factors:
-            return self.factors["V"] @ self._flatten(tensors)
+            return self.factors["V"] @ self.layer.vector(tensors)
         return self.layer.dots(self.factors["x"], self.factors["g"], tensors)
 
     def combine(self, weights: Tensor) -> list[Tensor]:
@@ -198,15 +198,11 @@ class Samples(Approximation):
 
     def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like the layer's parameters as one row."""
-        return self._flatten(list(tensors)).unsqueeze(0)
+        return self.layer.vector(tensors).unsqueeze(0)
 
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         """Inverse of ``to_matrix``."""
-        layer = self.layer
-        if isinstance(layer, AffineLayer):
-            return layer.from_matrix(matrix.view(layer.groups, layer.d_out, layer.columns))
-        pieces = matrix[0].split(self._sizes)
-        return [piece.view_as(p) for piece, p in zip(pieces, layer.parameters, strict=True)]
+        return self.layer.tensors(matrix[0])
 
 
 def _largest(rows: Tensor) -> Tensor:

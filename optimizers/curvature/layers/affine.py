@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,14 @@ class AffineLayer(Layer, ABC):
         """Inverse of ``to_matrix``: one tensor a parameter, views where possible."""
         weight = matrix[..., : self.d_in].reshape(self.parameters[0].shape)
         return [weight, matrix[..., -1].flatten()] if self.has_bias else [weight]
+
+    def vector(self, tensors: Sequence[Tensor]) -> Tensor:
+        """See Layer. That of the matrix."""
+        return self.to_matrix(tensors[0], tensors[1] if len(tensors) > 1 else None).flatten()
+
+    def tensors(self, vector: Tensor) -> list[Tensor]:
+        """See Layer."""
+        return self.from_matrix(vector.view(self.groups, self.d_out, self.columns))
 
     def _append_count(self, sums: Tensor, count: int) -> tuple[Tensor, int]:
         # The bias entry is 1 everywhere, so its squares add up to the count.

@@ -78,6 +78,17 @@ class Layer:
         """
         return [(fronted(x, axis, parts), fronted(g, axis, parts))]
 
+    # -- parameters ----------------------------------------------------------------------------------------------------
+
+    def vector(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors shaped like the parameters as one vector, in the order of ``rows``."""
+        return torch.cat([t.flatten() for t in tensors])
+
+    def tensors(self, vector: Tensor) -> list[Tensor]:
+        """Inverse of ``vector``, views where possible."""
+        pieces = vector.split([p.numel() for p in self.parameters])
+        return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
+
     # -- gradients of single examples ----------------------------------------------------------------------------------
 
     def kept(self, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...base import CurvatureOptimizer
-from ..recording import Recording, exact, in_matrix_order
+from ..recording import Recording, exact
 from .case import Case
 from .report import LayerCheck
 
@@ -53,7 +53,7 @@ def compare(
                     singles.setdefault(key, []).append((error_size, float(reference[key].norm())))
             small = sum(g.numel() for g in gradients) <= dense_limit
             if small and all(key in reference for key in keys):
-                found.gradients.append(in_matrix_order(recording.layers[name], [reference[key] for key in keys]))
+                found.gradients.append(recording.layers[name].vector([reference[key] for key in keys]))
     unit = recording.examples if reduction == "mean" else 1
     for name, found in errors.items():
         own = [key for key in recording.names(name) if key in singles]
