@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .layers import AffineLayer, ElementwiseLayer, Flow, Layer
 
@@ -90,12 +90,7 @@ class Approximation(ABC):
 
     def to_dense(self) -> Tensor:
         """The block as a matrix in the row-major order of the ``[d_out, d_in (+ 1)]`` weight matrix, bias last."""
-        return torch.diag(self._flatten(self.diagonal(self.factors)))
-
-    def _flatten(self, tensors: list[Tensor]) -> Tensor:
-        if isinstance(self.layer, AffineLayer):
-            return self.layer.to_matrix(tensors[0], tensors[1] if len(tensors) > 1 else None).flatten()
-        return torch.cat([t.flatten() for t in tensors])
+        return torch.diag(self.layer.vector(self.diagonal(self.factors)))
 
 
 class KroneckerDiagonal(Approximation):
@@ -149,6 +144,4 @@ class Diagonal(Approximation):
 
     def diagonal(self, factors: dict[str, Tensor]) -> list[Tensor]:
         """See Approximation."""
-        parameters: list[nn.Parameter] = self.layer.parameters
-        pieces = factors["D"].split([p.numel() for p in parameters])
-        return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
+        return self.layer.tensors(factors["D"])

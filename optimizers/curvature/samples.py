@@ -21,6 +21,9 @@ from .layers import AffineLayer, Flow, Layer, LinearLayer
 #: A backward pass of a step: the number of its batch, and which pass over that batch it is.
 Pass = tuple[int, int]
 
+#: Dimensions of what is kept of an example, at most.
+DIMS = 6
+
 
 @dataclass
 class Observations:
@@ -95,7 +98,7 @@ class Samples(Approximation):
             plans = ranks.amax(1).tolist()
         scale = gradient_scale / examples**0.5
         return {
-            block.layer.name: block._joined(plan[0] == 1, plan[1:4], plan[4:7], scale)
+            block.layer.name: block._joined(plan[0] == 1, plan[1 : 1 + DIMS], plan[1 + DIMS : -1], scale)
             for block, plan in zip(members, plans, strict=True)
             if any(plan[:-1])
         }
@@ -103,18 +106,17 @@ class Samples(Approximation):
     def _plan(self) -> list[int]:
         """Whether rows are kept, and an example's shapes of x and g, padded with zeros: what ranks have to agree on."""
         if not self._kept:
-            return [0] * 7
+            return [0] * (1 + 2 * DIMS)
         flow = next(iter(self._kept.values()))[0]
         if len(flow) == 1 or any(len(calls) > 1 for calls in self._kept.values()):
-            return [1] + [0] * 6
-        return [0] + [size for t in flow for size in (*t.shape[1:], 0, 0, 0)[:3]]
+            return [1] + [0] * (2 * DIMS)
+        return [0] + [size for t in flow for size in (*t.shape[1:], *[0] * DIMS)[:DIMS]]
 
     def _joined(self, as_rows: bool, x_shape: list[int], g_shape: list[int], scale: float) -> dict[str, Tensor]:
         """The step's passes one behind the other, and the ranks'."""
         device = self.layer.parameters[0].device
         shapes = [[sum(self._sizes)]] if as_rows else [[n for n in shape if n] for shape in (x_shape, g_shape)]
-        tokens = not isinstance(self.layer, AffineLayer)
-        dtypes = [self._dtype] if as_rows else [torch.int32 if tokens else self._dtype, self._dtype]
+        dtypes = [self._dtype] if as_rows else [torch.int32 if self.layer.indexed else self._dtype, self._dtype]
         parts = []
         for when, rows in ({(0, 0): 0} | self._observations.rows).items():
             if when not in self._kept:
@@ -156,7 +158,7 @@ class Samples(Approximation):
         """``Sᵀ d``, one number an observation, for d in tensors shaped like the layer's parameters."""
         tensors = [t.to(self._dtype) for t in tensors]
         if "V" in self.factors:
-            return self.factors["V"] @ self._flatten(tensors)
+            return self.factors["V"] @ self.layer.vector(tensors)
         return self.layer.dots(self.factors["x"], self.factors["g"], tensors)
 
     def combine(self, weights: Tensor) -> list[Tensor]:
@@ -196,15 +198,11 @@ class Samples(Approximation):
 
     def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like the layer's parameters as one row."""
-        return self._flatten(list(tensors)).unsqueeze(0)
+        return self.layer.vector(tensors).unsqueeze(0)
 
     def from_matrix(self, matrix: Tensor) -> list[Tensor]:
         """Inverse of ``to_matrix``."""
-        layer = self.layer
-        if isinstance(layer, AffineLayer):
-            return layer.from_matrix(matrix.view(layer.groups, layer.d_out, layer.columns))
-        pieces = matrix[0].split(self._sizes)
-        return [piece.view_as(p) for piece, p in zip(pieces, layer.parameters, strict=True)]
+        return self.layer.tensors(matrix[0])
 
 
 def _largest(rows: Tensor) -> Tensor:

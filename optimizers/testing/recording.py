@@ -5,7 +5,7 @@ Everything that depends on how the optimizers of this project keep their statist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..base import CurvatureOptimizer
 from ..curvature.approximations import Diagonal
-from ..curvature.layers import AffineLayer, Flow, Layer
+from ..curvature.layers import Flow, Layer
 from ..curvature.samples import Samples
 
 #: Hyper-parameters under which a step's curvature is the empirical Fisher of its very batch, where an optimizer has
@@ -55,10 +55,7 @@ class Recording:
             for flow in self.shown[name]
         ]
         total = torch.stack(alone).sum(0) * self.scale
-        if isinstance(layer, AffineLayer):
-            return layer.from_matrix(total.view(layer.groups, layer.d_out, layer.columns))
-        sizes = [p.numel() for p in layer.parameters]
-        return [part.view_as(p) for part, p in zip(total.split(sizes), layer.parameters, strict=True)]
+        return layer.tensors(total)
 
     def names(self, name: str) -> list[str]:
         """Names of a layer's parameters in the model, in the order of ``gradients``."""
@@ -142,13 +139,6 @@ def exact(optimizer: CurvatureOptimizer, name: str) -> str | None:
     """``"diagonal"`` or ``"block"`` if that of a layer's Fisher is kept as it is, None for an approximation."""
     block = optimizer.blocks[name]
     return "block" if isinstance(block, Samples) else "diagonal" if isinstance(block, Diagonal) else None
-
-
-def in_matrix_order(layer: Layer, tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors in the shapes of a layer's parameters as one vector, in the order of ``curvature_matrices()``."""
-    if isinstance(layer, AffineLayer):
-        return layer.to_matrix(tensors[0], tensors[1] if len(tensors) > 1 else None).flatten()
-    return torch.cat([t.flatten() for t in tensors])
 
 
 def records(optimizer: CurvatureOptimizer) -> bool:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optimizers import Bernoulli, Categorical, ExactNaturalGradient, Gaussian, Likelihood
-from optimizers.curvature import layers
 from optimizers.curvature.layers import adapt
+from optimizers.curvature.layers import affine as layers
 from tests import dense
 from tests.optimizers.problems import PROBLEMS, EmbeddingModel, Shape, images, mlp, tokens
 from tests.optimizers.test_natural_gradient import LAYERS, around, criterion, relative, train

@@ -26,7 +26,7 @@ from optimizers import (
     Lanczos,
     Likelihood,
 )
-from optimizers.curvature import kronecker
+from optimizers.curvature.kronecker import factored as kronecker
 from optimizers.natural_gradient import NaturalGradient
 from tests import dense
 from tests.optimizers.problems import PROBLEMS, Shape, conv_net, images, mlp

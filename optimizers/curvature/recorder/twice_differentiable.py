@@ -1,0 +1,58 @@
+"""Forward passes that will be differentiated twice, on kernels that can be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..second_order import SecondOrder
+from .hooks import Hook
+
+log = logging.getLogger(__name__)
+
+
+class TwiceDifferentiable:
+    """Lets the forward passes that are due run on kernels with (cheap) second derivatives; see ``SecondOrder``.
+
+    Attention runs on the plain kernel meanwhile: the fused ones cannot be differentiated twice.
+
+    Args:
+        root: the whole model.
+        due: asked at each forward pass with gradients.
+    """
+
+    def __init__(self, root: nn.Module, due: Callable[[], bool]) -> None:
+        self._due = due
+        self._told = False
+        self._entered: list[tuple[ExitStack, SecondOrder | None]] = []
+        self._handles = [
+            root.register_forward_pre_hook(Hook(self._enter)),
+            root.register_forward_hook(Hook(self._exit), always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        stack, mode = ExitStack(), None
+        if torch.is_grad_enabled() and self._due():
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            mode = stack.enter_context(SecondOrder())
+            mode.owner = self  # which lives until it has left again
+        self._entered.append((stack, mode))
+
+    def _exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        stack, mode = self._entered.pop()
+        stack.close()
+        if mode is not None and mode.attention and not self._told:
+            self._told = True
+            log.info("attention runs on the plain (math) kernel where second derivatives are due: fused ones have none")
+
+    def close(self) -> None:
+        """Remove the hooks. Idempotent."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
