@@ -64,7 +64,7 @@ def versions() -> dict[str, str | None]:
 
 def git_commit() -> str | None:
     """The checkout's commit, with "+changes" where files differ from it; None outside a checkout or without git."""
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # an enclosing repository is not ours
         return None
 
