@@ -15,16 +15,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from models import build_model
-from training import tasks
-from training.command import cli, verification
-from training.loop import distributed
-from training.loop.rng import seed_everything
-from training.runs import resume
+from training.command import cli
 from training.runs.record import RunConfig
-from training.runs.warm_start import warm_start
 from training.settings.files import BEHAVIOUR, CONFIG_FOLDER, CONFIG_NAME
-from training.settings.schema import build, build_optimizers, build_scalars, build_schedule, refusals
 
 
 def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
@@ -35,6 +28,15 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
     Returns:
         The summary (as in `summary.json`) and the run folder.
     """
+    # All this brings torch, for which --help and --cfg job do not wait.
+    from models import build_model
+    from training import seed_everything, tasks
+    from training.command import verification
+    from training.loop import distributed
+    from training.runs import resume
+    from training.runs.warm_start import warm_start
+    from training.settings.schema import build, build_optimizers, build_scalars, build_schedule, refusals
+
     config = run.values
     with ExitStack() as stack:
         with refusals("trainer", config["trainer"]):

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from tests.cli.conftest import Outcome, metrics, runs, summary, unfinish
+from training.names import AROUND
 from training.runs import checkpoints
-from training.runs.record import AROUND
 from training.settings.composition import CONFIG_FOLDER, compose
 
 STEPS = (

@@ -12,29 +12,31 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from data import DataError
 from training.errors import UserError
-from training.loop.distributed import World, broadcast_object
 from training.loop.signals import CTRL_C, Interrupted
 from training.runs.folder import RunFolder
 from training.runs.record import RunConfig
-from training.runs.resume import release, sweep_folder
 from training.settings.composition import current, prepare
 from training.show import report
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from training.loop.distributed import World
+
 # Hydra would print exceptions in its own way and exit; with this they reach `main`.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 T = TypeVar("T")
 
-# What a user can mend: a sentence, no trace.
-MENDABLE = (UserError, DataError)
-
 # Jobs of the sweep that runs in this process: name and summary, in order.
 _rows: list[tuple[str, dict[str, Any]]] = []
+
+
+def is_mendable(error: object) -> bool:
+    """Whether an exception is one that a user can mend: a sentence, no trace."""
+    data = sys.modules.get("data")  # before it is imported, with torch, no exception is one of its own
+    return isinstance(error, UserError) or (data is not None and isinstance(error, data.DataError))
 
 
 def main(job: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
@@ -54,15 +56,12 @@ def main(job: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
         sys.argv = [program[0], *prepare(given)]
         with _wrapped() if {"-h", "--help"} & set(given) else nullcontext():
             job()
-    except MENDABLE as error:
-        _complain(error)
-        return 1
     except KeyboardInterrupt:
         return CTRL_C
     except SystemExit as stop:  # --help, a run that a signal stopped
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception:  # noqa: BLE001 - the last resort: whatever it is, it is shown and the exit code says so
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, it is shown, and the exit code says so
+        _complain(error)
         return 1
     finally:
         sys.argv = program
@@ -92,6 +91,8 @@ def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: Dict
     Returns:
         The monitored metric, for sweepers: the worst possible for a run that failed, NaN while none is known.
     """
+    from training.runs.resume import release, sweep_folder  # with torch, for which help does not wait
+
     run = current(cfg)
     summary: dict[str, Any]
     if run.sweep is not None:
@@ -131,7 +132,7 @@ def record_failure(folder: Path, run: RunConfig, error: Exception) -> dict[str, 
     Returns:
         The summary.
     """
-    text = str(error) if isinstance(error, MENDABLE) else "".join(traceback.format_exception(error))
+    text = str(error) if is_mendable(error) else "".join(traceback.format_exception(error))
     summary = (RunFolder(folder).read_summary() if folder.exists() else None) or {}
     if summary.get("status") not in ("diverged", "failed"):
         summary |= {"status": "failed", "config_id": run.id}
@@ -162,23 +163,27 @@ def say(text: str) -> None:
 
 def on_main(world: World, function: Callable[[], T]) -> T:
     """The result of a function that rank 0 alone calls, on every rank; its sentence, if it ends in one, too."""
+    from training.loop.distributed import broadcast_object
+
     outcome: Any = None
     if world.is_main:
         try:
             outcome = function()
-        except MENDABLE as error:
+        except Exception as error:
+            if not is_mendable(error):
+                raise
             outcome = error
     outcome = broadcast_object(outcome, world)
-    if isinstance(outcome, MENDABLE):
+    if is_mendable(outcome):
         raise outcome
     return outcome
 
 
 def _complain(error: Exception) -> None:
     """One line on stderr for what a user can mend, the trace of anything else; `CURVLAB_DEBUG=1` shows it always."""
-    if not isinstance(error, MENDABLE) or os.environ.get("CURVLAB_DEBUG") == "1":
+    if not is_mendable(error) or os.environ.get("CURVLAB_DEBUG") == "1":
         traceback.print_exception(error)
-    if isinstance(error, MENDABLE) and _is_main():
+    if is_mendable(error) and _is_main():
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
 
 

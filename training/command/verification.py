@@ -14,7 +14,8 @@ from optimizers.testing.loop import Maker
 from training.command import cli
 from training.errors import UserError
 from training.loop.distributed import World
-from training.settings.schema import TARGET, locate
+from training.names import TARGET
+from training.settings.schema import locate
 from training.tasks.task import Task
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import Tensor
 from optimizers.averaging import Averaging, batch_norms, recalibrate
 from optimizers.curvature.communication import average_
 from training.loop import rng
-from training.tasks.players import members, unobserved
 from training.runs.run import Run
+from training.tasks.players import members, unobserved
 
 
 def averages(run: Run) -> list[Averaging]:

@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import torch
 
 from optimizers.wrapper import check_wrappers
-from training.loop import rng
-from training.runs.averaging import leave
-from training.loop.distributed import broadcast_object, gather_objects
 from training.errors import UserError
-from training.tasks.players import members
+from training.loop import rng
+from training.loop.distributed import broadcast_object, gather_objects
+from training.runs.averaging import leave
 from training.runs.folder import atomic_file, sync_folder
 from training.runs.run import Run
+from training.tasks.players import members
 
 #: Raised whenever what a checkpoint holds changes its meaning.
 FORMAT = 1

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from training.loop.distributed import maximum
 from training.errors import UserError
+from training.loop.distributed import maximum
 from training.runs.run import Run
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from training.runs.run import Run
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "numpy", "scikit-learn", "tensorboard")
@@ -63,7 +64,7 @@ def versions() -> dict[str, str | None]:
 
 def git_commit() -> str | None:
     """The checkout's commit, with "+changes" where files differ from it; None outside a checkout or without git."""
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # an enclosing repository is not ours
         return None
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from training.errors import UserError
-from training.tasks.players import PLAYERS
+from training.names import AROUND, PLAYERS, TARGET
 
 BUDGETS = ("max_epochs", "max_steps", "max_time")
 CHOICES = "choices"  # in config.yaml: the name of each group's file
@@ -21,8 +21,6 @@ VOLATILE = (
     "paths", "logger", "resume", "name", "verify", "trainer.device", "trainer.profile", "trainer.log_every_steps",
     "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
 )  # fmt: skip
-# Groups of what goes around an optimizer, from the innermost on, and what stands for nothing.
-AROUND = {"step_length": "optimizers.step_length.own", "averaging": "optimizers.averaging.none"}
 # How the names of callbacks end that only show what was learned.
 ONLOOKERS = ("Plots", "SampleText")
 
@@ -89,10 +87,10 @@ def identity(values: Mapping[str, Any], budget: bool = False) -> str:
         group, _, name = key.rpartition(".")
         (kept.get(group, {}) if group else kept).pop(name, None)
     for group, nothing in AROUND.items():  # which leaves a run what it is
-        if kept.get(group, {}).get("_target_") == nothing:
+        if kept.get(group, {}).get(TARGET) == nothing:
             del kept[group]
     callbacks = kept.get("callbacks") or {}
-    kept["callbacks"] = {name: node for name, node in callbacks.items() if not node["_target_"].endswith(ONLOOKERS)}
+    kept["callbacks"] = {name: node for name, node in callbacks.items() if not node[TARGET].endswith(ONLOOKERS)}
     kept = replace_folder(kept, str(values["paths"]["data"]), "<paths.data>")
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from training.runs import checkpoints
 from training.errors import UserError
-from training.runs.record import RunConfig, find, load
+from training.runs import checkpoints
 from training.runs.folder import RunFolder, atomic_file
+from training.runs.record import RunConfig, find, load
 
 # These runs have ended; every other status (interrupted, failed, or none after a kill) leaves something to resume.
 ENDED = ("finished", "stopped_early", "diverged")

@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from training.loop.budgets import Budget, Clock, Pace, Phases
 from training.loop.distributed import World, maximum
-from training.tasks.metrics import Meters
 from training.loop.precision import Precision
 from training.runs.folder import RunFolder
 from training.schedules import Scalars
+from training.tasks.metrics import Meters
 from training.tasks.task import Task
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.errors import UserError
-from training.runs.record import AROUND, RunConfig, find, load, replace_folder
-from training.settings import schema
+from training.names import AROUND, PLAYERS
+from training.runs.record import RunConfig, find, load, replace_folder
 from training.settings.faults import PRESET, diagnose, fault_of_choice, refuse_additions
 from training.settings.files import (
     CONFIG_FOLDER,
@@ -32,10 +32,8 @@ from training.settings.files import (
     without_hydra,
 )
 from training.settings.overrides import Arguments, flags_of, jobs, name_of, opened, parse, quoted
-from training.settings.validation import validate
-from training.tasks.players import PLAYERS
 
-__all__ = ["CONFIG_FOLDER", "CONFIG_NAME", "compose", "current", "prepare", "settle", "validate"]
+__all__ = ["CONFIG_FOLDER", "CONFIG_NAME", "compose", "current", "prepare", "settle"]
 
 # Groups that a resumed run may choose anew: they do not change what is learned.
 FREE = ("paths", "logger", "callbacks")
@@ -75,7 +73,10 @@ def prepare(argv: Sequence[str]) -> list[str]:
             raise UserError(
                 f"{override.input_line!r} holds several values: add -m to sweep over them, or write [a,b] for a list"
             )
-    compose(given)
+    if args.cfg or args.info:  # which show what is composed: nothing is to be built, and torch would take a while
+        _compose(given)
+    else:
+        compose(given)
     return [*flags, *(text for text in given if text not in NOTHING)]
 
 
@@ -85,21 +86,28 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: for an unknown key, group or choice, a malformed override, a broken file, or a bad value.
     """
+    from training.settings import schema  # with what it checks, and so with torch
+
     overrides = [opened(quoted(text)) for text in overrides]
+    cfg = _compose(overrides)
+    run = settle(without_hydra(cfg), cfg.hydra.runtime.choices, overrides)
+    schema.rehearse(run.values)
+    return run
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    """What Hydra makes of overrides, or the sentence about the one that is at fault."""
     parsed = [parse(text) for text in overrides]
     options = known_choices(parsed)
     for override in parsed:
         if name_of(override) in options and (fault := fault_of_choice(override, options)):
             raise UserError(fault)
     try:
-        cfg = compose_files([text for text in overrides if text not in NOTHING])
+        return compose_files([text for text in overrides if text not in NOTHING])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(diagnose(parsed, options, error)) from error
     except yaml.YAMLError as error:
         raise UserError(f"a configuration file is not valid YAML: {error}") from error
-    run = settle(without_hydra(cfg), cfg.hydra.runtime.choices, overrides)
-    schema.rehearse(run.values)
-    return run
 
 
 def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence[str] = ()) -> RunConfig:
@@ -113,6 +121,8 @@ def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence
     Raises:
         UserError: for a missing or mistyped value, or a broken interpolation.
     """
+    from training.settings.validation import validate  # see compose
+
     chosen = {group: choice for group, choice in choices.items() if choice and not group.startswith("hydra")}
     chosen.pop(PRESET, None)
     if OmegaConf.select(cfg, "resume") not in (None, "auto"):

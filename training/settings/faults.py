@@ -8,13 +8,10 @@ from collections.abc import Mapping, Sequence
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from optimizers.packaged import Package
 from training.errors import UserError, did_you_mean
-from training.settings import schema
+from training.names import PLAYERS, TARGET
 from training.settings.files import NOTHING, all_keys, choosing, known_choices, tree_of
 from training.settings.overrides import GRAFTED, OPEN, RATES, name_of
-from training.settings.schema import TARGET
-from training.tasks.players import PLAYERS
 
 # A group that follows from the others: hyper-parameters that a study has for an optimizer, if it has some.
 PRESET = "preset"
@@ -92,6 +89,9 @@ def fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
 
 def is_option_of_a_class(override: Override, tree: DictConfig | None) -> bool:
     """Whether a key that is not in the tree may be an option of a class that is asked for by its name."""
+    from optimizers.packaged import Package  # with torch: only a command that is wrong, or adds such an option, waits
+    from training.settings import schema
+
     group, _, name = override.key_or_group.partition(".")
     known = [] if tree is None else all_keys(tree)
     if tree is None or group not in ("optimizer", *PLAYERS) or group not in known or not name:

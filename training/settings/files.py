@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.errors import UserError, did_you_mean
+from training.names import PLAYERS
 from training.settings.overrides import name_of
-from training.tasks.players import PLAYERS
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 CONFIG_NAME = "train"

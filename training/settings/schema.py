@@ -23,12 +23,10 @@ from models import GAN
 from optimizers import Gaussian, build_optimizer
 from optimizers.packaged import Package
 from training.errors import UserError, did_you_mean
-from training.runs.record import AROUND
+from training.names import AROUND, PLAYERS, TARGET
 from training.schedules import Scalars, ScalarSchedule
 from training.settings.finetune import parameter_groups
-from training.tasks.players import PLAYERS, Players
-
-TARGET = "_target_"
+from training.tasks.players import Players
 
 # Parameters that the program supplies, by group: they have no entry in a YAML file and a user cannot set them.
 # A model's facts (in_channels, num_classes, ...) are its keyword-only parameters without a default.

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.errors import UserError
-from training.runs.record import AROUND
+from training.names import AROUND, PLAYERS, TARGET
 from training.schedules import ScalarSchedule
 from training.settings import schema
 from training.settings.overrides import OPEN, RATES
-from training.settings.schema import TARGET
-from training.tasks.players import PLAYERS
 
 # Groups without a `_target_` of their own, which hold named nodes that have one.
 CONTAINERS = ("logger", "callbacks")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optimizers.likelihoods import Categorical
 from training.errors import UserError
-from training.tasks.metrics import Mean, Meters, accuracy
+from training.tasks.metrics import Accuracy, Mean, Meters
 from training.tasks.task import Task
 
 
@@ -50,7 +50,7 @@ class Classification(Task):
 
     def meters(self, device: torch.device) -> Meters:
         """See Task."""
-        return Meters({"loss": Mean(device), "accuracy": accuracy(self.num_classes, device)})
+        return Meters({"loss": Mean(device), "accuracy": Accuracy(device)})
 
     def measure(self, meters: Meters, outputs: Tensor, targets: Tensor, loss: Tensor | None = None) -> None:
         """See Task."""

@@ -175,6 +175,8 @@ class Adversarial(Task):
             with precision.autocast():
                 made = model.generator(part.to(precision.device))
             self._examine(model, precision.full(made), False, meters, precision)
+        # An empty share of the data is no reason to warn.
+        self._distance._update_count = max(self._distance._update_count, 1)
 
     def _examine(self, model: GAN, images: Tensor, real: bool, meters: Meters, precision: Precision) -> None:
         if not len(images):

@@ -1,41 +1,102 @@
-"""Means over examples, kept on the device and reduced over ranks."""
+"""What is counted of a model's outputs: sums that stay on the device, and are reduced over ranks when they are read.
+
+torchmetrics has the same with more around it: it imports matplotlib, which takes longer than a short run, looks at its
+inputs, which waits for the device, and counts every class. Where a metric is more than a few sums (Fréchet distances),
+it is torchmetrics'.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+
+from optimizers.curvature.communication import world_size
 
 
-class Mean(Metric):
-    """A weighted mean with float64 sums, so that one process and several agree to the last digits of the model's dtype.
+class Metric(Protocol):
+    """What ``Meters`` reads, and what tasks count with."""
 
-    torchmetrics' MeanMetric waits for the device at every update to look for NaN, and drops the weights if told not
-    to.
+    @property
+    def update(self) -> Callable[..., None]:
+        """Count a batch."""
+
+    def compute(self) -> Tensor:
+        """The value over all ranks. Every rank must call it."""
+
+    def reset(self) -> None:
+        """Start anew."""
+
+
+class Sums:
+    """A value of a few sums over examples.
+
+    Args:
+        device: where the sums are kept.
+
+    Attributes:
+        names: of the sums, which are attributes.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def _zero(self) -> Tensor:
+        """Float64, so that one process and several agree to the last digits of the model's dtype."""
+        return torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+
+    def value(self, *sums: Tensor) -> Tensor:
+        """The value that sums over all ranks have, in the order of ``names``."""
+        raise NotImplementedError
+
+    def compute(self) -> Tensor:
+        """The value over all ranks. Every rank must call it."""
+        sums = torch.stack([getattr(self, name) for name in self.names])
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        return self.value(*sums)
+
+    def reset(self) -> None:
+        """Start anew."""
+        for name in self.names:
+            setattr(self, name, self._zero())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums of this rank; those of several ranks may be added."""
+        return {name: getattr(self, name).clone() for name in self.names}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from saved sums."""
+        for name in self.names:
+            setattr(self, name, state[name].to(self._zero(), copy=True))
+
+
+class Mean(Sums):
+    """A weighted mean.
 
     Args:
         device: where the sums are kept.
     """
 
+    names = ("total", "weight")
     total: Tensor
     weight: Tensor
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which "mps" lacks
-        for name in ("total", "weight"):
-            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
-        self.to(device)
 
     def update(self, value: Tensor, weight: float | Tensor) -> None:
         """Count a scalar value as much as its weight says."""
         self.total += value.to(self.total.dtype) * weight
         self.weight += weight
 
-    def compute(self) -> Tensor:
-        """The mean so far."""
-        return self.total / self.weight
+    def value(self, *sums: Tensor) -> Tensor:
+        """See Sums."""
+        total, weight = sums
+        return total / weight
 
 
 class Perplexity(Mean):
@@ -45,34 +106,48 @@ class Perplexity(Mean):
         device: where the sums are kept.
     """
 
-    def compute(self) -> Tensor:
-        """The perplexity so far."""
-        return super().compute().exp()
+    def value(self, *sums: Tensor) -> Tensor:
+        """See Sums."""
+        return super().value(*sums).exp()
 
 
-def accuracy(num_classes: int, device: torch.device) -> Metric:
-    """The share of examples whose largest output is the target's; counted in whole numbers."""
-    return MulticlassAccuracy(num_classes, average="micro", validate_args=False).to(device)
+class Accuracy(Sums):
+    """The share of examples whose largest output is the target's.
+
+    Args:
+        device: where the sums are kept.
+    """
+
+    names = ("tp", "fn")  # as torchmetrics calls what was right and what was not, in checkpoints
+    tp: Tensor
+    fn: Tensor
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Count a batch: outputs ``[batch, classes]``, targets ``[batch]``."""
+        right = (outputs.argmax(1) == targets).sum()
+        self.tp += right
+        self.fn += len(targets) - right
+
+    def value(self, *sums: Tensor) -> Tensor:
+        """See Sums."""
+        right, wrong = sums
+        return right / (right + wrong)
 
 
 class Meters:
     """Named metrics that are read, reset and saved together.
 
     Attributes:
-        metrics: torchmetrics by name; every rank must hold the same names.
+        metrics: by name; every rank must hold the same names.
         examples: how many were counted since the last reset, on this rank.
     """
 
-    def __init__(self, metrics: dict[str, Metric]) -> None:
-        self.metrics = metrics
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self.metrics = dict(metrics)
         self.examples = 0
-        for metric in metrics.values():
-            metric.persistent(True)
 
     def compute(self) -> dict[str, float]:
         """The values over all ranks. Every rank must call it; waits for the device."""
-        for metric in self.metrics.values():
-            metric._update_count = max(metric._update_count, 1)  # an empty share of the data is no reason to warn
         return {name: float(metric.compute()) for name, metric in self.metrics.items()}
 
     def reset(self) -> None:
@@ -85,14 +160,14 @@ class Meters:
         """The sums of this rank; those of several ranks may be added."""
         state: dict[str, Tensor | int] = {"examples": self.examples}
         for name, metric in self.metrics.items():
-            state |= {f"{name}.{key}": value.clone() for key, value in metric.state_dict().items()}
+            assert isinstance(metric, Sums), "only an evaluation, which is never saved, has others"
+            state |= {f"{name}.{key}": value for key, value in metric.state_dict().items()}
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
         """Go on from saved sums."""
         self.reset()
         self.examples = int(state["examples"])
         for name, metric in self.metrics.items():
-            metric.load_state_dict(
-                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-            )
+            assert isinstance(metric, Sums)
+            metric.load_state_dict({n: torch.as_tensor(state[f"{name}.{n}"]) for n in metric.names})

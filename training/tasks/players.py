@@ -9,9 +9,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-#: Names of the two, in the model, in the configuration and in checkpoints.
-PLAYERS = ("generator", "critic")
-
 
 class Players(Optimizer):
     """A generator's and a critic's optimizer: groups and state of both, in this order; they step one by one.

@@ -1,0 +1,10 @@
+"""Names that configurations, checkpoints and code agree on. Importing them costs nothing."""
+
+from __future__ import annotations
+
+#: The key under which a group's file names a callable.
+TARGET = "_target_"
+#: The two players of a game: in its model, in configurations and in checkpoints.
+PLAYERS = ("generator", "critic")
+#: Groups of what goes around an optimizer, from the innermost on, and what stands for nothing.
+AROUND = {"step_length": "optimizers.step_length.own", "averaging": "optimizers.averaging.none"}
