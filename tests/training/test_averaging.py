@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training.runs.evaluation import evaluate
 
 from optimizers.averaging import EMA, ScheduleFree, recalibrate
 from tests.conftest import ROOT
@@ -22,6 +21,7 @@ from training import Interrupted, UserError, tasks
 from training.callbacks import Callback
 from training.loop.precision import Precision
 from training.runs import checkpoints
+from training.runs.evaluation import evaluate
 from training.runs.run import Run
 from training.tasks.players import Players
 

@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training.runs.evaluation import evaluate
 
 from optimizers import AdaFisher
 from tests.conftest import ROOT
@@ -28,6 +27,7 @@ from training.callbacks import Callback, EarlyStopping
 from training.loop import rng
 from training.loop.precision import Precision
 from training.runs import checkpoints
+from training.runs.evaluation import evaluate
 from training.runs.run import Run
 
 PLAIN = {"dropout": 0.0, "batch_norm": False}
