@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data.reading import read_lines
+from data.sources.reading import read_lines
 from models.checks import check_rates
 from models.pretrained import read_pickled
 

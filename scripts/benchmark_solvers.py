@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from data.synthetic import draw_curves
+from data.sources.synthetic import draw_curves
 from models.autoencoder import autoencoder
 from optimizers import Bernoulli
 from optimizers.curvature.rearranged import Pairs, leading_pairs
