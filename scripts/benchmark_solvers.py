@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from data.sources.synthetic import draw_curves
-from models.autoencoder import autoencoder
+from models.generative.autoencoder import autoencoder
 from optimizers import Bernoulli
 from optimizers.curvature.rearranged import Pairs, leading_pairs
 

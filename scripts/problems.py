@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data import DataModule, InMemoryLoader, image_folder
 from models import plain_layers
-from models.stems import set_first
+from models.parts.stems import set_first
 from models.wrapped import create_timm
 
 CONFIGS = Path(__file__).resolve().parent / "configs"

@@ -40,7 +40,8 @@ def find_splits(root: Path, expected: str = "") -> FolderSplits:
     """Find ``root/train/<class>/...`` with ``root/val`` and ``root/test`` where they exist, or ``root/<class>/...``.
 
     A warning counts the files that are passed over because their names are no images', by suffix
-    (``data.sources.images`` has the suffixes that are), and another one names the classes that a split has no images of.
+    (``data.sources.images`` has the suffixes that are), and another one names the classes that a split has no images
+    of.
 
     Args:
         root: the folder.

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import models
-from models.pretrained import Loaded, load, read_weights
+from models.weights.files import read_weights
+from models.weights.fitting import Loaded, load
 
 DIGITS = {"in_channels": 1, "image_size": 8, "num_classes": 10}
 CIFAR = {"in_channels": 3, "image_size": 32, "num_classes": 10}

@@ -8,8 +8,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from models.checks import check_rates
-from models.plain import plain_layers
+from models.parts.checks import check_rates
+from models.parts.plain import plain_layers
 from models.wrapped import need_timm
 
 WIDEST_TOKENIZER = 64  # channels of the convolutions before the last one

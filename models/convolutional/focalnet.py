@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import nn
 
-from models.checks import check_rates
-from models.stems import set_first
+from models.parts.checks import check_rates
+from models.parts.stems import set_first
 from models.wrapped import create_timm, finish, patch_side, published_by_timm
 
 
@@ -30,7 +30,7 @@ def focalnet(
         patch_size: side of a patch; None: 4, and up to 64 pixels the largest divisor of the image's side that leaves
             16 patches a side, which three stages then halve.
         drop_path: probability of dropping a residual branch, of the last block; it rises linearly up to there.
-        pretrained: true: the published weights, downloaded; or a path (see ``models.pretrained.read_weights``).
+        pretrained: true: the published weights, downloaded; or a path (see ``models.weights.files.read_weights``).
         in_channels: of the images.
         num_classes: outputs.
         image_size: side of the images.

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import nn
-from torchvision import models
 
-from models.pretrained import published_by_torchvision
-from models.stems import small_stem
+from models.parts.stems import small_stem
+from models.weights.published import published_by_torchvision
 from models.wrapped import finish, widen
 
 
@@ -27,7 +26,7 @@ def mobilenetv3(
         size: of the two published nets.
         stem: ``imagenet``: the first convolution has stride 2; ``cifar``: stride 1, for small images; ``auto``: cifar
             up to 64 pixels.
-        pretrained: true: the published weights, downloaded; or a path (see ``models.pretrained.read_weights``).
+        pretrained: true: the published weights, downloaded; or a path (see ``models.weights.files.read_weights``).
         in_channels: of the images.
         num_classes: outputs.
         image_size: side of the images.
@@ -41,6 +40,8 @@ def mobilenetv3(
     if size not in ("small", "large"):
         raise ValueError(f"size must be small or large, got {size!r}")
     name = f"mobilenet_v3_{size}"
+    from torchvision import models  # takes seconds
+
     net = models.get_model(name, weights=None, num_classes=num_classes)
     widen(net, in_channels)
     if small_stem(stem, image_size):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import Permute
 
 # Layers of timm and torchvision that do more, or nothing else, in `forward` than the plain layer that they derive from.
 PLAIN: dict[str, type[nn.Module]] = {
@@ -73,6 +72,8 @@ def _plain(module: nn.Module) -> nn.Module | None:
     module.__class__ = PLAIN[kind.__name__]
     before: list[nn.Module] = [PadSame(module)] if isinstance(module, nn.Conv2d) else []
     if "2d" in kind.__name__ and isinstance(module, nn.LayerNorm):
+        from torchvision.ops import Permute  # the package of such a layer is there already
+
         before, after = [Permute([0, 2, 3, 1])], [Permute([0, 3, 1, 2]), *after]
     after = [part for part in after if not isinstance(part, nn.Identity)]
     return Around(module, before, after) if before or after else None

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import nn
-from torchvision import models
 
-from models.checks import check_rates
-from models.pretrained import published_by_torchvision
-from models.stems import set_first, small_stem
+from models.parts.checks import check_rates
+from models.parts.stems import set_first, small_stem
+from models.weights.published import published_by_torchvision
 from models.wrapped import finish, widen
 
 
@@ -30,7 +29,7 @@ def densenet(
         stem: ``imagenet``: 7 × 7 convolution with stride 2, then max-pooling; ``cifar``: 3 × 3 convolution with stride
             1 and no pooling, for small images; ``auto``: cifar up to 64 pixels.
         dropout: probability of dropping an output of a dense layer.
-        pretrained: true: the published weights, downloaded; or a path (see ``models.pretrained.read_weights``).
+        pretrained: true: the published weights, downloaded; or a path (see ``models.weights.files.read_weights``).
         in_channels: of the images.
         num_classes: outputs.
         image_size: side of the images.
@@ -46,6 +45,8 @@ def densenet(
         raise ValueError(f"depth must be one of 121, 161, 169 and 201, got {depth}")
     check_rates(dropout=dropout)
     name = f"densenet{depth}"
+    from torchvision import models  # takes seconds
+
     net = models.get_model(name, weights=None, num_classes=num_classes, drop_rate=dropout)
     if small_stem(stem, image_size):
         set_first(net, "features.conv0", in_channels, kernel_size=3, stride=1, padding=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.initialisation import initialise
+from models.parts.initialisation import initialise
 
 SLOPE = 0.2  # of the critic's leaky ReLU below zero (Radford et al., 2016)
 BASE = 4  # side that a deep convolutional generator begins with, at most

@@ -7,11 +7,9 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models
-from torchvision.models.resnet import BasicBlock
 
-from models.pretrained import load_pretrained, published_by_torchvision
-from models.stems import set_first, small_stem
+from models.parts.stems import set_first, small_stem
+from models.weights.published import load_pretrained, published_by_torchvision
 
 
 def resnet(
@@ -31,7 +29,7 @@ def resnet(
         stem: ``imagenet``: 7 × 7 convolution with stride 2, then max-pooling; ``cifar``: 3 × 3 convolution with stride
             1 and no pooling, for small images; ``auto``: cifar up to 64 pixels.
         zero_init_residual: start each block as the identity (the last norm's weight at 0).
-        pretrained: true: the published weights, downloaded; or a path (see ``models.pretrained.read_weights``). The
+        pretrained: true: the published weights, downloaded; or a path (see ``models.weights.files.read_weights``). The
             stem for small images stays fresh.
         in_channels: of the images.
         num_classes: outputs.
@@ -46,6 +44,8 @@ def resnet(
     if depth not in (18, 34, 50, 101, 152):
         raise ValueError(f"depth must be one of 18, 34, 50, 101 and 152, got {depth}")
     small = small_stem(stem, image_size)
+    from torchvision import models  # takes seconds
+
     net = models.get_model(
         f"resnet{depth}", weights=None, num_classes=num_classes, zero_init_residual=zero_init_residual
     )
@@ -93,6 +93,8 @@ def cifar_resnet(depth: int, width: int = 16, *, in_channels: int, num_classes: 
         raise ValueError(f"depth must be 6n + 2 (20, 32, 44, 56, ...), got {depth}")
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
+    from torchvision.models.resnet import BasicBlock  # takes seconds
+
     parts: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False)),
         ("bn1", nn.BatchNorm2d(width)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from models.initialisation import initialise
+from models.parts.initialisation import initialise
 
 VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))  # channels, with a pooling after each group
 SMALLEST_CUDA_CONVNET = 8  # pixels that three halvings leave one of

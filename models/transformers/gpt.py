@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data.sources.reading import read_lines
-from models.checks import check_rates
-from models.pretrained import read_pickled
+from models.parts.checks import check_rates
+from models.weights.pickles import read_pickled
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from models.checks import check_rates
+from models.parts.checks import check_rates
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "gelu": nn.GELU}
 

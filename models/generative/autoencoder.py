@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import nn
 
-from models.initialisation import Init, initialise
-from models.mlp import ACTIVATIONS
+from models.parts.initialisation import Init, initialise
+from models.simple.mlp import ACTIVATIONS
 
 
 def autoencoder(
@@ -32,7 +32,7 @@ def autoencoder(
         init: starting values. Behind a narrow code a deep decoder soon says the same of every image, and from a small
             start gradients take long to leave that plateau; ``kaiming`` is large enough. ``xavier`` and torch's
             ``default`` are small, and ``sparse`` is for tanh and sigmoid: with ReLU its outputs are huge. See
-            ``models.initialisation.initialise``.
+            ``models.parts.initialisation.initialise``.
         in_channels: of the images.
         image_size: side of the images.
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from models.initialisation import initialise
+from models.parts.initialisation import initialise
 
 
 def deep_linear(

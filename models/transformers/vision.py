@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import nn
 
-from models.checks import check_rates
-from models.stems import LARGEST_SMALL_IMAGE
+from models.parts.checks import check_rates
+from models.parts.stems import LARGEST_SMALL_IMAGE
 from models.wrapped import create_timm, finish, patch_side, published_by_timm
 
 SWIN = {
@@ -37,7 +37,7 @@ def vit(
             8 patches a side.
         dropout: probability of dropping a unit of a projection or before the head.
         drop_path: probability of dropping a residual branch, of the last block; it rises linearly up to there.
-        pretrained: true: the published weights, downloaded; or a path (see ``models.pretrained.read_weights``).
+        pretrained: true: the published weights, downloaded; or a path (see ``models.weights.files.read_weights``).
         in_channels: of the images.
         num_classes: outputs.
         image_size: side of the images.
@@ -80,7 +80,7 @@ def swin(
         window_size: patches a side within which attention stays; None: 7, and 4 up to 64 pixels.
         dropout: probability of dropping a unit of a projection or before the head.
         drop_path: probability of dropping a residual branch, of the last block; it rises linearly up to there.
-        pretrained: true: the published weights, downloaded; or a path (see ``models.pretrained.read_weights``).
+        pretrained: true: the published weights, downloaded; or a path (see ``models.weights.files.read_weights``).
         in_channels: of the images.
         num_classes: outputs.
         image_size: side of the images.
