@@ -408,7 +408,7 @@ OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
     "path": (lambda: PurePosixPath("a"), r"pathlib\.PurePosixPath"),
     "configuration": (lambda: OmegaConf.create({"lr": 1.0}), r"omegaconf\S+"),
     "module": (lambda: nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
-    "class": (lambda: Loaded("here", 1), r"models\.pretrained\.Loaded"),
+    "class": (lambda: Loaded("here", 1), r"models\.weights\.fitting\.Loaded"),
     "call": (Evil, r"tests\.models\.test_pretrained\.ran"),
     "system": (lambda: os.getcwd, r"posix\.getcwd"),
 }
