@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data.sources.reading import read_lines
 from models.parts.checks import check_rates
 from models.weights.pickles import read_pickled
 
@@ -200,6 +199,8 @@ def _read_embeddings(path: Path, wanted: dict[str, int]) -> dict[str, np.ndarray
         content = read_pickled(path)
         pairs = zip(content["words"], content["vectors"].float().numpy(), strict=True)
         return {word: vector for word, vector in pairs if word in wanted}
+    from data.sources.reading import read_lines  # the one thing that a model takes from there: how texts are read
+
     found = {}
     for line in read_lines(path):
         word, _, numbers = line.rstrip().partition(" ")
