@@ -94,7 +94,7 @@ def _loss(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
     _, plateau = series(events, "plateau/loss")
     for axes, x, label in ((by_epoch, "epoch", "epoch"), (by_time, "seconds", "training seconds")):
         values = _draw_splits(axes, events, "loss", x, best=min)
-        _dress(axes, label, "loss" if axes is by_epoch else "")
+        dress(axes, label, "loss" if axes is by_epoch else "")
         if plateau:
             axes.axhline(
                 plateau[-1], color=GREY, linestyle="--", linewidth=1.2, label=f"constant output {plateau[-1]:.3g}"
@@ -112,7 +112,7 @@ def _accuracy(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
     axes = figure.subplots()
     values = _draw_splits(axes, events, "accuracy", "epoch", best=max)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(values) - min(values) > 0.05 else 1))
-    _dress(axes, "epoch", "accuracy")
+    dress(axes, "epoch", "accuracy")
     _legend(axes, "lower right")
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -124,11 +124,11 @@ def _game(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
     losses, distance = figure.subplots(1, 2)
     for metric, (player, colour) in PLAYERS.items():
         _draw_training(losses, *series(events, f"train/{metric}"), colour, label=player)
-    _dress(losses, "epoch", "training loss")
+    dress(losses, "epoch", "training loss")
     for split in ("train", "val"):
         values = series(events, f"{split}/wasserstein")
         _draw_training(distance, *values, COLOURS[split], label=LABELS[split])
-    _dress(distance, "epoch", "Wasserstein distance by the critic")
+    dress(distance, "epoch", "Wasserstein distance by the critic")
     _legend(losses, "lower right")  # where losses that begin far below 0 have left
     _legend(distance, "upper right")
     figure.suptitle(title, fontsize="medium")
@@ -143,7 +143,7 @@ def _logarithmic(events: Sequence[Mapping[str, Any]], title: str, metric: str, l
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    _dress(axes, "epoch", label)
+    dress(axes, "epoch", label)
     _legend(axes, "upper right")
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -154,7 +154,7 @@ def _learning_rate(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
     axes = figure.subplots()
     axes.plot(*series(events, "lr"), color=GREY, linewidth=1.8)
     axes.set_ylim(bottom=0)
-    _dress(axes, "epoch", "learning rate")
+    dress(axes, "epoch", "learning rate")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -211,7 +211,8 @@ def _running_mean(values: list[float], width: int) -> list[float]:
     return means
 
 
-def _dress(axes: Axes, x_label: str, y_label: str) -> None:
+def dress(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels, a light grid and no frame, the same in all pictures."""
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_xlim(left=0)

@@ -1,7 +1,6 @@
 """Data sets as three loaders each (train, val, test) that serve whole batches on the target device."""
 
 from data.autoencoding import (
-    ReconstructionLoader,
     cifar10_autoencoder,
     curves,
     digits_autoencoder,
@@ -18,6 +17,7 @@ from data.generation import (
     mnist_generation,
 )
 from data.memory import Augmentation, ImageStore, InMemoryLoader
+from data.tasks.reproduced import ReconstructionLoader
 from data.text import TextLoader, Vocabulary, text_file, wikitext2, wikitext103
 from data.vision import (
     cifar10,

@@ -1,37 +1,26 @@
 """Images to be reproduced rather than named: the auto-encoder problems, and any image set served as one.
 
-Each builder only reads (or makes) its images; `_module` splits them and makes the loaders, the same way for all. Inputs
-are pixels in [0, 1], targets the same pixels in a row.
+Each builder only reads (or makes) its images; `reproduced_set` splits them and makes the loaders, the same way for all.
+Inputs are pixels in [0, 1], targets the same pixels in a row.
 """
 
 from __future__ import annotations
 
-import urllib.request
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from textwrap import shorten
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from filelock import FileLock
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
-from sklearn.datasets import fetch_olivetti_faces, load_digits
 from torch import Tensor
-from torchvision import datasets
 
 from data.base import DataError, DataModule
-from data.folders import find_splits, read_images
-from data.memory import Augmentation, ImageStore, InMemoryLoader
-from data.synthetic import CHUNK, CURVE_SIZE, FACE_SIZE, draw_curves, kept, turn_faces
-from data.vision import _SVHN, DOWNLOAD_SILENCE, Loading, cut, labelled_images, limited, torchvision_sets
-
-Augment = Literal["none", "standard"]
-LikelihoodName = Literal["bernoulli", "gaussian"]
+from data.options import served
+from data.readers import Folder, Published, read_digits
+from data.sources.downloads import UNREACHABLE, alone, fetch_file, reason
+from data.sources.synthetic import CURVE_SIZE, FACE_SIZE, draw_curves, kept, turn_faces
+from data.tasks.reproduced import Images, Reproducing, reproduced_set, unlabelled
 
 PUBLISHED = "http://www.cs.toronto.edu/~jmartens/"
 CURVES_FILE, CURVES_TRAIN, CURVES_TEST = "digs3pts_1.mat", 20_000, 10_000
@@ -41,78 +30,14 @@ FACES_AN_IMAGE, TRAIN_PEOPLE, VAL_PEOPLE, TEST_PEOPLE = 414, 25, 5, 10
 PER_PERSON = 10  # photographs
 FACES_TRAIN, FACES_TEST = (people * PER_PERSON * FACES_AN_IMAGE for people in (TRAIN_PEOPLE, TEST_PEOPLE))
 
-# What a file raises that is no .mat, or half of one.
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, NotImplementedError, zlib.error, MatReadError)
-UNREACHABLE = (OSError, HTTPException, ValueError)
 
-
-@dataclass(frozen=True)
-class _Loading(Loading):
-    """How a set is split and served: what all image sets share, and what there is to say of reconstruction."""
-
-    val_from: str = "train"
-    likelihood: str = "bernoulli"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.augment not in ("none", "standard"):
-            raise ValueError(f"augment must be none or standard, got {self.augment!r}")
-        if self.val_from not in ("train", "test"):
-            raise ValueError(f"val_from must be train or test, got {self.val_from!r}")
-        if self.likelihood not in ("bernoulli", "gaussian"):
-            raise ValueError(f"likelihood must be bernoulli or gaussian, got {self.likelihood!r}")
-
-
-@dataclass(frozen=True)
-class _Images:
-    """What a builder has read: uint8 ``[N, C, H, W]`` each. Splits that it does not have are taken off ``train``."""
-
-    train: Tensor
-    val: Tensor | None = None
-    test: Tensor | None = None
-    flip: bool = True  # whether a mirrored image is still of its kind
-    centred: bool = False  # whether it is published with pixels of mean 0 and an average variance of 1
-
-
-class ReconstructionLoader(InMemoryLoader):
-    """Serves images with their own pixels as targets, in a row: ``[b, C, H, W]`` and ``[b, C·H·W]``.
-
-    Args:
-        store: the images; their targets are not used.
-        rows: see InMemoryLoader.
-        mean: image ``[C, H, W]`` that is subtracted, in units of 0..1.
-        std: by which pixels are then divided.
-        options: see InMemoryLoader.
-    """
-
-    def __init__(self, store: ImageStore, rows: Tensor, *, mean: Tensor, std: float, **options: Any) -> None:
-        channels = store.shape[0]
-        super().__init__(store, rows, mean=[0.0] * channels, std=[std] * channels, **options)
-        self._shift = (-mean / std).to(self.device, torch.float32)
-
-    def _batch(self, plan: Tensor) -> tuple[Tensor, Tensor]:
-        inputs, _ = super()._batch(plan)
-        return inputs, inputs.flatten(1).clone()  # a copy: a model may begin with an operation in place
-
-
+@served(batch_size=256, eval_batch_size=2000)
 def curves(
     root: str,
     source: Literal["auto", "generated", "original"] = "auto",
     download: bool = False,
-    likelihood: LikelihoodName = "bernoulli",
-    batch_size: int = 256,
-    eval_batch_size: int = 2000,
-    augment: Augment = "none",
-    val_from: Literal["train", "test"] = "train",
-    val_fraction: float = 0.1,
-    split_seed: int = 0,
-    limit_train: float = 1.0,
-    limit_val: float = 1.0,
     *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
+    loading: Reproducing,
 ) -> DataModule:
     """CURVES (Hinton & Salakhutdinov, 2006): 20,000 + 10,000 images of curves through three random points, 28 × 28.
 
@@ -123,66 +48,42 @@ def curves(
         root: folder of the original file, and where generated images are kept.
         source: which of the two; auto: the original if it is there or ``download`` is set.
         download: fetch the original if it is not there.
-        likelihood: p(pixels | outputs) that is trained on.
-        batch_size: of all ranks together.
-        eval_batch_size: for validation and test, of all ranks together.
-        augment: ``standard`` crops with padding and mirrors.
-        val_from: ``train`` holds out ``val_fraction`` of the train images, ``test`` validates on the test images.
-        val_fraction: share of the train images that is held out for validation.
-        split_seed: which images are held out; independent of ``seed``.
-        limit_train: share of the train split that is used.
-        limit_val: share of the validation split that is used.
-        seed: of order and augmentation.
-        device: of the batches.
-        rank: this process.
-        world_size: how many processes there are.
+        loading: how it is split and served.
 
     Raises:
         ValueError: for an option out of its range.
         DataError: the original is asked for and cannot be had, or cannot be read.
     """
-    loading = _Loading(
-        batch_size, eval_batch_size, augment, val_fraction, split_seed, limit_train, limit_val,
-        seed, device, rank, world_size, val_from=val_from, likelihood=likelihood,
-    )  # fmt: skip
     _check_source(source, ("auto", "generated", "original"))
     folder = Path(root).expanduser()
     original = folder / CURVES_FILE
     if source == "original" or (source == "auto" and (download or original.exists())):
-        _fetch(original, download, "dataset.source=generated")
+        from data.sources.mat import read_mat, unit_bytes  # SciPy takes half a second to import
+
+        fetch_file(original, PUBLISHED, download, "dataset.source=generated")
         shapes = {"bdata": (CURVES_TRAIN, CURVE_SIZE**2), "bdatatest": (CURVES_TEST, CURVE_SIZE**2)}
-        train, test = (_unit_bytes(original, array) for array in _read_mat(original, shapes))
+        train, test = (unit_bytes(original, array) for array in read_mat(original, shapes))
     else:
         made = kept(folder, "curves_v1", lambda: {"images": draw_curves(CURVES_TRAIN + CURVES_TEST)})["images"]
         train, test = made.split([CURVES_TRAIN, CURVES_TEST])
-    return _module("curves", _Images(_square(train), test=_square(test)), loading)
+    return reproduced_set("curves", Images(_square(train), test=_square(test)), loading)
 
 
+@served(without=("test_fraction", "val_fraction"), likelihood="gaussian", batch_size=1024, eval_batch_size=2000)
 def faces(
     root: str,
     cache: str | None = None,
     source: Literal["auto", "olivetti", "original"] = "auto",
     download: bool = True,
     train_images: int = FACES_TRAIN,
-    likelihood: LikelihoodName = "gaussian",
-    batch_size: int = 1024,
-    eval_batch_size: int = 2000,
-    augment: Augment = "none",
-    val_from: Literal["train", "test"] = "train",
-    split_seed: int = 0,
-    limit_train: float = 1.0,
-    limit_val: float = 1.0,
     *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
+    loading: Reproducing,
 ) -> DataModule:
     """FACES (Hinton & Salakhutdinov, 2006): 25 × 25 images made of the Olivetti faces by turning and enlarging them.
 
     Each of the 400 photographs (40 people) is turned by -90 to 90 degrees, enlarged 1.4 to 1.8 times, cut and brought
     to 25 × 25 pixels, 414 times at random. Train, validation and test set share no person: 25, 5 and 10 people, which
-    are 103,500, 20,700 and 41,400 images.
+    are 103,500, 20,700 and 41,400 images. ``split_seed`` is the order in which the limits take images.
 
     With the Gaussian likelihood, pixels are served as published: the train images' mean image is subtracted, and one
     number scales all to an average variance of 1, which is then the loss of a constant output. With the Bernoulli
@@ -194,34 +95,19 @@ def faces(
         source: which of the two; auto: the original if it is there.
         download: fetch what is not there.
         train_images: how many to train on; validation and test have as many a photograph.
-        likelihood: p(pixels | outputs) that is trained on.
-        batch_size: of all ranks together.
-        eval_batch_size: for validation and test, of all ranks together.
-        augment: ``standard`` crops with padding and mirrors.
-        val_from: ``train`` validates on the five people in between, ``test`` on the test images.
-        split_seed: in which order ``limit_train`` and ``limit_val`` take images; independent of ``seed``.
-        limit_train: share of the train split that is used.
-        limit_val: share of the validation split that is used.
-        seed: of order and augmentation.
-        device: of the batches.
-        rank: this process.
-        world_size: how many processes there are.
+        loading: how it is split and served.
 
     Raises:
         ValueError: for an option out of its range.
         DataError: the files are not there and cannot be fetched, or cannot be read.
     """
-    loading = _Loading(
-        batch_size, eval_batch_size, augment, 0.5, split_seed, limit_train, limit_val,
-        seed, device, rank, world_size, val_from=val_from, likelihood=likelihood,
-    )  # fmt: skip
     _check_source(source, ("auto", "olivetti", "original"))
     if not 1 <= train_images <= FACES_TRAIN:
         raise ValueError(f"train_images must be from 1 to {FACES_TRAIN}, got {train_images}")
     folder = Path(root).expanduser()
     original = folder / FACES_FILE
     if source == "original" or (source == "auto" and original.exists()):
-        _fetch(original, download, "dataset.source=olivetti")
+        fetch_file(original, PUBLISHED, download, "dataset.source=olivetti")
         train, val, test = _original_faces(original, train_images)
     else:
         photographs = _photographs(folder, download)
@@ -236,183 +122,72 @@ def faces(
         name = f"faces_v1_{variants}_{zlib.crc32(photographs.numpy().tobytes()):08x}"
         made = kept(Path(cache).expanduser(), name, make) if cache else make()
         train, val, test = made["train"][:train_images], made["val"], made["test"]
-    return _module("faces", _Images(train, val=val, test=test, centred=True), loading)
+    return reproduced_set("faces", Images(train, val=val, test=test, centred=True), loading)
 
 
-def digits_autoencoder(
-    likelihood: LikelihoodName = "bernoulli",
-    batch_size: int = 64,
-    eval_batch_size: int = 512,
-    augment: Augment = "none",
-    val_from: Literal["train", "test"] = "train",
-    val_fraction: float = 0.1,
-    split_seed: int = 0,
-    limit_train: float = 1.0,
-    limit_val: float = 1.0,
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataModule:
+@served(batch_size=64)
+def digits_autoencoder(*, loading: Reproducing) -> DataModule:
     """scikit-learn's bundled handwritten digits, to be reproduced: 1797 grey 8 × 8 images; nothing to download.
 
     A fifth is the test set. Images are never mirrored.
 
     Args:
-        likelihood: p(pixels | outputs) that is trained on.
-        batch_size: of all ranks together.
-        eval_batch_size: for validation and test, of all ranks together.
-        augment: ``standard`` crops with padding.
-        val_from: ``train`` holds out ``val_fraction`` of what is not test, ``test`` validates on the test images.
-        val_fraction: share of what is not test that is held out for validation.
-        split_seed: which examples go where; independent of ``seed``.
-        limit_train: share of the train split that is used.
-        limit_val: share of the validation split that is used.
-        seed: of order and augmentation.
-        device: of the batches.
-        rank: this process.
-        world_size: how many processes there are.
+        loading: how it is split and served.
 
     Raises:
         ValueError: for an option out of its range.
     """
-    loading = _Loading(
-        batch_size, eval_batch_size, augment, val_fraction, split_seed, limit_train, limit_val,
-        seed, device, rank, world_size, val_from=val_from, likelihood=likelihood,
-    )  # fmt: skip
-    images = torch.from_numpy(load_digits().images).mul(255 / 16).round().to(torch.uint8)[:, None]  # from 0..16
-    return _module("digits_autoencoder", _Images(images, flip=False), loading)
+    return reproduced_set("digits_autoencoder", unlabelled(read_digits()), loading)
 
 
-def image_folder_autoencoder(
-    root: str,
-    image_size: int | None = None,
-    flip: bool = True,
-    max_gigabytes: float = 8.0,
-    likelihood: LikelihoodName = "bernoulli",
-    batch_size: int = 128,
-    eval_batch_size: int = 256,
-    augment: Augment = "none",
-    val_from: Literal["train", "test"] = "train",
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.2,
-    split_seed: int = 0,
-    limit_train: float = 1.0,
-    limit_val: float = 1.0,
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataModule:
+@served(without=(), eval_batch_size=256)
+def image_folder_autoencoder(*, folder: Folder, loading: Reproducing) -> DataModule:
     """Any images, to be reproduced: folders as of ``image_folder``, whose classes only find the images.
 
+    A split that is not there is taken off the train images, ``test_fraction`` of them first, then ``val_fraction`` of
+    the others.
+
     Args:
-        root: the folder.
-        image_size: bring the shorter side to this many pixels and cut the centre square; None: the images are square
-            and of one size already.
-        flip: whether ``augment`` may mirror the images.
-        max_gigabytes: refuse a set that takes more memory than this once decoded.
-        likelihood: p(pixels | outputs) that is trained on.
-        batch_size: of all ranks together.
-        eval_batch_size: for validation and test, of all ranks together.
-        augment: ``standard`` crops with padding and mirrors.
-        val_from: ``train`` uses ``root/val`` or holds out ``val_fraction``, ``test`` validates on the test images.
-        val_fraction: share of the train images (less those for test) held out where there is no ``root/val``.
-        test_fraction: share of the train images held out where there is no ``root/test``.
-        split_seed: which images go where; independent of ``seed``.
-        limit_train: share of the train split that is used.
-        limit_val: share of the validation split that is used.
-        seed: of order and augmentation.
-        device: of the batches.
-        rank: this process.
-        world_size: how many processes there are.
+        folder: the images.
+        loading: how they are split and served.
 
     Raises:
         ValueError: for an option out of its range.
         DataError: for a folder without such a layout, an unreadable image, or a set too large for memory.
     """
-    loading = _Loading(
-        batch_size, eval_batch_size, augment, val_fraction, split_seed, limit_train, limit_val,
-        seed, device, rank, world_size, test_fraction, val_from, likelihood,
-    )  # fmt: skip
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1 or null, got {image_size}")
-    if max_gigabytes <= 0:
-        raise ValueError(f"max_gigabytes must be positive, got {max_gigabytes}")
-    splits = find_splits(Path(root).expanduser()).files
-    images = read_images([file for split in splits.values() for file, _ in split], image_size, max_gigabytes)
-    read = dict(zip(splits, images.split([len(split) for split in splits.values()]), strict=True))
-    return _module("image_folder_autoencoder", _Images(**read, flip=flip), loading)
+    return reproduced_set("image_folder_autoencoder", unlabelled(folder.read()), loading)
 
 
-def _published(name: str, source: type, flip: bool, summary: str) -> Callable[..., DataModule]:
+def _published(name: str, source: str, flip: bool, summary: str) -> Callable[..., DataModule]:
     """A builder for one of torchvision's sets."""
 
-    def build(
-        root: str,
-        download: bool = True,
-        likelihood: LikelihoodName = "bernoulli",
-        batch_size: int = 512,
-        eval_batch_size: int = 2000,
-        augment: Augment = "none",
-        val_from: Literal["train", "test"] = "train",
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
-        limit_train: float = 1.0,
-        limit_val: float = 1.0,
-        *,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> DataModule:
-        loading = _Loading(
-            batch_size, eval_batch_size, augment, val_fraction, split_seed, limit_train, limit_val,
-            seed, device, rank, world_size, val_from=val_from, likelihood=likelihood,
-        )  # fmt: skip
-        sets = torchvision_sets(name, source, Path(root).expanduser(), download)
-        train, test = (labelled_images(part)[0] for part in sets)
-        return _module(name, _Images(train, test=test, flip=flip), loading)
+    def build(*, place: Published, loading: Reproducing) -> DataModule:
+        return reproduced_set(name, unlabelled(place.read(name, source, flip)), loading)
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"""{summary}
+    build.__doc__ = f"""{summary}{"" if flip else " They are never mirrored."}
 
     Args:
-        root: folder of the set, in torchvision's own layout.
-        download: fetch the set if it is not there.
-        likelihood: p(pixels | outputs) that is trained on.
-        batch_size: of all ranks together.
-        eval_batch_size: for validation and test, of all ranks together.
-        augment: ``standard`` crops with padding{" and mirrors" if flip else ", never mirrors"}.
-        val_from: ``train`` holds out ``val_fraction`` of the train images, ``test`` validates on the test images.
-        val_fraction: share of the train images that is held out for validation.
-        split_seed: which images are held out; independent of ``seed``.
-        limit_train: share of the train split that is used.
-        limit_val: share of the validation split that is used.
-        seed: of order and augmentation.
-        device: of the batches.
-        rank: this process.
-        world_size: how many processes there are.
+        place: where it lies.
+        loading: how it is split and served.
 
     Raises:
         ValueError: for an option out of its range.
         DataError: the set is not there and cannot be fetched.
     """
-    return build
+    return served(batch_size=512, eval_batch_size=2000)(build)
 
 
 mnist_autoencoder = _published(
-    "mnist_autoencoder", datasets.MNIST, False,
+    "mnist_autoencoder", "MNIST", False,
     "MNIST, to be reproduced: 60,000 + 10,000 grey 28 × 28 images of handwritten digits.",
 )  # fmt: skip
 cifar10_autoencoder = _published(
-    "cifar10_autoencoder", datasets.CIFAR10, True,
+    "cifar10_autoencoder", "CIFAR10", True,
     "CIFAR-10, to be reproduced: 50,000 + 10,000 colour 32 × 32 photographs.",
 )  # fmt: skip
 svhn_autoencoder = _published(
-    "svhn_autoencoder", _SVHN, False,
+    "svhn_autoencoder", "SVHN", False,
     "SVHN, to be reproduced: 73,257 + 26,032 colour 32 × 32 photographs of house numbers.",
 )  # fmt: skip
 
@@ -425,61 +200,12 @@ def _check_source(source: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"source must be one of {', '.join(known)}, got {source!r}")
 
 
-def _fetch(path: Path, download: bool, way_out: str) -> None:
-    """See that one of the published files is there; one process at a time downloads it."""
-    if path.is_file():
-        return
-    absent = f"{path.absolute()} is absent"
-    if not download:
-        raise DataError(f"{absent}: put it there from {PUBLISHED}, set dataset.download=true, or use {way_out}")
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.parent / ".lock"):
-            if path.is_file():  # another rank or run has fetched it meanwhile
-                return
-            with (
-                urllib.request.urlopen(PUBLISHED + path.name, timeout=DOWNLOAD_SILENCE) as answer,
-                partial.open("wb") as file,
-            ):
-                while block := answer.read(1 << 20):
-                    file.write(block)
-            partial.replace(path)
-    except UNREACHABLE as error:
-        reason = shorten(str(error), 120)
-        raise DataError(f"{absent} and cannot be downloaded from {PUBLISHED} ({reason}): use {way_out}") from error
-
-
-def _read_mat(path: Path, shapes: dict[str, tuple[int, int]]) -> list[np.ndarray]:
-    """The named arrays of a .mat file."""
-    try:
-        content = loadmat(path, variable_names=list(shapes))
-        arrays = [content[name] for name in shapes]
-    except UNREADABLE as error:
-        reason = shorten(str(error), 120)
-        raise DataError(f"{path.absolute()} cannot be read ({reason}): remove it, or put it there anew") from error
-    for (name, shape), array in zip(shapes.items(), arrays, strict=True):
-        if array.shape != shape:
-            raise DataError(
-                f"{path.absolute()} has {name} of shape {list(array.shape)}, not {list(shape)}: put the published "
-                "file there"
-            )
-    return arrays
-
-
-def _unit_bytes(path: Path, array: np.ndarray) -> Tensor:
-    """Values in [0, 1], which may have been rounded, as bytes."""
-    if array.dtype == np.uint8:
-        return torch.from_numpy(array)
-    if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
-        raise DataError(f"{path.absolute()} has values outside [0, 1]: put the published file there")
-    return torch.from_numpy(np.rint(255 * array.clip(0, 1)).astype(np.uint8))
-
-
 def _original_faces(path: Path, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Train, validation and test images. Bytes hold them to 1/255 of their range, a variance of less than 1e-4."""
     people = (TRAIN_PEOPLE, VAL_PEOPLE, TEST_PEOPLE)
-    (columns,) = _read_mat(path, {"newfaces_single": (FACE_SIZE**2, sum(people) * PER_PERSON * FACES_AN_IMAGE)})
+    from data.sources.mat import read_mat
+
+    (columns,) = read_mat(path, {"newfaces_single": (FACE_SIZE**2, sum(people) * PER_PERSON * FACES_AN_IMAGE)})
     low, high = float(columns.min()), float(columns.max())
     if not high > low:
         raise DataError(f"{path.absolute()} holds no images: put the published file there")
@@ -494,19 +220,21 @@ def _photographs(folder: Path, download: bool) -> Tensor:
     """The Olivetti faces, uint8 ``[400, 64, 64]``, ten of one person after another; scikit-learn's copy or the file."""
     people = TRAIN_PEOPLE + VAL_PEOPLE + TEST_PEOPLE
     if (path := folder / OLIVETTI_FILE).is_file():
-        (columns,) = _read_mat(path, {"faces": (64 * 64, people * PER_PERSON)})
+        from data.sources.mat import read_mat
+
+        (columns,) = read_mat(path, {"faces": (64 * 64, people * PER_PERSON)})
         return torch.from_numpy(columns.T.reshape(-1, 64, 64).astype(np.uint8)).mT.contiguous()
     absent = f"the Olivetti faces are absent from {folder.absolute()}"
     ways_out = f"put {OLIVETTI_FILE} or {FACES_FILE} there, or name another folder with dataset.root"
+    from sklearn.datasets import fetch_olivetti_faces  # takes seconds to import
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with alone(folder):
             found = fetch_olivetti_faces(data_home=str(folder), download_if_missing=download).images
     except UNREACHABLE as error:
         if not download:
             raise DataError(f"{absent}: set dataset.download=true, {ways_out}") from error
-        reason = shorten(str(error), 120)
-        raise DataError(f"{absent} and cannot be downloaded ({reason}): {ways_out}") from error
+        raise DataError(f"{absent} and cannot be downloaded ({reason(error)}): {ways_out}") from error
     return torch.from_numpy(np.rint(255 * found).astype(np.uint8))
 
 
@@ -516,77 +244,3 @@ def _square(images: Tensor) -> Tensor:
         return images
     side = round(images.shape[1] ** 0.5)
     return images.view(-1, 1, side, side)
-
-
-# -- splits ----------------------------------------------------------------------------------------------------------
-
-
-def _module(name: str, images: _Images, loading: _Loading) -> DataModule:
-    """Split what was read into train, val and test, and make their loaders."""
-    channels, size, _ = images.train.shape[1:]
-    crop = min(4, size // 8)  # as for classification: 4 pixels at 32, less for smaller images
-    augmentation = Augmentation(crop=crop, flip=images.flip) if loading.augment == "standard" else Augmentation()
-
-    # One random order, cut in up to three: [test | val | train].
-    order = _order(len(images.train), loading.split_seed)
-    test_rows, rest = cut(order, 0.0 if images.test is not None else loading.test_fraction)
-    own_val = images.val is not None or loading.val_from == "test"
-    val_rows, train_rows = cut(rest, 0.0 if own_val else loading.val_fraction)
-    train_rows = limited(train_rows, "limit_train", loading.limit_train)
-
-    mean, variance = pixel_moments(images.train, train_rows)
-    centred = images.centred and loading.likelihood == "gaussian"
-    std = float(variance.mean().sqrt()) or 1.0
-    served: dict[str, Any] = {"mean": mean if centred else torch.zeros_like(mean), "std": std if centred else 1.0}
-    # A constant output does best with each pixel's mean; its loss is then an entropy, or a variance.
-    entropy = torch.special.entr(mean) + torch.special.entr(1 - mean)
-    plateau = entropy if loading.likelihood == "bernoulli" else variance / served["std"] ** 2
-
-    pool = _store(images.train, loading, padding=augmentation.crop)
-    test = pool if images.test is None else _store(images.test, loading)
-    if images.test is not None:
-        test_rows = torch.arange(len(test))
-    val = pool
-    if loading.val_from == "test":
-        val, val_rows = test, test_rows
-    elif images.val is not None:
-        val = _store(images.val, loading)
-        val_rows = _order(len(val), loading.split_seed)
-
-    def loader(store: ImageStore, rows: Tensor, training: bool = False) -> ReconstructionLoader:
-        return ReconstructionLoader(
-            store,
-            rows,
-            augmentation=augmentation,
-            **loading.serving(training),
-            **served,
-        )
-
-    return DataModule(
-        name=name,
-        task="reconstruction",
-        facts={"in_channels": channels, "image_size": size, "likelihood": loading.likelihood},
-        train=loader(pool, train_rows, training=True),
-        val=loader(val, limited(val_rows, "limit_val", loading.limit_val)),
-        test=loader(test, test_rows),
-        class_names=[],
-        plateau=float(plateau.mean()),
-    )
-
-
-def pixel_moments(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every pixel over ``images[rows]`` (uint8 ``[N, C, H, W]``), float64, in units of 0..1."""
-    total = torch.zeros(2, *images.shape[1:], dtype=torch.float64)
-    for chunk in rows.split(CHUNK):  # bounded memory, whatever the size of the set
-        pixels = images[chunk].double() / 255
-        total += torch.stack([pixels.sum(0), pixels.square().sum(0)])
-    mean, square = total / len(rows)
-    return mean, (square - mean.square()).clamp(min=0)
-
-
-def _store(images: Tensor, loading: _Loading, padding: int = 0) -> ImageStore:
-    return ImageStore(images, torch.zeros(len(images)), padding=padding, device=loading.device)
-
-
-def _order(count: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -12,19 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
-from torchvision.datasets.utils import download_and_extract_archive
 
 from data.base import DataError, DataModule
 from data.memory import ImageStore, InMemoryLoader
-from data.reading import read_lines
-from data.vision import DOWNLOAD_SILENCE, UNLOADABLE, Loading, limited, socket_timeout
+from data.options import Loading, served
+from data.sources.downloads import UNLOADABLE, alone, reason
+from data.sources.reading import read_lines
+from data.splits import limited
 
 Level = Literal["word", "character"]
 
@@ -37,11 +36,30 @@ INT_BYTES = 4  # of a stored token
 
 
 @dataclass(frozen=True)
-class _Loading(Loading):
-    """How a text is cut and served: what all sets share, and what there is to say of text."""
+class Reading(Loading):
+    """How a text is cut and served: what all sets share, and what there is to say of text.
+
+    Args:
+        sequence: tokens that are seen at once.
+        max_vocabulary: keep so many of the most frequent tokens, the others become ``<unk>``; None: keep all.
+        batch_size: windows, of all ranks together.
+        augment: none.
+        val_fraction: share of the tokens to validate on.
+        test_fraction: share of the tokens for the test.
+        limit_train: share of the training windows that is used.
+        limit_val: share of the validation windows that is used.
+        seed: of the order of windows.
+
+    Raises:
+        ValueError: for an option out of its range.
+    """
 
     sequence: int = 256
     max_vocabulary: int | None = None
+    batch_size: int = 16
+    eval_batch_size: int = 16
+    augment: Literal["none"] = "none"
+    test_fraction: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,56 +168,25 @@ def window_store(found: Tensor, device: torch.device | str = "cpu") -> ImageStor
     return ImageStore(as_bytes, torch.zeros(count), device=device)
 
 
-def text_file(
-    path: str,
-    level: Level = "word",
-    sequence: int = 256,
-    max_vocabulary: int | None = None,
-    batch_size: int = 16,
-    eval_batch_size: int = 16,
-    augment: Literal["none"] = "none",
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.1,
-    limit_train: float = 1.0,
-    limit_val: float = 1.0,
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataModule:
+@served(without=("split_seed",))
+def text_file(path: str, level: Level = "word", *, loading: Reading) -> DataModule:
     """Any text in one file: its beginning is trained on, its end is the test set, what lies between validates.
 
     Args:
         path: the file, in UTF-8.
         level: what a token is: ``word``, whatever stands between spaces, with ``<eos>`` at the end of a line; or
             ``character``.
-        sequence: tokens that are seen at once.
-        max_vocabulary: keep so many of the most frequent tokens, the others become ``<unk>``; None: keep all.
-        batch_size: windows, of all ranks together.
-        eval_batch_size: for validation and test, of all ranks together.
-        augment: none.
-        val_fraction: share of the tokens to validate on.
-        test_fraction: share of the tokens for the test.
-        limit_train: share of the training windows that is used.
-        limit_val: share of the validation windows that is used.
-        seed: of the order of windows.
-        device: of the batches.
-        rank: this process.
-        world_size: how many processes there are.
+        loading: how it is cut and served.
 
     Raises:
         ValueError: for an option out of its range.
         DataError: the file cannot be read, or is too short.
     """
-    loading = _Loading(
-        batch_size, eval_batch_size, augment, val_fraction, 0, limit_train, limit_val,
-        seed, device, rank, world_size, test_fraction, sequence, max_vocabulary,
-    )  # fmt: skip
     if level not in ("word", "character"):
         raise ValueError(f"level must be word or character, got {level!r}")
     tokens = _read(Path(path).expanduser(), level, "dataset.path")
-    ends = [round(share * len(tokens)) for share in (1 - val_fraction - test_fraction, 1 - test_fraction)]
+    before_val, before_test = 1 - loading.val_fraction - loading.test_fraction, 1 - loading.test_fraction
+    ends = [round(share * len(tokens)) for share in (before_val, before_test)]
     texts = {"train": tokens[: ends[0]], "val": tokens[ends[0] : ends[1]], "test": tokens[ends[1] :]}
     return _module("text_file", texts, level, loading)
 
@@ -208,26 +195,8 @@ def _wikitext(name: str, archive: str, md5: str, summary: str) -> Callable[..., 
     """A builder for one of the WikiText sets."""
 
     def build(
-        root: str,
-        download: bool = True,
-        files: dict[str, str] | None = None,
-        sequence: int = 256,
-        max_vocabulary: int | None = None,
-        batch_size: int = 16,
-        eval_batch_size: int = 16,
-        augment: Literal["none"] = "none",
-        limit_train: float = 1.0,
-        limit_val: float = 1.0,
-        *,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
+        root: str, download: bool = True, files: dict[str, str] | None = None, *, loading: Reading
     ) -> DataModule:
-        loading = _Loading(
-            batch_size, eval_batch_size, augment, 0.5, 0, limit_train, limit_val,
-            seed, device, rank, world_size, sequence=sequence, max_vocabulary=max_vocabulary,
-        )  # fmt: skip
         for split in files or {}:
             if split not in SPLITS:
                 raise ValueError(f"files must name files for train, val and test, got one for {split!r}")
@@ -243,23 +212,13 @@ def _wikitext(name: str, archive: str, md5: str, summary: str) -> Callable[..., 
             or ``train.txt``, ``valid.txt`` and ``test.txt``.
         download: fetch the set if it is not there.
         files: other files of the folder, by split: ``train``, ``val``, ``test``.
-        sequence: tokens that are seen at once.
-        max_vocabulary: keep so many of the most frequent words, the others become ``<unk>``; None: keep all.
-        batch_size: windows, of all ranks together.
-        eval_batch_size: for validation and test, of all ranks together.
-        augment: none.
-        limit_train: share of the training windows that is used.
-        limit_val: share of the validation windows that is used.
-        seed: of the order of windows.
-        device: of the batches.
-        rank: this process.
-        world_size: how many processes there are.
+        loading: how it is cut and served.
 
     Raises:
         ValueError: for an option out of its range.
         DataError: the files are not there and cannot be fetched, or cannot be read.
     """
-    return build
+    return served(without=("split_seed", "val_fraction", "test_fraction"))(build)
 
 
 wikitext2 = _wikitext(
@@ -280,9 +239,8 @@ def _read(path: Path, level: Level, option: str) -> list[str]:
     try:
         return [token for line in read_lines(path) for token in tokenise(line, level)]
     except (OSError, ValueError) as error:
-        reason = shorten(str(error), 120)
         raise DataError(
-            f"{path.absolute()} cannot be read as text ({reason}): name a UTF-8 file with {option}"
+            f"{path.absolute()} cannot be read as text ({reason(error)}): name a UTF-8 file with {option}"
         ) from error
 
 
@@ -302,12 +260,11 @@ def _obtain(name: str, root: Path, files: dict[str, str], archive: str, md5: str
     reasons = ""
     if None in found.values() and download:
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / ".lock"), socket_timeout(DOWNLOAD_SILENCE):
+            with alone(root):
                 if None in _find(root, archive, files).values():  # no other rank or run has fetched it meanwhile
                     reasons = _download([f"{mirror}{archive}-v1.zip" for mirror in MIRRORS], root, md5)
         except OSError as error:
-            reasons = shorten(str(error), 120)
+            reasons = reason(error)
         found = _find(root, archive, files)
     paths = {split: path for split, path in found.items() if path is not None}
     if missing := [split for split in SPLITS if split not in paths]:
@@ -324,20 +281,22 @@ def _obtain(name: str, root: Path, files: dict[str, str], archive: str, md5: str
 
 def _download(urls: Sequence[str], root: Path, md5: str) -> str:
     """Fetch and unpack an archive from the first place that has it; "", or why none has."""
-    reason = ""
+    from torchvision.datasets.utils import download_and_extract_archive  # takes a second to import
+
+    why = ""
     for url in urls:
         try:
             download_and_extract_archive(url, str(root), md5=md5, remove_finished=True)
             return ""
         except (*UNLOADABLE, zipfile.BadZipFile) as error:
-            reason = shorten(str(error), 120)
-    return reason
+            why = reason(error)
+    return why
 
 
 # -- splits ----------------------------------------------------------------------------------------------------------
 
 
-def _module(name: str, texts: dict[str, list[str]], level: Level, loading: _Loading) -> DataModule:
+def _module(name: str, texts: dict[str, list[str]], level: Level, loading: Reading) -> DataModule:
     """Number what was read, cut it into windows, and make the loaders."""
     sequence = loading.sequence
     for split, text in texts.items():

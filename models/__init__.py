@@ -8,20 +8,21 @@ from typing import Any
 
 from torch import nn
 
-from models.autoencoder import autoencoder, conv_autoencoder
-from models.cct import cct
-from models.convnets import cuda_convnet, vgg11
-from models.densenet import densenet
-from models.focalnet import focalnet
-from models.gan import GAN, dcgan, resnet_gan
-from models.gpt import gpt
-from models.mlp import mlp
-from models.mobilenet import mobilenetv3
-from models.plain import plain_layers
-from models.pretrained import Loaded, load, read_weights
-from models.resnet import cifar_resnet, resnet
-from models.toy import deep_linear, toynet
-from models.transformers import swin, vit
+from models.convolutional.convnets import cuda_convnet, vgg11
+from models.convolutional.densenet import densenet
+from models.convolutional.focalnet import focalnet
+from models.convolutional.mobilenet import mobilenetv3
+from models.convolutional.resnet import cifar_resnet, resnet
+from models.generative.autoencoder import autoencoder, conv_autoencoder
+from models.generative.gan import GAN, dcgan, resnet_gan
+from models.parts.plain import plain_layers
+from models.simple.mlp import mlp
+from models.simple.toy import deep_linear, toynet
+from models.transformers.cct import cct
+from models.transformers.gpt import gpt
+from models.transformers.vision import swin, vit
+from models.weights.files import read_weights
+from models.weights.fitting import Loaded, load
 from models.wrapped import timm_model, torchvision_model
 
 __all__ = [

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
-from models.plain import plain_layers
-from models.pretrained import Published, Statistics, load_pretrained, published_by_torchvision
-from models.stems import LARGEST_SMALL_IMAGE, set_first
+from models.parts.plain import plain_layers
+from models.parts.stems import LARGEST_SMALL_IMAGE, set_first
+from models.weights.published import Published, Statistics, load_pretrained, published_by_torchvision
 
 
 def timm_model(
@@ -32,7 +31,7 @@ def timm_model(
 
     Args:
         name: as ``timm.list_models()`` has it; a tag may follow (``resnet18.a1_in1k``).
-        pretrained: true: the published weights, downloaded; or a path (see ``models.pretrained.read_weights``).
+        pretrained: true: the published weights, downloaded; or a path (see ``models.weights.files.read_weights``).
         dropout: probability of dropping a unit before the head; None: the model's own.
         drop_path: probability of dropping a residual branch; None: the model's own.
         in_channels: of the images.
@@ -41,7 +40,7 @@ def timm_model(
 
     Returns:
         A module from ``[b, in_channels, image_size, image_size]`` to logits ``[b, num_classes]``, of plain layers (see
-        ``models.plain``).
+        ``models.parts.plain``).
 
     Raises:
         ValueError: there is no such model, it does not take such images or has no such option, or ``pretrained`` ends
@@ -76,18 +75,20 @@ def torchvision_model(
 
     Args:
         name: as ``torchvision.models.list_models(module=torchvision.models)`` has it.
-        pretrained: true: the published weights, downloaded; or a path (see ``models.pretrained.read_weights``).
+        pretrained: true: the published weights, downloaded; or a path (see ``models.weights.files.read_weights``).
         in_channels: of the images.
         image_size: side of the images.
         num_classes: outputs.
 
     Returns:
         A module from ``[b, in_channels, image_size, image_size]`` to logits ``[b, num_classes]``, of plain layers (see
-        ``models.plain``) and without auxiliary heads.
+        ``models.parts.plain``) and without auxiliary heads.
 
     Raises:
         ValueError: there is no such model, it does not take such images, or ``pretrained`` ends in nothing.
     """
+    import torchvision  # takes seconds
+
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise ValueError(_unknown(name, "torchvision", known))
@@ -123,7 +124,7 @@ def finish(
         in_channels: of the images.
         image_size: side of the images.
         num_classes: what the model must return for each.
-        pretrained: see ``models.pretrained.load_pretrained``.
+        pretrained: see ``models.weights.published.load_pretrained``.
         published: downloads the published weights.
 
     Returns:

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from data.synthetic import draw_curves
-from models.autoencoder import autoencoder
+from data.sources.synthetic import draw_curves
+from models.generative.autoencoder import autoencoder
 from optimizers import Bernoulli
 from optimizers.curvature.rearranged import Pairs, leading_pairs
 

@@ -28,8 +28,11 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.defaults import SEEDS, Cell, Outcome, cell, command, given_to, markdown, read, run_missing
-from scripts.problems import PROBLEMS
+from scripts.problems.arguments import command, given_to
+from scripts.problems.catalogue import PROBLEMS
+from scripts.problems.cells import SEEDS, Cell, cell
+from scripts.problems.outcomes import Outcome, read, run_missing
+from scripts.problems.tables import markdown
 from training.runs.folder import atomic_file
 
 #: The published rule with the values that were the defaults: each new direction is held, whatever momentum makes of it.

@@ -16,11 +16,12 @@ from omegaconf import OmegaConf
 from scipy.io import loadmat, savemat
 
 import data
-from data import autoencoding, synthetic
-from data.autoencoding import pixel_moments
+from data import autoencoding
 from data.memory import InMemoryLoader
-from data.synthetic import draw_curves, kept, turn_faces
-from data.vision import _SVHN
+from data.sources import synthetic
+from data.sources.packaged import SVHN as _SVHN
+from data.sources.synthetic import draw_curves, kept, turn_faces
+from data.tasks.reproduced import pixel_moments
 
 ROOT = Path(__file__).resolve().parents[2]
 INJECTED = {"seed", "device", "rank", "world_size"}
@@ -60,7 +61,7 @@ def test_targets_are_the_inputs_in_a_row_and_pixels_of_the_images() -> None:
             assert inputs.data_ptr() != targets.data_ptr(), "an operation in place would change the targets"
             assert inputs.min() == 0 and inputs.max() == 1
     inputs, _ = next(digits.test.epoch(0))
-    original = torch.from_numpy(data.autoencoding.load_digits().images)[rows(digits.test)]
+    original = torch.from_numpy(data.readers.load_digits().images)[rows(digits.test)]
     torch.testing.assert_close(inputs[:, 0].double(), original / 16, rtol=0, atol=0.003)
 
 

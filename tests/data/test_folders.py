@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision import transforms
 
 import data
-from data.folders import find_splits, read_images
 from data.memory import InMemoryLoader
+from data.sources.folders import find_splits, read_images
 
 OPTIONS = {"batch_size": 4, "eval_batch_size": 4, "augment": "none"}
 

@@ -22,7 +22,8 @@ from torchvision.transforms import functional
 import data
 from data import vision
 from data.memory import InMemoryLoader
-from data.vision import _SVHN, IMAGENET_STATISTICS
+from data.sources.packaged import SVHN as _SVHN
+from data.vision import IMAGENET_STATISTICS
 
 ROOT = Path(__file__).resolve().parents[2]
 INJECTED = {"seed", "device", "rank", "world_size"}

@@ -14,8 +14,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import data
-from data.folders import FolderSplits, ImageFiles, find_splits, find_tiny_imagenet, read_images
-from data.images import SUFFIXES, decode, read_header
+from data.sources.folders import FolderSplits, find_splits, find_tiny_imagenet, read_images
+from data.sources.images import SUFFIXES, decode, read_header
+from data.sources.streamed import ImageFiles
 
 RANDOM = np.random.default_rng(0)
 # Four quarters, each of one colour: a lossy format keeps them, and each orientation has them in another order.

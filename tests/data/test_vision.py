@@ -23,7 +23,9 @@ from torchvision import datasets
 
 import data
 from data.memory import InMemoryLoader, pixel_statistics
-from data.vision import _augmentation, _published, _stratified_order
+from data.splits import stratified_order as _stratified_order
+from data.tasks.labelled import augmentation_of as _augmentation
+from data.vision import _published
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDERS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder")
@@ -274,7 +276,7 @@ def test_offline_ends_in_one_sentence_naming_set_folder_and_way_out(tmp_path: Pa
 
 
 def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.vision.DOWNLOAD_SILENCE", 0.2)
+    monkeypatch.setattr("data.sources.downloads.SILENCE", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import models
-from models.initialisation import initialise
+from models.parts.initialisation import initialise
 
 ROOT = Path(__file__).resolve().parents[2]
 MNIST = {"in_channels": 1, "image_size": 28}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from models.initialisation import initialise
+from models.parts.initialisation import initialise
 
 SIZES = [(1, 28), (1, 25), (3, 32), (1, 8), (3, 33)]
 

@@ -70,7 +70,7 @@ def test_from_latents_to_images_to_scores(
 
 
 def test_a_halved_shortcut_is_the_published_one() -> None:
-    from models.gan import Block
+    from models.generative.gan import Block
 
     block, x = Block(3, 4, scale=0.5), torch.randn(2, 3, 8, 8)
     last = block.conv2(block.between(block.conv1(block.enter(x))))

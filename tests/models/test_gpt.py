@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.gpt import gpt
+from models.transformers.gpt import gpt
 from tests.conftest import ROOT
 from training.settings.composition import compose
 

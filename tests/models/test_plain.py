@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from models.plain import Around, PadSame, SeparateAttention, plain_layers
+from models.parts.plain import Around, PadSame, SeparateAttention, plain_layers
 from optimizers import KFAC, Categorical
 
 

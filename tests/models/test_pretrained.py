@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import models
-from models.pretrained import Loaded, load, read_weights
+from models.weights.files import read_weights
+from models.weights.fitting import Loaded, load
 
 DIGITS = {"in_channels": 1, "image_size": 8, "num_classes": 10}
 CIFAR = {"in_channels": 3, "image_size": 32, "num_classes": 10}
@@ -407,7 +408,7 @@ OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
     "path": (lambda: PurePosixPath("a"), r"pathlib\.PurePosixPath"),
     "configuration": (lambda: OmegaConf.create({"lr": 1.0}), r"omegaconf\S+"),
     "module": (lambda: nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
-    "class": (lambda: Loaded("here", 1), r"models\.pretrained\.Loaded"),
+    "class": (lambda: Loaded("here", 1), r"models\.weights\.fitting\.Loaded"),
     "call": (Evil, r"tests\.models\.test_pretrained\.ran"),
     "system": (lambda: os.getcwd, r"posix\.getcwd"),
 }

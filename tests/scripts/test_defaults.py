@@ -33,7 +33,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two problems of twenty steps in place of the twelve, the first to choose by, the second held out."""
     defaults.problem_config.cache_clear()
     small = {"digits_mlp": TINY, "ill_conditioned": replace(LINEAR, tuning=False)}
-    monkeypatch.setattr(defaults, "PROBLEMS", small)
+    monkeypatch.setattr(problems.catalogue, "PROBLEMS", small)
     yield
     defaults.problem_config.cache_clear()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import data
 import optimizers
 from models import build_model
-from models.gpt import gpt
+from models.transformers.gpt import gpt
 from tests.training.small_run import differences
 from training import RunFolder, Trainer, UserError, World, loggers, seed_everything, tasks
 from training.callbacks import Callback

@@ -13,7 +13,7 @@ from training.errors import UserError
 def warm_start(model: nn.Module, path: str | Path) -> str:
     """Copy every tensor of a file that fits the model; the others stay as they are.
 
-    A head of another class count has another shape and so stays fresh. See `models.pretrained.load`.
+    A head of another class count has another shape and so stays fresh. See `models.weights.fitting.load`.
 
     Args:
         model: changed in place.

@@ -1,0 +1,94 @@
+"""Images too many for memory: decoded by worker processes when they are wanted, a batch at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional, v2
+
+from data.base import DataError
+from data.memory import InMemoryLoader
+from data.sources.images import decode
+
+
+class ImageFiles(Dataset):
+    """Images that are decoded when they are wanted, a batch at a time: uint8 ``[b, 3, size, size]`` and int64 ``[b]``.
+
+    Args:
+        files: the images and their targets.
+        size: side of what is served.
+        resize: the shorter side is brought to this many pixels and the centre is cut out; unless ``crop``.
+        crop: cut out a random part instead and mirror half of the time (Szegedy et al., 2015).
+    """
+
+    padding = 0  # as of an ImageStore: there is no margin to crop in
+
+    def __init__(self, files: Sequence[tuple[Path, int]], size: int, resize: int, crop: bool) -> None:
+        # Arrays: workers would copy the pages of a million objects by counting references to them.
+        self._files = np.array([os.fsencode(file) for file, _ in files])
+        self.targets = torch.tensor([target for _, target in files])
+        resized: list[Any] = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+        self._transform = v2.Compose(resized if crop else [v2.Resize(resize), v2.CenterCrop(size)])
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, plan: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | str:
+        """A batch, from each image's row and the seed of what is random about it; or what to say of a bad file."""
+        images = []
+        with torch.random.fork_rng(devices=[]):
+            for row, seed in zip(*(part.tolist() for part in plan), strict=True):
+                torch.manual_seed(seed)
+                file = Path(os.fsdecode(self._files[row]))
+                try:
+                    images.append(functional.pil_to_tensor(self._transform(decode(file, "RGB"))))
+                except DataError as error:
+                    return str(error)
+        return torch.stack(images), self.targets[plan[0]]
+
+
+class FileLoader(InMemoryLoader):
+    """Serves images that are decoded by worker processes ahead of time; otherwise as an InMemoryLoader does.
+
+    Args:
+        store: the images.
+        rows: see InMemoryLoader.
+        workers: processes; 0: none.
+        prefetch: batches that each worker prepares ahead.
+        options: see InMemoryLoader.
+    """
+
+    def __init__(self, store: ImageFiles, rows: Tensor, *, workers: int, prefetch: int, **options: Any) -> None:
+        super().__init__(store, rows, **options)  # type: ignore[arg-type]  # it asks of the store what both kinds have
+        self._options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": prefetch if workers else None}
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        served: DataLoader[Any] = DataLoader(
+            self.store,  # type: ignore[arg-type]
+            sampler=super()._batches(epoch, start),
+            batch_size=None,  # each of these is a whole batch's
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # torch's own stays as it is
+            **self._options,
+        )
+        for batch in served:
+            if isinstance(batch, str):
+                raise DataError(batch)
+            pixels, targets = (part.to(self.device, non_blocking=True) for part in batch)
+            yield pixels.to(torch.float32).mul_(self._scale).add_(self._shift), targets
+
+    def _plan(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Row and seed of each image of a global batch, int64 ``[2, b]``."""
+        return torch.stack([rows, torch.randint(2**62, rows.shape, generator=generator)])
+
+    def _batch(self, plan: Tensor) -> tuple[Tensor, Tensor]:
+        """What the workers make a batch from."""
+        rows, seeds = plan
+        return rows, seeds

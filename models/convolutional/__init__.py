@@ -1,0 +1,1 @@
+"""Convolutional classifiers of images, and FocalNets, which are built like them."""

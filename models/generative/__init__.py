@@ -1,0 +1,1 @@
+"""Models that make images: auto-encoders, and two nets that play against each other."""

@@ -1,0 +1,1 @@
+"""Nets simple or small enough for quick looks and exact references."""
