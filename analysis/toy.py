@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from analysis.curves import GREY
 from training import backward
+from training.show.curves import GREY
 
 Build = Callable[[list[Tensor], float], torch.optim.Optimizer]
 

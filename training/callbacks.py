@@ -85,7 +85,9 @@ class CurvePlots(Callback):
         """See Callback."""
         if not run.world.is_main or not run.folder.metrics_file.exists():
             return
-        from analysis.curves import plot_run  # matplotlib takes a while to import, and most runs are shorter without it
+        from training.show.curves import (
+            plot_run,  # matplotlib takes a while to import, and most runs are shorter without it
+        )
 
         for name, figure in plot_run(run.folder.metrics_file).items():
             figure.savefig(run.folder.path / f"{name.replace('/', '_')}.png", dpi=self.dpi)

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 from analysis.compare.groups import Group
 from analysis.compare.measures import Comparison, Target, higher_is_better
 from analysis.compare.runs import AXES
-from analysis.curves import GREY, dress
+from training.show.curves import GREY, dress
 
 # One colour a group; grey is kept for what belongs to no group.
 PALETTE = (

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.curves import read_metrics
 from training.runs.record import VOLATILE, load, replace_folder
+from training.show.curves import read_metrics
 
 AXES = {"epoch": "epoch", "step": "step", "seconds": "training seconds"}
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import data
-from analysis.curves import plot_run
 from training import RunFolder, Trainer, UserError, World, loggers, seed_everything, tasks
 from training.callbacks import Callback, CurvePlots
 from training.runs import checkpoints
+from training.show.curves import plot_run
 from training.show.reconstructions import ReconstructionPlots
 
 

@@ -90,6 +90,9 @@ def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: Dict
 
     Returns:
         The monitored metric, for sweepers: the worst possible for a run that failed, NaN while none is known.
+
+    Raises:
+        SystemExit: a signal stopped the run, or it failed and is no job of a sweep.
     """
     from training.runs.resume import release, sweep_folder  # with torch, for which help does not wait
 

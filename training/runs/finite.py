@@ -17,21 +17,27 @@ class Diverged(UserError):
 
 
 def require_finite_loss(run: Run, loss: float, which: str = "training") -> None:
-    """Raise Diverged unless a loss is finite.
+    """See to it that a loss is finite.
 
     Args:
         run: for the sentence.
         loss: the same on every rank.
         which: "training" or "validation".
+
+    Raises:
+        Diverged: it is not.
     """
     if not math.isfinite(loss):
         raise Diverged(f"The {which} loss is {loss} by step {run.step}{_advice(run)}")
 
 
 def require_finite(run: Run) -> None:
-    """Raise Diverged unless the loss since the last log, the weights and the optimizer's state are finite.
+    """See to it that the loss since the last log, the weights and the optimizer's state are finite.
 
     Every rank must call it; waits for the device, once for the loss and once for all tensors.
+
+    Raises:
+        Diverged: something is not.
     """
     if run.window_steps:
         require_finite_loss(run, run.window.compute()["loss"])

@@ -18,6 +18,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes ``path``'s place when the block ends, and leaves no trace if it raises.
 
     Whoever reads ``path``, whenever the process or the machine stops, sees the old file or the new one.
+
+    Yields:
+        The file, which has another name until then.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

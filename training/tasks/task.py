@@ -111,12 +111,15 @@ class Task(ABC):
         return self.likelihood.nll(outputs, targets)
 
     def check(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-        """Raise UserError if a model is none for this task.
+        """See to it that a model is one for this task.
 
         Args:
             model: in evaluation mode.
             inputs: one example or more.
             targets: theirs.
+
+        Raises:
+            UserError: it is none.
         """
         if isinstance(model, GAN):
             raise UserError(

@@ -104,6 +104,9 @@ class Case:
 
         Returns:
             The number of examples that are looked at.
+
+        Raises:
+            ValueError: the outputs have no examples along ``output_dim``.
         """
         self.inputs = self.cast(inputs)
         probe = self.copy()

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.curves import plot_run, read_metrics, series
+from training.show.curves import plot_run, read_metrics, series
 
 
 def event(kind: str, step: int, **values: float | None) -> dict[str, object]:
