@@ -6,8 +6,7 @@ from .averaging import EMA, ScheduleFree
 from .base import Coverage, CurvatureOptimizer, build_optimizer, unwrap
 from .exact import ExactNaturalGradient
 from .fishleg import FishLeg
-from .kfac import EKFAC, KFAC
-from .kronecker_svd import KPSVD, Deflation, KFACCorrected, Lanczos
+from .kronecker import EKFAC, KFAC, KPSVD, Deflation, KFACCorrected, Lanczos
 from .likelihoods import Bernoulli, Categorical, Gaussian, LearnedGaussian, Likelihood
 from .step_length import Graft, Normalized
 from .two_level import TwoLevelKFAC

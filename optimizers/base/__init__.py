@@ -7,6 +7,7 @@ from .groups import OfGroups, Params
 from .layers import CURVATURE, LONG_AGO
 from .model import placed_mask, unwrap
 from .optimizer import CurvatureOptimizer
+from .options import complete
 from .update import descend, descend_scaled, known_rate, limited, rate, real
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Params",
     "adopted",
     "build_optimizer",
+    "complete",
     "descend",
     "descend_scaled",
     "known_rate",
