@@ -7,7 +7,7 @@ from .groups import OfGroups, Params
 from .layers import CURVATURE, LONG_AGO
 from .model import placed_mask, unwrap
 from .optimizer import CurvatureOptimizer
-from .options import complete
+from .options import complete, with_fixed
 from .update import descend, descend_scaled, known_rate, limited, rate, real
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "rate",
     "real",
     "unwrap",
+    "with_fixed",
 ]

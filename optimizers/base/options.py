@@ -91,6 +91,22 @@ def complete(cls: type, root: type, fixed: typing.Collection[str]) -> None:
         cls.__doc__ = "\n\n".join([own.head, "\n".join(["Args:", *shown]), *([tail] if tail else [])]) + "\n"
 
 
+def with_fixed(optimizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options that were given, and those that an optimizer's class has ``fixed``, for the next constructor.
+
+    Args:
+        optimizer: under construction.
+        options: that its class does not name.
+
+    Raises:
+        TypeError: a fixed one was given.
+    """
+    for name in optimizer.fixed:
+        if name in options:
+            raise TypeError(f"{type(optimizer).__name__}.__init__() got an unexpected keyword argument {name!r}")
+    return {**options, **optimizer.fixed}
+
+
 def _hints(function: Any) -> dict[str, Any]:
     """Type hints of a function; those that cannot be resolved stay text."""
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from ..base import CURVATURE, Params
+from ..base import CURVATURE, Params, with_fixed
 from ..checks import check_choice
 from ..curvature import linalg
 from ..curvature.approximations import Approximation, statistics_dtype
@@ -69,7 +69,7 @@ class ExactNaturalGradient(SampledFisher):
         self.damping_mode, self.coupled = damping_mode, blocks == "full"
         self._root = torch.empty(0)  # [1 or layers, m, m]: the Cholesky factors of I + Sᵀ L^-1 S
         self._shifts = torch.empty(0)  # L, one a layer
-        super().__init__(model, params, damping=damping, update_every=update_every, **self._with_fixed(shared))
+        super().__init__(model, params, damping=damping, update_every=update_every, **with_fixed(self, shared))
 
     def _block(self, layer: Layer) -> Approximation:
         self.samples[layer.name] = Samples(layer, self._observations)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from ..base import Params
+from ..base import Params, with_fixed
 from ..checks import check_choice, check_range
 from ..curvature.approximations import Approximation
 from ..curvature.kronecker import EigenFactors, KroneckerFactors
@@ -69,7 +69,7 @@ class EKFAC(KroneckerMethod):
             check_range("rank", rank, 1)
         self.options = replace(self.options, rank=rank, basis=basis)
         self._decompositions = 0  # up to the last time that a state was restored
-        super().__init__(model, params, refresh_every=refresh_every, **self._with_fixed(shared))
+        super().__init__(model, params, refresh_every=refresh_every, **with_fixed(self, shared))
 
     def affine_block(self, layer: AffineLayer) -> Approximation:
         """See NaturalGradient."""

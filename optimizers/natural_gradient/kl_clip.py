@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..base import rate
 from ..checks import check_choice, check_range
+from ..curvature.layers import Layer
 from .fisher import Once
 from .lengths import LengthRule
 from .moves import Moves
@@ -113,7 +114,7 @@ class KLClip(LengthRule):
             for beta, past, both, new in zip(betas, self.squares, crossed, products, strict=True)
         ]
 
-    def factor(self, group: dict[str, Any]) -> Tensor | None:
+    def factor(self, layer: Layer, group: dict[str, Any]) -> Tensor | None:
         """See LengthRule."""
         return self.scales.get(group["kl_clip"])
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..curvature.layers import Layer
 from .moves import Moves
 from .stacks import reader
 
@@ -14,8 +15,8 @@ from .stacks import reader
 class LengthRule:
     """How long steps are. This one leaves them as long as rate, momentum and direction make them.
 
-    A step asks ``prepare`` when its directions are known and multiplies by ``factors``. A rule keeps what it needs of
-    the past by itself: what is in ``memory`` is part of the optimizer's state.
+    A step asks ``prepare`` when its directions are known, and multiplies by each layer's ``factor``. A rule keeps what
+    it needs of the past by itself; what is in ``memory`` is part of the optimizer's state.
 
     Attributes:
         variables: how many an observation of the model's outputs holds; 0 until outputs were seen.
@@ -52,8 +53,13 @@ class LengthRule:
         """
         return []
 
-    def factor(self, group: dict[str, Any]) -> Tensor | None:
-        """What the step of a group's layers is multiplied by; None: nothing."""
+    def factor(self, layer: Layer, group: dict[str, Any]) -> Tensor | None:
+        """What the step of a layer is multiplied by; None: nothing.
+
+        Args:
+            layer: with curvature.
+            group: of its weight.
+        """
         return None
 
     def smallest(self) -> float:

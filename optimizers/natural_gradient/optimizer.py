@@ -2,7 +2,7 @@
 
 When curvature is gathered and inverted is ``inverses``' to say, what it is gathered from ``fisher``'s; ``steps`` are
 taken along the directions, as long as a rule (``lengths``) makes them. Rate, momentum and damping may be found by a
-model of the loss (``planning``) and by what steps have changed in it (``replay``).
+model of the loss and by what steps have changed in it (``regulation``).
 """
 
 from __future__ import annotations
@@ -11,28 +11,22 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
 from ..base import CURVATURE, OfGroups, Params, complete
 from ..checks import check_choice, check_range
-from ..curvature import communication
 from ..curvature.losses import targets_of
 from ..likelihoods import Likelihood, check_outputs
 from .fisher import Fisher, FisherEstimate, Once
 from .kl_clip import KLClip, KLOf, KLUnit
 from .lengths import LengthRule, OfRule
-from .moves import Moves
-from .planning import Plan, plan
-from .replay import Replay
-from .stacks import sum_of_products
-from .steps import NaturalSteps
+from .regulation import RegulatedSteps
 
 Auto = float | Literal["auto"]
 
 
-class NaturalGradient(NaturalSteps):
+class NaturalGradient(RegulatedSteps):
     """Steps along ``(F + damping)^-1 grad`` with F block-diagonal over layers, one block approximation a layer.
 
     ``v = (F + damping)^-1 g``, then ``m = nu (momentum m + v + weight_decay theta)`` and ``theta -= lr m``. The KL clip
@@ -52,7 +46,7 @@ class NaturalGradient(NaturalSteps):
     0.9 then sums ten of them.
 
     Four things make a step, each replaced by itself: the estimate of F (``fisher``), its inverse (``affine_block`` and
-    ``_solve_blocks``), the step along it, and the rule for its length (``_length_rule``, by the ``kl_...`` options).
+    ``_solve_blocks``), the step along it, and the rule for its length (``length_rule``, by the ``kl_...`` options).
 
     Curvature is that of the training loss: F is the mean over observations of the Fisher of one, so that it equals the
     generalized Gauss-Newton matrix of a loss that averages over observations.
@@ -109,9 +103,9 @@ class NaturalGradient(NaturalSteps):
         ValueError: for a hyper-parameter out of its range.
     """
 
-    _bound = NaturalSteps._bound | {"_estimate", "_replay"}
+    _bound = RegulatedSteps._bound | {"_estimate"}
 
-    #: Options that a class does not leave to the user, with their values.
+    #: Options that a class does not leave to the user, with their values: see ``base.with_fixed``.
     fixed: ClassVar[Mapping[str, Any]] = {}
 
     kl_clip = OfGroups()
@@ -163,7 +157,8 @@ class NaturalGradient(NaturalSteps):
         if kl_clip is not None:
             check_range("kl_clip", kl_clip, 0, open_low=True)
         self._say = Once()
-        self._length = self._length_rule(kl_of, kl_unit, kl_warmup, getattr(likelihood, "independent", False))
+        self.likelihood = likelihood
+        self._length = self.length_rule(kl_of, kl_unit, kl_warmup)
         asking = {
             "kl_of='measured'": self._length.is_measured,
             "lr or momentum 'auto'": self._is_auto,
@@ -199,65 +194,25 @@ class NaturalGradient(NaturalSteps):
             model, params, defaults, damping_unit=damping_unit, adapts=self.auto_damping, early_updates=early_updates,
             update_every=update_every, refresh_every=refresh_every, loss_reduction=loss_reduction, flags=flags,
         )  # fmt: skip
-        self.fisher, self.batch_fraction, self.skip = fisher, batch_fraction, skip
-        self.likelihood, self.seed = likelihood, seed
-        self._planned: Plan | None = None  # where lr or momentum is "auto"
+        self.fisher, self.batch_fraction, self.skip, self.seed = fisher, batch_fraction, skip, seed
         self._attach()
 
-    def _with_fixed(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options that were given, and those that the class has fixed.
-
-        Raises:
-            TypeError: one of these was given.
-        """
-        for name in self.fixed:
-            if name in options:
-                raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
-        return {**options, **self.fixed}
-
-    def _length_rule(self, kl_of: KLOf, kl_unit: KLUnit, kl_warmup: int, independent: bool) -> LengthRule:
-        """The rule for the length of steps.
+    def length_rule(self, kl_of: KLOf, kl_unit: KLUnit, kl_warmup: int) -> LengthRule:
+        """The rule for the length of steps: the KL clip. A class that has another one overrides this.
 
         Args:
             kl_of: see the class.
             kl_unit: see the class.
             kl_warmup: see the class.
-            independent: whether an observation of the likelihood may hold several variables.
         """
-        return KLClip(kl_of, kl_unit, kl_warmup, independent, self._say)
+        return KLClip(kl_of, kl_unit, kl_warmup, getattr(self.likelihood, "independent", False), self._say)
 
     def _attach(self) -> None:
         super()._attach()
-        assert self.model is not None
         self._estimate: FisherEstimate | None = None
-        self._replay: Replay | None = None
         if self.likelihood is not None:
             self._estimate = FisherEstimate(self.likelihood, self.fisher, self.seed, self._say)
-            if self._always_looks or self.auto_damping:
-                watches = lambda: not self._unobserved and self._looks()  # noqa: E731
-                self._replay = Replay(self.model, self.likelihood, watches)
         self._watch(self._block, skip=self.skip, deferred=self.fisher != "empirical", fraction=self.batch_fraction)
-
-    @property
-    def _is_auto(self) -> bool:
-        return self.auto_lr or self.auto_momentum
-
-    @property
-    def _always_looks(self) -> bool:
-        """Whether each step asks the model again."""
-        return self._length.is_measured or self._is_auto
-
-    @property
-    def needs_targets(self) -> bool:
-        """Whether ``backward`` must be told the targets of a loss that does not state them itself."""
-        return self.auto_damping
-
-    def _judges(self) -> bool:
-        """Whether this step tells something about lambda."""
-        return self._adapted is not None and self._adapted.due(self.steps)
-
-    def _looks(self) -> bool:
-        return self._always_looks or self._judges()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -339,8 +294,6 @@ class NaturalGradient(NaturalSteps):
         super()._reset()
         if self._estimate is not None:
             self._estimate.reset()
-        if self._replay is not None:
-            self._replay.reset()
 
     def _check_passes(self) -> None:
         """Raise RuntimeError if a due step went without the backward pass of its own that it needs."""
@@ -350,109 +303,3 @@ class NaturalGradient(NaturalSteps):
                 f"{type(self).__name__} with fisher={self.fisher!r} saw a forward pass but no backward of its own: "
                 "call optimizer.backward(loss, outputs) in place of loss.backward()."
             )
-
-    # -- rate, momentum and damping that are found ---------------------------------------------------------------------
-
-    def _prepare(self, moves: Moves) -> None:
-        if not self._is_auto:
-            super()._prepare(moves)
-            return
-        self._check_shown()
-        assert self.model is not None and self._replay is not None
-        self._planned = None
-        if not self._directions:
-            self._length.prepare_known(moves, None)
-            return
-        self._planned = plan(
-            moves, self.model, self._replay, self._length,
-            auto_lr=self.auto_lr, auto_momentum=self.auto_momentum, judges=self._judges(),
-        )  # fmt: skip
-        for p in self._directions:
-            self._directions[p] = self._directions[p] * self._planned.coefficients[0].to(self._directions[p].dtype)
-
-    def _past_share(self, beta: float) -> Tensor | None:
-        if self._planned is None:
-            return None
-        return self._planned.coefficients[1] * (1.0 if self.auto_momentum else beta)
-
-    def _look_back(self) -> None:
-        """Judge lambda by the step that was taken, and shorten it to the KL divergence that it is found to have.
-
-        Both are of all ranks' examples, and of one forward pass: where steps are shortened, lambda is judged by the
-        step before it is.
-        """
-        measures = self._length.is_measured and self._length.radius(self.defaults, self.steps) is not None
-        judges = self._judges() and bool(self._stacks)
-        if not (measures or judges):
-            return
-        self._check_shown()
-        assert self._replay is not None
-        with record_function(CURVATURE):
-            means = self._replay.compare(divergence=measures, loss=judges)
-            if communication.world_size() > 1:
-                tensors = list(means.values())
-                communication.average_(tensors, torch.ones(len(tensors), device=tensors[0].device))
-            if judges:
-                self._judge(means["before"], means["after"])
-            if measures:
-                self._keep_within(means["divergence"])
-
-    def _judge(self, before: Tensor, after: Tensor) -> None:
-        """Adapt lambda to what the step that was taken has changed in the loss, beside what was to be expected."""
-        assert self._adapted is not None and self._replay is not None
-        steps = self._last_steps()
-        slopes = [sum_of_products(p.grad, step) for p, step in steps.items() if p.grad is not None]
-        predicted = torch.stack(slopes).sum() + self._squared_length(steps).to(slopes[0]) / 2
-        stated = torch.stack(self._replay.stated).sum()  # micro-batches' shares of one loss
-        trust = None if self._planned is None else self._planned.trust
-        trust = predicted.new_tensor(float("inf")) if trust is None else trust
-        tensors = (before, after, predicted, trust, stated, torch.stack(self._replay.losses).mean())
-        now, then, expected, best, given, own = torch.stack([t.double().cpu() for t in tensors]).tolist()
-        given = -given if all(group["maximize"] for group in self.param_groups) else given
-        if abs(given - own) > 0.02 * abs(own):
-            self._say(
-                f"the loss is {given:.4g} where the likelihood's is {own:.4g}, and damping='auto' compares what steps "
-                "change in the likelihood's with the gradient of the loss: train on likelihood.nll(outputs, targets)"
-            )
-        self._adapted.judge(now, then, expected, 4 * self._replay.rounding(), best)
-
-    def _squared_length(self, steps: dict[Tensor, Tensor]) -> Tensor:
-        """``dᵀ (F + damping) d`` of the last step d of the layers with curvature.
-
-        With F that of the batch where lr or momentum is ``"auto"``, else that of the inverses in use.
-        """
-        if not self._is_auto:
-            return self._length.length(Moves(self, self._directions), steps)
-        return next(iter(steps.values())).new_zeros(()) if self._planned is None else self._planned.length
-
-    def _check_shown(self) -> None:
-        """Raise RuntimeError if what the model returned is not known of each of its calls."""
-        assert self._replay is not None
-        asked = "lr or momentum 'auto'" if self._is_auto else "damping='auto'"
-        asked = "kl_of='measured'" if self._length.is_measured else asked
-        self._replay.check(asked, "in each step" if self._always_looks else "in some steps")
-
-    def close(self) -> None:
-        """See CurvatureOptimizer."""
-        super().close()
-        if self._replay is not None:
-            self._replay.close()
-
-    def diagnostics(self) -> dict[str, float]:
-        """Adds, where they are ``"auto"``, rate and momentum of the last step, as multiples of what the groups have.
-
-        Also lambda (in ``damping_unit``) and the last ratio of a loss's change to the expected.
-        """
-        return super().diagnostics() | self._found()
-
-    def _found(self) -> dict[str, float]:
-        """Rate and momentum of the last step, as multiples of what the groups have; lambda and its last ratio."""
-        adapted: dict[str, float] = {}
-        if self._adapted is not None:
-            known = {"damping": self._adapted.value, "reduction_ratio": self._adapted.ratio}
-            adapted = {f"curvature/{name}": value for name, value in known.items() if value is not None}
-        if self._planned is None:
-            return adapted
-        asked = ((self.auto_lr, "rate"), (self.auto_momentum, "momentum"))
-        pairs = zip(asked, self._planned.coefficients.tolist(), strict=True)
-        return adapted | {f"curvature/{name}": value for (auto, name), value in pairs if auto}

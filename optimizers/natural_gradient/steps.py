@@ -63,7 +63,7 @@ class NaturalSteps(BlockInverses):
         found: dict[Tensor, Tensor] = {}
         for stack in self._stacks:
             for block in stack.blocks:
-                if (factor := self._length.factor(self._group(block.layer))) is not None:
+                if (factor := self._length.factor(block.layer, self._group(block.layer))) is not None:
                     found.update(dict.fromkeys(block.layer.parameters, factor))
         return found
 

@@ -90,8 +90,9 @@ class TwoLevelKFAC(SampledMetric, KFAC):
         self._uphill: Tensor | int = 0  # corrections left out, as the gradient would have grown along them
         super().__init__(model, params, batch_fraction=batch_fraction, **shared)
 
-    def _length_rule(self, kl_of: KLOf, kl_unit: KLUnit, kl_warmup: int, independent: bool) -> SampledClip:
-        return SampledClip(kl_of, kl_unit, kl_warmup, independent, self._say)
+    def length_rule(self, kl_of: KLOf, kl_unit: KLUnit, kl_warmup: int) -> SampledClip:
+        """See NaturalGradient."""
+        return SampledClip(kl_of, kl_unit, kl_warmup, getattr(self.likelihood, "independent", False), self._say)
 
     def _attach(self) -> None:
         super()._attach()
