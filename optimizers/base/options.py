@@ -51,15 +51,15 @@ def declared(cls: type) -> Declared:
     return _DECLARED[cls]
 
 
-def complete(cls: type, root: type, fixed: typing.Collection[str]) -> None:
+def complete(cls: type, root: type) -> None:
     """Give a class the signature, the type hints and the docstring of all its options.
 
     The order is that of the declarations, the bases' first; defaults, hints and lines are those of the class nearest.
+    What a class says to be ``fixed`` (see ``with_fixed``) is left out.
 
     Args:
         cls: to be changed.
         root: the class that declares what all share.
-        fixed: options of bases that the class does not leave to the user.
     """
     line = [base for base in cls.__mro__ if issubclass(base, root)]
     own = declared(cls)
@@ -71,6 +71,7 @@ def complete(cls: type, root: type, fixed: typing.Collection[str]) -> None:
                 break
     nearest = {p.name: p for _, found in reversed(constructors) for p in found if p.kind not in VARIADIC}
     rest = [p for p in constructors[-1][1] if p.kind is p.VAR_KEYWORD]
+    fixed = {name for base in line for name in base.__dict__.get("fixed", ())}
     names = [name for name in nearest if name not in fixed]
     parameters = sorted([nearest[name] for name in names] + rest, key=lambda p: p.kind)
     if own.parameters is not None:
@@ -91,20 +92,22 @@ def complete(cls: type, root: type, fixed: typing.Collection[str]) -> None:
         cls.__doc__ = "\n\n".join([own.head, "\n".join(["Args:", *shown]), *([tail] if tail else [])]) + "\n"
 
 
-def with_fixed(optimizer: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Options that were given, and those that an optimizer's class has ``fixed``, for the next constructor.
+def with_fixed(cls: type, optimizer: object, options: dict[str, Any]) -> dict[str, Any]:
+    """Options that were given, and those that a class has ``fixed``, for the next constructor.
 
     Args:
+        cls: the class whose constructor this is.
         optimizer: under construction.
-        options: that its class does not name.
+        options: that the constructor does not name.
 
     Raises:
         TypeError: a fixed one was given.
     """
-    for name in optimizer.fixed:
+    fixed: dict[str, Any] = cls.__dict__["fixed"]
+    for name in fixed:
         if name in options:
             raise TypeError(f"{type(optimizer).__name__}.__init__() got an unexpected keyword argument {name!r}")
-    return {**options, **optimizer.fixed}
+    return {**options, **fixed}
 
 
 def _hints(function: Any) -> dict[str, Any]:

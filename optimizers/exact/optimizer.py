@@ -69,7 +69,8 @@ class ExactNaturalGradient(SampledFisher):
         self.damping_mode, self.coupled = damping_mode, blocks == "full"
         self._root = torch.empty(0)  # [1 or layers, m, m]: the Cholesky factors of I + Sᵀ L^-1 S
         self._shifts = torch.empty(0)  # L, one a layer
-        super().__init__(model, params, damping=damping, update_every=update_every, **with_fixed(self, shared))
+        shared = with_fixed(ExactNaturalGradient, self, shared)
+        super().__init__(model, params, damping=damping, update_every=update_every, **shared)
 
     def _block(self, layer: Layer) -> Approximation:
         self.samples[layer.name] = Samples(layer, self._observations)

@@ -69,7 +69,7 @@ class EKFAC(KroneckerMethod):
             check_range("rank", rank, 1)
         self.options = replace(self.options, rank=rank, basis=basis)
         self._decompositions = 0  # up to the last time that a state was restored
-        super().__init__(model, params, refresh_every=refresh_every, **with_fixed(self, shared))
+        super().__init__(model, params, refresh_every=refresh_every, **with_fixed(EKFAC, self, shared))
 
     def affine_block(self, layer: AffineLayer) -> Approximation:
         """See NaturalGradient."""

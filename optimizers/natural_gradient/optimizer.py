@@ -114,7 +114,7 @@ class NaturalGradient(RegulatedSteps):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Complete the signature and the docstring of a class that declares its own options alone."""
         super().__init_subclass__(**kwargs)
-        complete(cls, NaturalGradient, cls.fixed)
+        complete(cls, NaturalGradient)
 
     def __init__(
         self,

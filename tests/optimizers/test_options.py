@@ -22,6 +22,15 @@ METHODS = [
 ]
 
 
+class Plain(EKFAC):
+    """EKFAC without a choice of the basis: a fixed option below a fixed one."""
+
+    fixed: ClassVar[dict[str, Any]] = {"basis": "eigh"}
+
+    def __init__(self, model: nn.Module, params: Params | None = None, **shared: Any) -> None:
+        super().__init__(model, params, **with_fixed(Plain, self, shared))
+
+
 class Slower(KPSVD):
     """KPSVD with an option of its own.
 
@@ -42,10 +51,10 @@ class Slower(KPSVD):
         **shared: Any,
     ) -> None:
         self.pace = pace
-        super().__init__(model, params, rank=rank, **with_fixed(self, shared))
+        super().__init__(model, params, rank=rank, **with_fixed(Slower, self, shared))
 
 
-@pytest.mark.parametrize("method", [*METHODS, Slower], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", [*METHODS, Plain, Slower], ids=lambda method: method.__name__)
 def test_every_option_is_in_the_signature_with_its_hint_and_its_line(method: type[NaturalGradient]) -> None:
     parameters = inspect.signature(method).parameters
     names = list(parameters)
@@ -57,15 +66,16 @@ def test_every_option_is_in_the_signature_with_its_hint_and_its_line(method: typ
     assert {"lr", "damping", "kl_clip", "likelihood", "decoupled_decay"} < set(names)
 
 
-@pytest.mark.parametrize("method", [*METHODS, Slower], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", [*METHODS, Plain, Slower], ids=lambda method: method.__name__)
 def test_defaults_of_the_signature_are_those_that_are_taken(method: type[NaturalGradient]) -> None:
     optimizer = method(nn.Linear(2, 1), likelihood=Gaussian())
     for name, parameter in inspect.signature(method).parameters.items():
         known = {**vars(optimizer.options), **optimizer.defaults, **vars(optimizer)}
         if name in known and name not in ("model", "params", "likelihood", "solver", "solve_dtype", "blocks"):
             assert known[name] == parameter.default, name
-    for name, value in method.fixed.items():
-        assert {**vars(optimizer.options), **optimizer.defaults, **vars(optimizer)}[name] == value
+    for base in method.__mro__:
+        for name, value in base.__dict__.get("fixed", {}).items():
+            assert {**vars(optimizer.options), **optimizer.defaults, **vars(optimizer)}[name] == value
 
 
 def test_what_differs_between_methods() -> None:
@@ -83,7 +93,8 @@ def test_what_differs_between_methods() -> None:
 @pytest.mark.parametrize(
     ("method", "option"),
     [(KFAC, "momentun"), (EKFAC, "damping_mode"), (EKFAC, "pi"), (ExactNaturalGradient, "decay"), (KFAC, "rank"),
-     (ExactNaturalGradient, "refresh_every"), (Slower, "sharing"), (TwoLevelKFAC, "options")],
+     (ExactNaturalGradient, "refresh_every"), (Slower, "sharing"), (Plain, "basis"), (Plain, "pi"),
+     (TwoLevelKFAC, "options")],
 )  # fmt: skip
 def test_what_a_method_does_not_take_is_refused_in_its_name(method: Any, option: str) -> None:
     assert option not in inspect.signature(method).parameters
