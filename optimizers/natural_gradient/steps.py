@@ -28,6 +28,7 @@ class NaturalSteps(BlockInverses):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._directions: dict[Tensor, Tensor] = {}
+        self._factors: dict[Tensor, Tensor] = {}  # what the rule makes of this step, by parameter
         self._measured: Tensor | None = None  # what the last step was shortened by
 
     def _complete(self, group: dict[str, Any]) -> None:
@@ -49,6 +50,9 @@ class NaturalSteps(BlockInverses):
                     if p.grad is not None:
                         self._directions[p] = entry
         self._prepare(Moves(self, self._directions, gradients, directions))
+        for block in (block for stack in self._stacks for block in stack.blocks):
+            if (factor := self._length.factor(block.layer, self._group(block.layer))) is not None:
+                self._factors.update(dict.fromkeys(block.layer.parameters, factor))
 
     def _prepare(self, moves: Moves) -> None:
         """Settle how long the step will be, before it is taken."""
@@ -58,15 +62,6 @@ class NaturalSteps(BlockInverses):
         """What the past directions of layers with curvature are multiplied by, where it is not momentum."""
         return None
 
-    def _factors(self) -> dict[Tensor, Tensor]:
-        """By parameter what the rule makes of its step, if anything: that of its layer's group."""
-        found: dict[Tensor, Tensor] = {}
-        for stack in self._stacks:
-            for block in stack.blocks:
-                if (factor := self._length.factor(block.layer, self._group(block.layer))) is not None:
-                    found.update(dict.fromkeys(block.layer.parameters, factor))
-        return found
-
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr, beta, decay = rate(group), group["momentum"], group["weight_decay"]
         bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._directions]
@@ -75,7 +70,7 @@ class NaturalSteps(BlockInverses):
             self._directions[p] = real([g])[0] / denominator * ((1 - beta) * group["fallback_ratio"])
         unclipped = {p for p, _ in bare}
         directions = [self._directions.pop(p) for p in params]
-        clipped = self._factors()
+        clipped = self._factors
         one = next(iter(clipped.values()), params[0]).new_ones(())
         scales = [one if p in unclipped else clipped.get(p, one) for p in params]
         for p in params:
@@ -100,6 +95,10 @@ class NaturalSteps(BlockInverses):
         if not self._length.of_direction and clipped:
             torch._foreach_mul_(buffers, scales)
         descend(params, buffers, lr)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._factors.clear()
 
     def _keep_within(self, divergence: Tensor) -> None:
         """Shorten the step that was taken, if it is too long."""
