@@ -174,7 +174,7 @@ def test_where_rates_are_found_f_is_that_of_the_batch(method: Any, decay: float,
                 direction = (sums - found["curvature/momentum"] * past) / found["curvature/rate"]
                 gradient = flat(p.grad for p in model.parameters())
                 best = float(direction @ gradient) / float(direction @ damped @ direction)
-                assert float(optimizer._trust) == pytest.approx(best, rel=1e-6)
+                assert float(optimizer._planned.trust) == pytest.approx(best, rel=1e-6)
     assert checked >= 4
 
 

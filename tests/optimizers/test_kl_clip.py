@@ -92,7 +92,7 @@ def test_a_free_step_is_the_sum_of_past_directions() -> None:
     for index in range(8):
         torch.testing.assert_close(taken(free, first, batch(index)), taken(held, second, batch(index)))
         momentum = dense.flatten([second.state[p]["momentum_buffer"] for p in held.parameters()])
-        assert float(second._squares[0]) == pytest.approx(block_length(held, second, momentum), rel=1e-8)
+        assert float(second._length.squares[0]) == pytest.approx(block_length(held, second, momentum), rel=1e-8)
 
 
 @pytest.mark.usefixtures("float64")
@@ -357,7 +357,7 @@ def test_what_is_measured_leaves_no_trace() -> None:
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     optimizer.step()
     assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
-    assert not optimizer._inputs.calls and not optimizer._shown
+    assert not optimizer._replay.inputs.calls and not optimizer._replay.shown
     assert 0 < optimizer.diagnostics()["curvature/kl_scale"] < 1
 
 
@@ -441,7 +441,7 @@ def test_direction_is_the_published_clip() -> None:
     sums = torch.zeros(59)
     for index in range(4):
         move = taken(model, optimizer, batch(index))
-        (nu,) = optimizer._kl_scales.values()
+        (nu,) = optimizer._length.scales.values()
         direction = -move / 0.5 - 0.5 * sums
         sums = -move / 0.5
         gradient = dense.flatten([p.grad for p in model.parameters()])

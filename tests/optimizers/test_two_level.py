@@ -359,7 +359,7 @@ def test_the_kl_clip(space: str) -> None:
     rates = torch.cat([torch.full((25,), 0.5), torch.full((18,), 2.0)])
     options = {"params": groups, "fisher": "empirical", "damping": DAMPING, "kl_clip": 1e-4}
     optimizer, taken, gradient = step(TwoLevelKFAC, model, inputs, targets, **options | SPACES[space])
-    (scale,) = map(float, optimizer._kl_scales.values())
+    (scale,) = map(float, optimizer._length.scales.values())
     assert 0 < scale < 1
     bounded = scale * (taken * rates) @ gradient if space == "tselepidis" else taken @ damped @ taken
     assert float(bounded) == pytest.approx(1e-4, rel=1e-8)

@@ -13,241 +13,24 @@ Q is block-diagonal over layers and lies in the optimizer: the model is not chan
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
-from torch.utils._pytree import tree_map
 
-from .base import CURVATURE, CurvatureOptimizer, Params, adopted, descend, limited, rate, real
-from .checks import check_choice, check_range
-from .curvature import communication
-from .curvature.approximations import Approximation, statistics_dtype
-from .curvature.layers import AffineLayer, Layer
-from .curvature.losses import targets_of
-from .curvature.recorder import Call, RootInputs
-from .likelihoods import Likelihood
-
-#: Tensors by parameter: a vector of the size of the model, or of a part of it.
-Vector = dict[Tensor, Tensor]
-#: Factors, or their gradients, by name.
-Factors = dict[str, Tensor]
-
-#: Processors multiply matrices faster whose rows are a multiple of so many numbers long; narrow ones gain nothing.
-ALIGNED, NARROW = 8, 64
-
-
-class LearnedInverse(ABC):
-    """A positive matrix Q over one layer's parameters, with the gradient of ``<D, Q U>`` by what it is made of.
-
-    Attributes:
-        layer: the layer's adapter.
-        factors: λ by name.
-        first: Adam's first moments of λ.
-        second: Adam's second moments of λ.
-        updates: how many updates λ has had.
-        squares: mean of the squared gradients seen in the warm-up, as a matrix; None outside of it.
-    """
-
-    #: Nothing is gathered in backward passes.
-    observed: bool = False
-
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        weight = layer.parameters[0]
-        dtype = statistics_dtype(weight)
-        self.factors = {k: torch.zeros(s, dtype=dtype, device=weight.device) for k, s in self.shapes().items()}
-        self.first = {key: torch.zeros_like(t) for key, t in self.factors.items()}
-        self.second = {key: torch.zeros_like(t) for key, t in self.factors.items()}
-        self.updates = 0
-        self.squares: Tensor | None = None
-
-    @abstractmethod
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the factors."""
-
-    @abstractmethod
-    def to_matrix(self, tensors: list[Tensor]) -> Tensor:
-        """Tensors shaped like the layer's parameters in the one shape that Q acts on."""
-
-    @abstractmethod
-    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
-        """Inverse of ``to_matrix``."""
-
-    @abstractmethod
-    def set_diagonal(self, values: Tensor) -> None:
-        """Make Q the diagonal matrix of positive ``values`` (as a matrix: see ``to_matrix``)."""
-
-    @abstractmethod
-    def apply(self, u: Tensor) -> Tensor:
-        """``Q U``."""
-
-    @abstractmethod
-    def vjp(self, u: Tensor) -> tuple[Tensor, Callable[[Tensor], Factors]]:
-        """``Q U``, and the function from D to the gradient of ``<D, Q U>`` by each factor."""
-
-    @abstractmethod
-    def to_dense(self) -> Tensor:
-        """Q as a matrix in the row-major order of the ``[d_out, d_in (+ 1)]`` weight matrix, bias last."""
-
-    @abstractmethod
-    def refresh(self) -> None:
-        """Work out again what is kept of the factors: they have changed."""
-
-    def kept_bytes(self) -> int:
-        """Bytes besides the factors: Adam's moments and what ``refresh`` keeps."""
-        return 2 * sum(t.numel() * t.element_size() for t in self.factors.values())
-
-
-class LearnedKronecker(LearnedInverse):
-    """``Q U = A * (RᵀR (A * U) LLᵀ)`` with an elementwise A: the block of an affine layer (section 4.2 of the paper).
-
-    The two products ``RᵀR`` and ``LLᵀ`` are kept, so that a step multiplies twice and not four times.
-
-    Args:
-        layer: of parameters ``[groups, d_out, columns]``.
-        max_factor_dim: a wider L or R is left out (it is the identity; A alone acts on that side); None: none is.
-    """
-
-    layer: AffineLayer
-
-    def __init__(self, layer: AffineLayer, max_factor_dim: int | None) -> None:
-        self._limit = float("inf") if max_factor_dim is None else max_factor_dim
-        # Columns are filled up with zeros: A is zero there, and the gradient of L, so L stays the identity.
-        self._width = -(-layer.columns // ALIGNED) * ALIGNED if layer.columns > NARROW else layer.columns
-        self._grams: Factors = {}
-        super().__init__(layer)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See LearnedInverse."""
-        groups, rows, width = self.layer.groups, self.layer.d_out, self._width
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.layer.columns <= self._limit:
-            shapes["L"] = (groups, width, width)
-        if rows <= self._limit:
-            shapes["R"] = (groups, rows, rows)
-        return shapes | {"A": (groups, rows, width)}
-
-    def to_matrix(self, tensors: list[Tensor]) -> Tensor:
-        """See LearnedInverse."""
-        matrix = self.layer.to_matrix(tensors[0], tensors[1] if len(tensors) > 1 else None)
-        missing = self._width - self.layer.columns
-        return (F.pad(matrix, (0, missing)) if missing else matrix).to(self.factors["A"].dtype)
-
-    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
-        """See LearnedInverse."""
-        return self.layer.from_matrix(matrix[..., : self.layer.columns])
-
-    def set_diagonal(self, values: Tensor) -> None:
-        """See LearnedInverse."""
-        columns = slice(self.layer.columns)
-        self.factors["A"].zero_()[..., columns] = values[..., columns].sqrt()
-        for key in self.factors.keys() - {"A"}:
-            factor = self.factors[key]
-            factor.copy_(torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device))
-            self._grams[key] = factor.clone()  # no need to multiply
-
-    def refresh(self) -> None:
-        """See LearnedInverse."""
-        if "L" in self.factors:
-            self._grams["L"] = self.factors["L"] @ self.factors["L"].mT
-        if "R" in self.factors:
-            self._grams["R"] = self.factors["R"].mT @ self.factors["R"]
-
-    def _left(self, x: Tensor) -> Tensor:
-        return self._grams["R"] @ x if "R" in self._grams else x
-
-    def _right(self, x: Tensor) -> Tensor:
-        return x @ self._grams["L"] if "L" in self._grams else x
-
-    def apply(self, u: Tensor) -> Tensor:
-        """See LearnedInverse."""
-        a = self.factors["A"]
-        return a * self._right(self._left(a * u))
-
-    def vjp(self, u: Tensor) -> tuple[Tensor, Callable[[Tensor], Factors]]:
-        """See LearnedInverse.
-
-        With ``X = A * U`` and ``E = A * D`` the product is ``<E, RᵀR X LLᵀ>``: bilinear in X and E, and linear in the
-        two Gram matrices, whose gradients G reach R as ``R (G + Gᵀ)`` and L as ``(G + Gᵀ) L``.
-        """
-        a = self.factors["A"]
-        x = a * u
-        left = self._left(x)
-        both = self._right(left)
-
-        def gradients(d: Tensor) -> Factors:
-            e = a * d
-            right = self._right(e)
-            found = {"A": d * both + u * self._left(right)}
-            if "L" in self.factors:
-                gram = left.mT @ e
-                found["L"] = (gram + gram.mT) @ self.factors["L"]
-            if "R" in self.factors:
-                gram = right @ x.mT
-                found["R"] = self.factors["R"] @ (gram + gram.mT)
-            return {key: found[key] for key in self.factors}
-
-        return a * both, gradients
-
-    def to_dense(self) -> Tensor:
-        """See LearnedInverse."""
-        columns = self.layer.columns
-        identities = {"R": torch.eye(self.layer.d_out), "L": torch.eye(columns)}
-        blocks = []
-        for group, a in enumerate(self.factors["A"][..., :columns]):
-            right, left = (
-                self._grams[key][group, :size, :size] if key in self._grams else identities[key].to(a)
-                for key, size in (("R", self.layer.d_out), ("L", columns))
-            )
-            blocks.append(a.reshape(-1, 1) * torch.kron(right.contiguous(), left.contiguous()) * a.reshape(1, -1))
-        return torch.block_diag(*blocks)
-
-    def kept_bytes(self) -> int:
-        """See LearnedInverse."""
-        return super().kept_bytes() + sum(t.numel() * t.element_size() for t in self._grams.values())
-
-
-class LearnedDiagonal(LearnedInverse):
-    """``Q U = D * D * U``: the block of an elementwise layer (norms, Embedding), all parameters in one vector."""
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See LearnedInverse."""
-        return {"D": (sum(p.numel() for p in self.layer.parameters),)}
-
-    def to_matrix(self, tensors: list[Tensor]) -> Tensor:
-        """See LearnedInverse."""
-        return torch.cat([t.flatten() for t in tensors]).to(self.factors["D"].dtype)
-
-    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
-        """See LearnedInverse."""
-        parameters = self.layer.parameters
-        pieces = matrix.split([p.numel() for p in parameters])
-        return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
-
-    def set_diagonal(self, values: Tensor) -> None:
-        """See LearnedInverse."""
-        self.factors["D"].copy_(values.sqrt())
-
-    def refresh(self) -> None:
-        """See LearnedInverse. Nothing is."""
-
-    def apply(self, u: Tensor) -> Tensor:
-        """See LearnedInverse."""
-        return self.factors["D"].square().mul_(u)
-
-    def vjp(self, u: Tensor) -> tuple[Tensor, Callable[[Tensor], Factors]]:
-        """See LearnedInverse."""
-        return self.apply(u), lambda d: {"D": 2 * self.factors["D"] * u * d}
-
-    def to_dense(self) -> Tensor:
-        """See LearnedInverse."""
-        return torch.diag(self.factors["D"].square())
+from ..base import CURVATURE, CurvatureOptimizer, Params, adopted, descend, limited, rate, real
+from ..checks import check_choice, check_range
+from ..curvature import communication
+from ..curvature.approximations import Approximation, statistics_dtype
+from ..curvature.layers import AffineLayer, Layer
+from ..curvature.losses import targets_of
+from ..curvature.recorder import Call, RootInputs
+from ..likelihoods import Likelihood
+from .learned_inverses import LearnedDiagonal, LearnedInverse, LearnedKronecker, descend_blocks
+from .products import SampledProducts, cycle, parts
+from .vectors import Vector, dot, filled, matrices, norm, vector
 
 
 class FishLeg(CurvatureOptimizer):
@@ -308,7 +91,7 @@ class FishLeg(CurvatureOptimizer):
         ValueError: for a hyper-parameter out of its range.
     """
 
-    _bound = CurvatureOptimizer._bound | {"_inputs"}
+    _bound = CurvatureOptimizer._bound | {"_inputs", "_products"}
 
     def __init__(
         self,
@@ -379,7 +162,7 @@ class FishLeg(CurvatureOptimizer):
         self._last: dict[str, Tensor] = {}  # what the last auxiliary update found
         self._directions: Vector = {}
         self._targets: list[Tensor | None] = []  # of each pass; they say what counts and how much
-        self._stream = None if aux_loader is None else _cycle(aux_loader)
+        self._stream = None if aux_loader is None else cycle(aux_loader)
         self.skip = skip
         self._attach()
         self.blocks: dict[str, LearnedInverse]  # type: ignore[assignment]
@@ -396,9 +179,9 @@ class FishLeg(CurvatureOptimizer):
         super()._attach()
         assert self.model is not None
         self._watch(cast("Callable[[Layer], Approximation]", self._block), skip=self.skip)
-        assert self._recorder is not None
-        self._recorder.close()  # Q is learned from whole passes, not from what flows through a layer
         self._inputs = RootInputs(self.model, self._due)
+        loose = self._stream is not None
+        self._products = SampledProducts(self.model, self.likelihood, self._inputs, loose=loose)
 
     @property
     def aux_every(self) -> int:
@@ -428,7 +211,7 @@ class FishLeg(CurvatureOptimizer):
         else:
             block = LearnedDiagonal(layer)
         scales = [1 / damping if self.init_scale is None else self.init_scale for damping in self._damping(block)]
-        block.set_diagonal(block.to_matrix(_filled(block, scales)))
+        block.set_diagonal(block.to_matrix(filled(block, scales)))
         return block
 
     def _damping(self, block: LearnedInverse) -> list[float]:
@@ -472,12 +255,12 @@ class FishLeg(CurvatureOptimizer):
                 if len(self._targets) != len(calls):  # whose they are is not known
                     self._targets = [None] * len(calls)
             else:
-                inputs, targets = _parts(next(self._stream))
+                inputs, targets = parts(next(self._stream))
                 calls, self._targets = [((inputs,), {})], [targets]
             if not calls and communication.world_size() == 1:
                 self._warn_of_no_pass()
                 return False
-            self._learn(blocks, [self._placed(call) for call in calls], index)
+            self._learn(blocks, [self._products.placed(call) for call in calls], index)
         return True
 
     def _warn_of_no_pass(self) -> None:
@@ -492,15 +275,15 @@ class FishLeg(CurvatureOptimizer):
         # A pure function of (seed, step, index), the same on every rank; gaussian u has the next seed.
         seed = (self.seed * 1_000_003 + self.steps) * 4096 + 2 * index
         u = self._probe(blocks, seed + 1)
-        products = [block.vjp(matrix) for block, matrix in zip(blocks, _matrices(blocks, u), strict=True)]
-        v = _vector(blocks, [product for product, _ in products])
+        products = [block.vjp(matrix) for block, matrix in zip(blocks, matrices(blocks, u), strict=True)]
+        v = vector(blocks, [product for product, _ in products])
         fv, count = self._multiply(v, calls, seed)
 
         dampings = {p: float(group["damping"]) for group in self.param_groups for p in group["params"]}
         residual = [product.add(t, alpha=dampings[p]) for product, (p, t) in zip(fv, v.items(), strict=True)]
-        loss = 0.5 * _dot(residual, v.values()) - _dot(u.values(), v.values())
+        loss = 0.5 * dot(residual, v.values()) - dot(u.values(), v.values())
         torch._foreach_sub_(residual, list(u.values()))
-        found = {"aux_loss": loss, "residual": _dot(residual, residual).sqrt()}
+        found = {"aux_loss": loss, "residual": dot(residual, residual).sqrt()}
         finite, seen = torch.stack([found["residual"].isfinite(), count > 0]).tolist()  # the one synchronisation
         if not seen:
             self._warn_of_no_pass()
@@ -509,11 +292,12 @@ class FishLeg(CurvatureOptimizer):
             self.rejected += 1
             return
         self._last = found
-        adjoints = _matrices(blocks, dict(zip(v, residual, strict=True)))
+        adjoints = matrices(blocks, dict(zip(v, residual, strict=True)))
         if self.precondition_aux:
             preconditioned = [block.apply(d) for block, d in zip(blocks, adjoints, strict=True)]
-            adjoints = _matrices(blocks, _vector(blocks, preconditioned))  # without entries that are not trained
-        self._descend(blocks, [gradients(d) for (_, gradients), d in zip(products, adjoints, strict=True)])
+            adjoints = matrices(blocks, vector(blocks, preconditioned))  # without entries that are not trained
+        descents = [gradients(d) for (_, gradients), d in zip(products, adjoints, strict=True)]
+        descend_blocks(blocks, descents, self.aux_lr, self.aux_betas, self.aux_eps)
         for block in blocks:
             block.refresh()
         self.updates += 1
@@ -531,156 +315,21 @@ class FishLeg(CurvatureOptimizer):
                 torch.randn(p.shape, generator=generator, device=device, dtype=statistics_dtype(p)).to(p.device)
                 for p in params
             ]
-        length = _norm(u)
+        length = norm(u)
         return {p: t / length for p, t in zip(params, u, strict=True)}
-
-    def _descend(self, blocks: list[LearnedInverse], gradients: list[Factors]) -> None:
-        """Adam's step of λ."""
-        names = [(block, key) for block in blocks for key in block.factors]
-        found = [g[key] for block, g in zip(blocks, gradients, strict=True) for key in block.factors]
-        for block in blocks:
-            block.updates += 1
-        (beta1, beta2), counts = self.aux_betas, [block.updates for block, _ in names]
-        first, second = [block.first[key] for block, key in names], [block.second[key] for block, key in names]
-        torch._foreach_lerp_(first, found, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, found, found, value=1 - beta2)
-        # Bias corrections in the scalars alone: sqrt(v / c) + eps = (sqrt(v) + eps sqrt(c)) / sqrt(c).
-        roots = [(1 - beta2**n) ** 0.5 for n in counts]
-        denominators = torch._foreach_sqrt(second)
-        torch._foreach_add_(denominators, [self.aux_eps * root for root in roots])
-        rates = [-self.aux_lr * root / (1 - beta1**n) for root, n in zip(roots, counts, strict=True)]
-        torch._foreach_addcdiv_([block.factors[key] for block, key in names], first, denominators, rates)
-
-    # -- products with the Fisher matrix -------------------------------------------------------------------------------
 
     def _multiply(self, v: Vector, calls: list[Call], seed: int) -> tuple[list[Tensor], Tensor]:
         """``F v`` in the order of v, estimated from targets sampled here; and how many were sampled, over all ranks."""
-        return (self._antithetic if self.product == "antithetic" else self._rank_one)(v, calls, seed)
-
-    def _antithetic(self, v: Vector, calls: list[Call], seed: int) -> tuple[list[Tensor], Tensor]:
-        """``H v``: the central difference of the gradient at sampled targets."""
-        params = list(v)
-        generator = torch.Generator(params[0].device).manual_seed(seed)
-        with self._aside():
-            targets = [self._sample(self._observed(index, call)[0], generator) for index, call in enumerate(calls)]
-        length = _norm(v.values())
-        offset = [(self.eps / length * t).to(p.dtype) for p, t in v.items()]
-        saved = [p.clone() for p in params]
-        try:
-            torch._foreach_add_(params, offset)
-            ahead, count = self._gradients(params, calls, lambda index, seen: targets[index])
-            torch._foreach_copy_(params, saved)
-            torch._foreach_sub_(params, offset)
-            behind, _ = self._gradients(params, calls, lambda index, seen: targets[index])
-        finally:
-            torch._foreach_copy_(params, saved)
-        means, total = self._joint([a - b for a, b in zip(ahead, behind, strict=True)], count)
-        return [t * (length / (2 * self.eps)) for t in means], total
-
-    def _rank_one(self, v: Vector, calls: list[Call], seed: int) -> tuple[list[Tensor], Tensor]:
-        """``m (ḡ·v) ḡ``, with the square root of an observation's weight in ḡ, which comes twice."""
-        generator = torch.Generator(next(iter(v)).device).manual_seed(seed)
-        gradient, count = self._gradients(list(v), calls, lambda index, seen: self._sample(seen, generator), power=0.5)
-        means, total = self._joint(gradient, count)
-        slope = _dot(means, v.values())
-        return [t * (total * slope) for t in means], total
-
-    def _gradients(
-        self, params: list[Tensor], calls: list[Call], targets: Callable[[int, Tensor], Any], power: float = 1.0
-    ) -> tuple[list[Tensor], Tensor]:
-        """Gradient of the targets' negative log-likelihood, summed over observations, and how many of them count.
-
-        An observation has its weight in the loss, times the number of those that count in its call: 1 in a plain mean.
-
-        Args:
-            params: what to differentiate by.
-            calls: of the model.
-            targets: of a call, by its index and observations.
-            power: of the weights.
-        """
-        sums = [torch.zeros_like(p, dtype=statistics_dtype(p)) for p in params]
-        count = torch.zeros((), device=params[0].device)
-        with self._aside():
-            for index, call in enumerate(calls):
-                with torch.enable_grad():
-                    seen, weights = self._observed(index, call)
-                counted = weights.count_nonzero()
-                score = self.likelihood.score(seen, targets(index, seen)) * (weights * counted).pow(power).unsqueeze(-1)
-                found = torch.autograd.grad(
-                    seen, params, score.to(seen.dtype), allow_unused=True, materialize_grads=True
-                )
-                torch._foreach_add_(sums, [g.to(s.dtype) for g, s in zip(found, sums, strict=True)])
-                count += counted.to(count.device)
-        return sums, count
-
-    def _observed(self, index: int, call: Call) -> tuple[Tensor, Tensor]:
-        """The observations of a call, and their weights in its loss, as far as that is known."""
-        outputs = self._outputs(call)
-        targets = self._targets[index] if index < len(self._targets) else None
-        if targets is not None:
-            targets = targets.to(outputs.device)
-            if self._stream is not None and not self._fit(outputs, targets):
-                targets = None
-        return self.likelihood.observations(outputs, targets), self.likelihood.weights(outputs, targets)
-
-    def _fit(self, outputs: Tensor, targets: Tensor) -> bool:
-        """Whether what comes second in a loader's batch can be targets: it may be anything."""
-        try:
-            self.likelihood.observations(outputs, targets)
-        except ValueError:
-            return False
-        return True
-
-    def _joint(self, sums: list[Tensor], count: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Means over the observations of all ranks, and how many there are."""
-        means = [t / count.clamp(min=1).to(t.device) for t in sums]
-        total = count.clone()
-        if (world := communication.world_size()) > 1:
-            weights = torch.tensor([float(count)] * len(means) + [1.0], device=total.device)
-            communication.average_([*means, total], weights)
-        return means, total * world
-
-    def _sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Targets from the model's own distribution: this rank's share of what one process would draw."""
-        rank, world = communication.rank(), communication.world_size()
-        return self.likelihood.sample(outputs, generator, rank=rank, world_size=world)
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Forward passes that leave no trace, and all find the same random state."""
-        assert self.model is not None
-        kind = next(self.model.parameters()).device.type
-        with self._inputs.aside(), torch.autocast(kind, enabled=False):
-            yield
-
-    def _outputs(self, call: Call) -> Tensor:
-        assert self.model is not None
-        outputs = self.model(*call[0], **call[1])
-        if not isinstance(outputs, Tensor):
-            raise ValueError(
-                f"model must return its outputs as one tensor for FishLeg to sample targets, got "
-                f"{type(outputs).__name__}: wrap it in a module that does."
-            )
-        return outputs
-
-    def _placed(self, call: Call) -> Call:
-        """A call's tensors where the model is, in its precision (autocast is off in the auxiliary passes)."""
-        assert self.model is not None
-        weight = next(self.model.parameters())
-
-        def place(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            return x.to(weight.device, weight.dtype.to_real() if x.is_floating_point() else None, non_blocking=True)
-
-        return cast("Call", tree_map(place, call))
+        told = [*self._targets, *[None] * (len(calls) - len(self._targets))]
+        if self.product == "antithetic":
+            return self._products.antithetic(v, calls, told, seed, self.eps)
+        return self._products.rank_one(v, calls, told, seed)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
     def _precondition(self) -> None:
         blocks = [b for b in self.blocks.values() if any(p.grad is not None for p in b.layer.parameters)]
-        gradients = _matrices(blocks, {p: p.grad for b in blocks for p in b.layer.parameters if p.grad is not None})
+        gradients = matrices(blocks, {p: p.grad for b in blocks for p in b.layer.parameters if p.grad is not None})
         with record_function(CURVATURE):
             if self.steps < self.warmup_steps:
                 self._warm_up(blocks, gradients)
@@ -696,7 +345,7 @@ class FishLeg(CurvatureOptimizer):
         if self.steps + 1 == self.warmup_steps:
             for block in self.blocks.values():
                 if block.squares is not None:
-                    block.set_diagonal(1 / (block.squares + block.to_matrix(_filled(block, self._damping(block)))))
+                    block.set_diagonal(1 / (block.squares + block.to_matrix(filled(block, self._damping(block)))))
                     block.squares = None
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
@@ -796,60 +445,3 @@ class FishLeg(CurvatureOptimizer):
             block.squares = None if inner["squares"] is None else adopted({"": inner["squares"]}, weight)[""]
             block.refresh()
         self._directions.clear()
-
-
-def _filled(block: LearnedInverse, values: list[float]) -> list[Tensor]:
-    """Tensors shaped like a block's parameters, each full of one value."""
-    return [
-        torch.full_like(p, value, dtype=statistics_dtype(p))
-        for p, value in zip(block.layer.parameters, values, strict=True)
-    ]
-
-
-def _matrices(blocks: Sequence[LearnedInverse], vector: Vector) -> list[Tensor]:
-    """A vector in the shape that each block acts on; zero where it has no entry."""
-    return [
-        block.to_matrix([vector[p] if p in vector else torch.zeros_like(p) for p in block.layer.parameters])
-        for block in blocks
-    ]
-
-
-def _vector(blocks: Sequence[LearnedInverse], matrices: Sequence[Tensor]) -> Vector:
-    """The entries of matrices, one a block, that belong to trainable parameters."""
-    return {
-        p: entry
-        for block, matrix in zip(blocks, matrices, strict=True)
-        for p, entry in zip(block.layer.parameters, block.from_matrix(matrix), strict=True)
-        if p.requires_grad
-    }
-
-
-def _dot(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
-    """Inner product of two vectors, on the device of the first tensor."""
-    products = [(x * y).sum() for x, y in zip(a, b, strict=True)]
-    return torch.stack([t.to(products[0].device) for t in products]).sum()
-
-
-def _norm(vector: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of a vector; of zero the smallest number, by which one may divide."""
-    norms = torch._foreach_norm(list(vector))
-    norm = torch.stack([n.to(norms[0].device) for n in norms]).norm()
-    return norm.clamp(min=torch.finfo(norm.dtype).tiny)
-
-
-def _parts(batch: Any) -> tuple[Any, Tensor | None]:
-    """The inputs of a loader's batch, and its targets if it has some."""
-    if not isinstance(batch, (tuple, list)):
-        return batch, None
-    return batch[0], batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
-
-
-def _cycle(loader: Iterable[Any]) -> Iterator[Any]:
-    """A loader's batches, again and again."""
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("aux_loader must yield batches each time that it is iterated over, and it yielded none")

@@ -8,55 +8,28 @@ to boundary value problems", 1987.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from .base import CURVATURE, Params
-from .checks import check_choice
-from .curvature import communication, linalg
-from .curvature.approximations import Approximation, statistics_dtype
-from .curvature.kronecker import Factors, Invertible
-from .curvature.layers import Flow, Layer
-from .curvature.samples import Samples
-from .exact import SampledFisher
-from .kfac import KFAC
-from .likelihoods import Likelihood
-from .natural_gradient import Auto, Fisher, KLOf, KLUnit, Stack, _reader, stacked
+from ..base import CURVATURE, Params
+from ..checks import check_choice
+from ..curvature import communication, linalg
+from ..curvature.approximations import Approximation, statistics_dtype
+from ..curvature.kronecker import Factors, Invertible
+from ..curvature.layers import Flow, Layer
+from ..curvature.samples import Samples
+from ..kronecker import KFAC
+from ..natural_gradient import KLOf, KLUnit, Stack, stacked
+from .metric import SampledClip, SampledMetric
+from .spaces import RIDGES, CoarseSpace, multiplies_bfloat16, plus, smoothest
 
 Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
 
-#: Ridges on the coarse matrix, its diagonal scaled to ones, in rounding errors of its entries: the first that will do.
-RIDGES = (1.0, 1e2, 1e4)
 
-
-@dataclass
-class CoarseSpace:
-    """Vectors with one layer's entries each, and the Galerkin matrix ``R0 (F + L) R0ᵀ`` of them, decomposed.
-
-    Attributes:
-        vectors: ``[k][stack]``: the k-th vector of each layer, in the shape of a stacked gradient.
-        images: ``Sᵀ R0ᵀ [m, n]``, with F = S Sᵀ.
-        root: Cholesky factor of the matrix, its diagonal scaled to ones.
-        scale: by which its rows and columns were.
-    """
-
-    vectors: list[list[Tensor]]
-    images: Tensor
-    root: Tensor
-    scale: Tensor
-
-    def solve(self, right: Tensor) -> Tensor:
-        """Coefficients of the vectors, ``[k, layers]``, for the right-hand side ``[n]``."""
-        solved = torch.cholesky_solve((right * self.scale).unsqueeze(-1), self.root).squeeze(-1)
-        return (solved * self.scale).view(len(self.vectors), -1)
-
-
-class TwoLevelKFAC(SampledFisher, KFAC):
+class TwoLevelKFAC(SampledMetric, KFAC):
     """K-FAC's direction ``d0 = P^-1 g``, corrected on a coarse space, R0, of one or two vectors a layer.
 
     The vectors are the rows of R0, and the direction is::
@@ -77,12 +50,6 @@ class TwoLevelKFAC(SampledFisher, KFAC):
     spaces but ``residual`` the first is due on updates and refreshes only.
 
     Args:
-        model: the whole module.
-        params: parameters or groups; default all.
-        lr: learning rate; ``auto``: see NaturalGradient.
-        momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
-        damping: lambda; ``auto``: see NaturalGradient.
-        damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         coarse: the vectors of a layer: ``nicolaides``: ones; ``residual``: its share of ``P^-1 (g - (F + L) d0)``,
             renewed in every step; ``tselepidis``: ones, their matrix averaged over updates, the right-hand side R0 g;
             ``spectral``: the eigenvector of the smallest eigenvalue of ``A (x) G``.
@@ -91,70 +58,24 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             correction is the projection on whatever vectors there are; ``auto``: bfloat16 on processors (no GPUs) that
             have instructions for it.
         damping_mode: see KFAC; of P.
-        pi: see KFAC.
-        kl_clip: kappa; None: off.
-        kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
-        kl_unit: kappa is of an ``observation``, each ``variable`` that it predicts, or the ``root`` of their number.
-        kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
-        fisher: sampled, empirical or exact.
-        batch_fraction: share of the batch that statistics are taken on.
         decay: weight of the past in the averages of P's factors (rho).
         update_every: steps between updates of the factors and samples (T_cov).
-        early_updates: update and invert more often at first: after 1, 3, 7, 15, ... steps, up to the intervals.
-        refresh_every: steps between inversions (T_inv).
         sharing: see KFAC; of P.
-        max_factor_dim: see KFAC.
-        solve_dtype: see KFAC.
-        weight_decay: L2 coefficient, added to the preconditioned gradient.
-        fallback_lr: first-order step of the parameters without curvature.
-        skip: regular expression of layers to leave to the fallback.
-        likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
-        seed: of the sampled targets.
-        loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
-        decoupled_decay: as in AdamW: ``theta *= 1 - lr weight_decay``, apart from the preconditioned gradient.
-        flags: torch's; see CurvatureOptimizer.
-
-    Raises:
-        ValueError: for a hyper-parameter out of its range.
     """
 
-    _bound = SampledFisher._bound | {"_rough"}
+    _bound = SampledMetric._bound | {"_rough"}
+    _length: SampledClip
 
     def __init__(
         self,
         model: nn.Module,
         params: Params | None = None,
         *,
-        lr: Auto = 0.1,
-        momentum: Auto = 0.9,
-        damping: Auto = 3e-3,
-        damping_unit: Literal["absolute", "layer"] = "absolute",
+        batch_fraction: float = 0.25,
         coarse: Coarse = "nicolaides",
         krylov: bool = False,
         coarse_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        damping_mode: Literal["factored", "tikhonov"] = "factored",
-        pi: bool = True,
-        kl_clip: float | None = 1e-3,
-        kl_of: KLOf = "step",
-        kl_unit: KLUnit = "root",
-        kl_warmup: int = 0,
-        fisher: Fisher = "sampled",
-        batch_fraction: float = 0.25,
-        decay: float = 0.95,
-        update_every: int = 10,
-        early_updates: bool = True,
-        refresh_every: int = 10,
-        sharing: Literal["expand", "reduce"] = "expand",
-        max_factor_dim: int | None = 8192,
-        solve_dtype: Literal["float32", "bfloat16"] = "float32",
-        weight_decay: float = 0.0,
-        fallback_lr: float = 1e-3,
-        skip: str | None = None,
-        likelihood: Likelihood | None = None,
-        seed: int = 0,
-        loss_reduction: Literal["mean", "sum"] = "mean",
-        decoupled_decay: bool = False,
-        **flags: Any,
+        **shared: Any,
     ) -> None:
         check_choice("coarse", coarse, ("nicolaides", "residual", "tselepidis", "spectral"))
         if krylov and coarse not in ("nicolaides", "residual"):
@@ -164,19 +85,14 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         self._space: CoarseSpace | None = None  # of residual, which is renewed in every step: none is kept
         self._names: list[str] = []  # the layers that the stacks hold, in their order
         self._shifts = torch.empty(0)  # L, one a layer of the stacks
-        self._moving: Tensor | None = None  # Sᵀ m by layer, m the sum of directions; None: not to be known
         self._averaged: Tensor | None = None  # R0 F R0ᵀ of tselepidis
         self._seen: Tensor | None = None  # Sᵀ d by layer; None: not to be known
         self._uphill: Tensor | int = 0  # corrections left out, as the gradient would have grown along them
-        super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping, damping_unit=damping_unit,
-            damping_mode=damping_mode, pi=pi, kl_clip=kl_clip, kl_of=kl_of, kl_unit=kl_unit, kl_warmup=kl_warmup,
-            fisher=fisher, batch_fraction=batch_fraction, decay=decay, update_every=update_every,
-            early_updates=early_updates,
-            refresh_every=refresh_every, sharing=sharing, max_factor_dim=max_factor_dim, solve_dtype=solve_dtype,
-            weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, likelihood=likelihood, seed=seed,
-            loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, **flags,
-        )  # fmt: skip
+        super().__init__(model, params, batch_fraction=batch_fraction, **shared)
+
+    def length_rule(self, kl_of: KLOf, kl_unit: KLUnit, kl_warmup: int) -> SampledClip:
+        """See NaturalGradient."""
+        return SampledClip(kl_of, kl_unit, kl_warmup, getattr(self.likelihood, "independent", False), self._say)
 
     def _attach(self) -> None:
         super()._attach()
@@ -236,84 +152,12 @@ class TwoLevelKFAC(SampledFisher, KFAC):
             self._seen = seen + (space.images.view(-1, *shares.shape) * shares).sum(1).mT.to(seen)
         for vectors, share in zip(space.vectors, shares, strict=True):
             parts = zip(fine, vectors, share.split(sizes), strict=True)
-            fine = [_plus(d, v, part, d) for d, v, part in parts]
+            fine = [plus(d, v, part, d) for d, v, part in parts]
         return fine
-
-    def _images(self, tensors: list[Tensor]) -> Tensor:
-        """``Sᵀ d`` by layer, ``[layers, m]``; of a layer without samples zeros."""
-        rows = next(len(t) for samples in self.samples.values() for t in samples.factors.values())
-        return torch.stack([s.dots(d) if s.factors else d[0].new_zeros(rows) for s, d in self._shares(tensors)])
-
-    def _clip(self, gradients: list[Tensor], directions: list[Tensor]) -> None:
-        """See NaturalGradient. Of a projection ``(F + L) v`` is not g, but what the samples see of v is known."""
-        if self._seen is None:
-            super()._clip(gradients, directions)
-            return
-        seen, steps = self._seen, directions
-        whole = False
-        if self.kl_of != "direction":
-            steps = self._steps()
-            whole = not self._must_multiply()
-            if not whole:
-                seen = self._images(steps)
-            else:
-                if self._updated_at == self.steps or self._moving is None or self._moving.shape != seen.shape:
-                    self._moving = self._images(self._stacked(self._momentum_of))
-                seen = self._of_layers("momentum", seen) * self._moving + seen
-        lrs = self._of_layers("lr", seen)
-        squares = self._inner(steps, steps)
-        self._kl_scales, self._squares = {}, []
-        shares = torch.ones_like(lrs)
-        for kl_clip in {group["kl_clip"] for group in self.param_groups} - {None}:
-            mine = torch.tensor([c == kl_clip for c in self._settings("kl_clip")], device=seen.device).unsqueeze(1)
-            lr = lrs * mine
-            total = (lr * seen.double()).sum(0).square().sum() + (lr[:, 0].square() * self._shifts * squares).sum()
-            scale = (self._kappa(kl_clip) / total).sqrt().clamp(max=1.0).to(seen.dtype)
-            self._kl_scales[kl_clip] = scale
-            shares = torch.where(mine, scale.to(shares.dtype), shares)
-        self._moving = (shares * seen).to(seen.dtype) if whole else None
-
-    def _step_length(self, steps: dict[Tensor, Tensor]) -> Tensor:
-        """See NaturalGradient. With the samples' F, as in the clip."""
-        if self._is_auto or self._seen is None:
-            return super()._step_length(steps)
-        moves = self._stacked(_reader(steps))
-        if self._moving is None or self._decays_apart():
-            seen = self._images(moves)
-        else:
-            seen = self._of_layers("lr", self._seen) * self._moving
-        return seen.double().sum(0).square().sum() + (self._shifts * self._inner(moves, moves)).sum()
-
-    def _shorten(self, share: Tensor) -> None:
-        super()._shorten(share)
-        self._moving = None if self._moving is None else self._moving * share
-
-    def _settings(self, name: str) -> list[Any]:
-        """A hyper-parameter of each layer of the stacks."""
-        return [self._group(block.layer)[name] for stack in self._stacks for block in stack.blocks]
-
-    def _of_layers(self, name: str, like: Tensor) -> Tensor:
-        """The same as a column ``[layers, 1]`` in double precision."""
-        values = [torch.as_tensor(v, dtype=torch.float64, device=like.device) for v in self._settings(name)]
-        return torch.stack(values).view(-1, 1)
-
-    def _shares(self, tensors: list[Tensor]) -> Iterator[tuple[Samples, list[Tensor]]]:
-        """Each layer's samples, and its share of the stacks' tensors in the shape of its parameters."""
-        for stack, tensor in zip(self._stacks, tensors, strict=True):
-            for block, part in zip(stack.blocks, tensor.chunk(len(stack.blocks)), strict=True):
-                yield self.samples[block.layer.name], block.from_matrix(part)
 
     def _restricted(self, space: CoarseSpace, tensors: list[Tensor]) -> Tensor:
         """R0 times the stacks' tensors."""
         return torch.cat([self._inner(vectors, tensors) for vectors in space.vectors])
-
-    def _inner(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
-        """Inner products, layer by layer."""
-        found = []
-        for stack, a, b in zip(self._stacks, left, right, strict=True):
-            count = len(stack.blocks)
-            found.append(torch.bmm(a.reshape(count, 1, -1), b.reshape(count, -1, 1)).view(count))
-        return torch.cat(found).double()
 
     # -- the coarse space ----------------------------------------------------------------------------------------------
 
@@ -336,7 +180,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
     def _vectors(self, like: list[Tensor]) -> list[list[Tensor]]:
         """What spans the space: ``[k][stack]``, the k-th vector of each layer in the shape of a stacked gradient."""
         if self.coarse == "spectral":
-            return [[_smoothest(stack).view_as(t) for stack, t in zip(self._stacks, like, strict=True)]]
+            return [[smoothest(stack).view_as(t) for stack, t in zip(self._stacks, like, strict=True)]]
         return self._enriched([torch.ones_like(t) for t in like])
 
     def _residual(self, gradients: list[Tensor], fine: list[Tensor], seen: Tensor) -> list[list[Tensor]]:
@@ -344,7 +188,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         residuals = []
         dampings = self._shifts.split([len(stack.blocks) for stack in self._stacks])
         for stack, g, d, damping in zip(self._stacks, gradients, fine, dampings, strict=True):
-            tensor, parts = _plus(g, d, -damping), []
+            tensor, parts = plus(g, d, -damping), []
             for block, part in zip(stack.blocks, tensor.chunk(len(stack.blocks)), strict=True):
                 samples = self.samples[block.layer.name]
                 if samples.factors and not samples.deduct(part, seen):
@@ -448,7 +292,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
                 "layers": list(self._names),
                 "dampings": self._shifts,
                 "averaged": self._averaged,
-                "moving": self._moving,
+                "moving": self._length.moving,
                 "uphill": int(self._uphill),
                 "vectors": [] if space is None else [self._apart(vectors) for vectors in space.vectors],
                 "matrix": {} if space is None else {"images": space.images, "root": space.root, "scale": space.scale},
@@ -466,7 +310,7 @@ class TwoLevelKFAC(SampledFisher, KFAC):
         self._names, self._uphill = list(coarse["layers"]), int(coarse["uphill"])
         self._shifts = own(coarse["dampings"])
         self._averaged = None if coarse["averaged"] is None else own(coarse["averaged"])
-        self._moving = None if coarse.get("moving") is None else own(coarse["moving"])
+        self._length.moving = None if coarse.get("moving") is None else own(coarse["moving"])
         self._space = None
         if coarse["vectors"] and self._names == [block.layer.name for stack in self._stacks for block in stack.blocks]:
             parts = [iter(vectors) for vectors in coarse["vectors"]]
@@ -481,38 +325,3 @@ class TwoLevelKFAC(SampledFisher, KFAC):
 
     def _apart(self, tensors: list[Tensor]) -> list[Tensor]:
         return [part for stack, t in zip(self._stacks, tensors, strict=True) for part in t.chunk(len(stack.blocks))]
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products in bfloat16."""
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-
-
-def _plus(first: Tensor, second: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
-    """Each layer's part of a stacked tensor plus a number of its own times that of another one; ``out``: the first."""
-    flat = first.reshape(len(factors), -1)
-    into = None if out is None else flat
-    return torch.addcmul(flat, second.reshape(flat.shape), factors.to(flat).unsqueeze(1), out=into).view(first.shape)
-
-
-def _smoothest(stack: Stack) -> Tensor:
-    """Each block's eigenvector of its smallest eigenvalue: in one of its groups, the product of the factors' own."""
-    count = len(stack.blocks)
-    values: list[Tensor] = []
-    vectors: list[Tensor] = []
-    keys = ["G", "A"] if "A" in stack.blocks[0].factors else ["D"]
-    for key in keys:
-        factor = stacked([block.factors[key] for block in stack.blocks])
-        if factor.dim() == 3:
-            smallest, vector = linalg.smallest(factor)
-            values.append(smallest.clamp(min=0))
-            vectors.append(vector)
-        else:
-            smallest, where = factor.min(1)
-            values.append(smallest)
-            vectors.append(torch.zeros_like(factor).scatter_(1, where.unsqueeze(1), 1.0))
-    if len(keys) == 1:
-        return vectors[0]
-    value = (values[0] * values[1]).view(count, -1)
-    first = torch.zeros_like(value).scatter_(1, value.argmin(1, keepdim=True), 1.0)
-    return first.view(-1, 1, 1) * vectors[0].unsqueeze(-1) * vectors[1].unsqueeze(-2)

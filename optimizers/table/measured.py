@@ -1,75 +1,21 @@
-"""What there is to choose from: every optimizer with what it needs, keeps and runs on, measured where it can be.
-
-What a class can be asked for (its signature, its coverage of layers, its blocks) is asked, what it does is tried out on
-small nets, and only names and papers are written down, in ``CATALOGUE``. Optimizers whose class is not there (a package
-is not installed) have no row.
-"""
+"""What the table says of each optimizer, asked of it or tried out on small nets."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import Categorical, CurvatureOptimizer, build_optimizer
-from .packaged import DRAWING, EXCEPTIONS, LIMITS, Package
-
-Target = Callable[..., torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file of configs/optimizer, as far as nobody can be asked for it.
-
-    Attributes:
-        target: dotted path of the callable.
-        idea: what the step is made of.
-        paper: where it was published.
-        options: values of the file that decide what is kept, where they differ from the defaults.
-    """
-
-    target: str
-    idea: str
-    paper: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-#: By the name of the file, in the order of the table.
-CATALOGUE: dict[str, Entry] = {
-    "sgd": Entry("torch.optim.SGD", "momentum", "Polyak 1964", {"momentum": 0.9}),
-    "adam": Entry("torch.optim.Adam", "diagonal: squared gradients", "ICLR 2015, 1412.6980"),
-    "adamw": Entry("torch.optim.AdamW", "Adam, decay apart", "ICLR 2019, 1711.05101"),
-    "adafisher": Entry("optimizers.AdaFisher", "diagonals of K-FAC's factors", "ICLR 2025, 2405.16397"),
-    "adafisherw": Entry("optimizers.AdaFisherW", "AdaFisher, decay apart", "ICLR 2025, 2405.16397"),
-    "adahessian": Entry("optimizers.AdaHessian", "diagonal of the Hessian", "AAAI 2021, 2006.00719"),
-    "kfac": Entry("optimizers.KFAC", "one Kronecker product a layer", "ICML 2015, 1503.05671"),
-    "ekfac": Entry("optimizers.EKFAC", "diagonal in K-FAC's eigenbasis", "NeurIPS 2018, 1806.03884"),
-    "kpsvd": Entry("optimizers.KPSVD", "the nearest Kronecker product", "2022, 2201.10285"),
-    "deflation": Entry("optimizers.Deflation", "the two nearest ones", "2022, 2201.10285"),
-    "kfac_corrected": Entry("optimizers.KFACCorrected", "K-FAC's and one for the rest", "2022, 2201.10285"),
-    "lanczos": Entry("optimizers.Lanczos", "Deflation by a Lanczos process", "2022, 2201.10285"),
-    "twolevel_kfac": Entry("optimizers.TwoLevelKFAC", "K-FAC and a coarse space over layers", "2023, 2303.18083"),
-    "exact_ng": Entry(
-        "optimizers.ExactNaturalGradient",
-        "the batch's Fisher matrix itself",
-        "Amari 1998; Ren & Goldfarb 2019, 1906.02353",
-    ),
-    "fishleg": Entry("optimizers.FishLeg", "a learned inverse Fisher a layer", "ICLR 2023"),
-    "shampoo": Entry("optimizers.shampoo.shampoo", "a matrix a dimension; Adam's length", "ICML 2018, 1802.09568"),
-    "soap": Entry("pytorch_optimizer.SOAP", "Adam in Shampoo's eigenbasis", "ICLR 2025, 2409.11321"),
-    "lamb": Entry("pytorch_optimizer.Lamb", "Adam, steps as long as weights allow", "ICLR 2020, 1904.00962"),
-    "lion": Entry("pytorch_optimizer.Lion", "sign of an average", "NeurIPS 2023, 2302.06675"),
-    "muon": Entry("optimizers.packaged.muon", "orthogonalized momentum; AdamW for the rest", "Jordan et al. 2024"),
-    "torch": Entry("optimizers.packaged.torch_optim", "any of torch.optim, by name", ""),
-    "pytorch_optimizer": Entry("optimizers.packaged.pytorch_optimizer", "any of the package, by name", ""),
-}
+from ..base import CurvatureOptimizer, build_optimizer
+from ..likelihoods import Categorical
+from ..packaged import Package
+from .catalogue import Entry, Target, present
 
 
 @dataclass(frozen=True)
@@ -99,39 +45,9 @@ class Row:
     ranks: str
 
 
-#: Titles of the columns.
-TITLES = Row("optimizer=", "class", "step", "paper", "needs", "state B/param", "layers", "numbers", "ranks")
-
 NUMBERS: dict[str, dict[str, Any]] = {
     "fp32": {}, "fp64": {"dtype": torch.float64}, "bf16": {"dtype": torch.bfloat16}, "autocast": {"autocast": True},
 }  # fmt: skip
-
-#: What the columns mean, below the table.
-NOTES = (
-    "needs: the whole module, the model's outputs, a graph through gradients (no compile), an auxiliary pass.",
-    "state: measured after two float32 steps on a 784-400-200-100 net.",
-    "layers: all = Linear, Conv1d, Conv2d, ConvTranspose2d, MultiheadAttention, norms, Embedding; for what else there "
-    "is, Adam's step.",
-    "numbers: all = weights in fp32, fp64 and bf16, and fp32 weights under bf16 autocast; tried out.",
-    "ranks: whether curvature is averaged over processes or its statistics gathered, or made of averaged gradients.",
-)
-
-
-def present(names: list[str] | None = None) -> Iterator[tuple[str, Entry, Target]]:
-    """The entries whose class is there.
-
-    Args:
-        names: those asked for; default all.
-    """
-    for name in CATALOGUE if names is None else names:
-        module, _, attribute = CATALOGUE[name].target.rpartition(".")
-        try:
-            target = getattr(importlib.import_module(module), attribute, None)
-        except ImportError:
-            continue
-        if target is not None and not (isinstance(target, Package) and not target.installed()):
-            yield name, CATALOGUE[name], target
-
 
 def rows(names: list[str] | None = None) -> list[Row]:
     """The table. Takes seconds: the optimizers are run.
@@ -140,53 +56,6 @@ def rows(names: list[str] | None = None) -> list[Row]:
         names: of the rows; default all.
     """
     return [_row(name, entry, target) for name, entry, target in present(names)]
-
-
-def limits() -> list[str]:
-    """A line for each reason why a class of a package cannot be asked for by its name."""
-    found: dict[str, list[str]] = {}
-    packages = [target for _, _, target in present() if isinstance(target, Package)]
-    known = {name for package in packages for name in package.classes()}
-    for reason, names in LIMITS.items():
-        if there := [name for name in names if name in known]:
-            found[reason] = there
-    lines = [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
-    drawing = [name for name in DRAWING if name in known]
-    return lines + ([f"{', '.join(drawing)}: alone in one process, for each would draw other numbers"] * bool(drawing))
-
-
-def text(table: list[Row]) -> str:
-    """The table in columns.
-
-    Args:
-        table: what ``rows`` returned.
-    """
-    cells = [_cells(row) for row in (TITLES, *table)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    exceptions = [f"{name}, {point}: {reason}" for (name, point), reason in EXCEPTIONS.items()]
-    listed = {"Not met:": exceptions, "Not by name:": limits()}
-    return "\n".join([*lines, "", *NOTES, *(f"\n{title}\n  " + "\n  ".join(some) for title, some in listed.items())])
-
-
-def markdown(table: list[Row]) -> str:
-    """The table for a README.
-
-    Args:
-        table: what ``rows`` returned.
-    """
-    cells = [_cells(row) for row in table]
-    marked = [[f"`{line[0]}`", f"`{line[1]}`" if line[1] else "", *line[2:]] for line in cells]
-    titles = [f"`{TITLES.name}`", *_cells(TITLES)[1:]]
-    rule = ["---:" if title == TITLES.state else "---" for title in titles]
-    lines = [f"| {' | '.join(line)} |" for line in (titles, rule, *marked)]
-    exceptions = "; ".join(f"`{name}` ({point}) {reason}" for (name, point), reason in EXCEPTIONS.items())
-    return "\n".join([*lines, "", " ".join(NOTES), f"Not met: {exceptions}."])
-
-
-def _cells(row: Row) -> list[str]:
-    return [getattr(row, f.name) for f in fields(Row)]
 
 
 def _row(name: str, entry: Entry, target: Target) -> Row:

@@ -7,75 +7,21 @@ the Fisher matrix in neural networks using Kronecker product singular value deco
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from .base import CURVATURE, Params, adopted
-from .checks import check_choice
-from .curvature import linalg
-from .curvature.approximations import Approximation, statistics_dtype
-from .curvature.kronecker import Options
-from .curvature.layers import Layer
-from .curvature.samples import Observations, Samples
-from .likelihoods import Likelihood
-from .natural_gradient import Auto, Block, Fisher, KLOf, KLUnit, NaturalGradient, Stack, inner
-
-
-class SampledFisher(NaturalGradient):
-    """The engine of the methods that multiply with the exact Fisher matrix, all layers together.
-
-    Attributes:
-        samples: by layer name; all of the same observations. The next update replaces them: they are not averaged.
-    """
-
-    _bound = NaturalGradient._bound | {"samples", "_observations"}
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-
-    def _attach(self) -> None:
-        self.samples: dict[str, Samples] = {}
-        self._observations = Observations()
-        super()._attach()
-
-    def _block(self, layer: Layer) -> Approximation:
-        self.samples[layer.name] = Samples(layer, self._observations)
-        return super()._block(layer)
-
-    def _renew_samples(self, found: dict[str, dict[str, Tensor]]) -> None:
-        """Take over a step's samples, all or none of them; a layer that was not seen has none."""
-        for name, samples in self.samples.items():
-            samples.factors = found.get(name, {})
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._observations.reset()
-        for samples in self.samples.values():
-            samples.reset()
-
-    def _damping(self, layer: Layer) -> float:
-        """Lambda of a layer as a number, whatever ``damping_unit`` is."""
-        damping = self._lambda(layer)
-        if self.damping_unit == "absolute":
-            return damping
-        block = self.blocks[layer.name]
-        units = block.mean_eigenvalue(block.factors)
-        return damping * float(units.clamp(min=torch.finfo(units.dtype).tiny).mean())
-
-    def _curvature(self) -> dict[str, Any]:
-        """See NaturalGradient; also the samples in use, whose shapes are those of the last update's batch."""
-        curvature = super()._curvature()
-        curvature["samples"] = {name: dict(samples.factors) for name, samples in self.samples.items()}
-        curvature["layers"] = {n: f for n, f in curvature["layers"].items() if not isinstance(self.blocks[n], Samples)}
-        return curvature
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        super()._restore(saved)
-        for name, samples in self.samples.items():
-            samples.factors = adopted(saved["samples"].get(name, {}), samples.layer.parameters[0])
+from ..base import CURVATURE, Params, with_fixed
+from ..checks import check_choice
+from ..curvature import linalg
+from ..curvature.approximations import Approximation, statistics_dtype
+from ..curvature.layers import Layer
+from ..curvature.samples import Samples
+from ..natural_gradient import Auto, Block, Stack, inner
+from .sampled import SampledFisher
 
 
 class ExactNaturalGradient(SampledFisher):
@@ -95,77 +41,36 @@ class ExactNaturalGradient(SampledFisher):
     number of columns of the likelihood's root.
 
     Args:
-        model: the whole module.
-        params: parameters or groups; default all.
-        lr: learning rate; ``auto``: see NaturalGradient.
-        momentum: decay of the sum of past directions; ``auto``: see NaturalGradient.
-        damping: lambda; ``auto``: see NaturalGradient.
-        damping_unit: lambda is ``absolute``, or in units of the mean eigenvalue of each ``layer``.
         damping_mode: ``standard``: lambda; ``heuristic``: ``lambda (s_max(A) + s_max(G)) + lambda²``, layer by layer,
             with K-FAC's factors A and G of the same samples. That is how much the ``(A + lambda I) (x) (G + lambda I)``
             of a factored damping adds at most. Layers without such factors (norms, Embedding) have lambda.
         blocks: ``full``: F as it is; ``layer``: its diagonal blocks, a layer each (each layer has a damping of its own
             in either case).
-        kl_clip: kappa; None: off.
-        kl_of: what kappa bounds: the ``step`` that is taken, the step as ``measured``, or its new ``direction`` alone.
-        kl_unit: kappa is of an ``observation``, each ``variable`` that it predicts, or the ``root`` of their number.
-        kl_warmup: steps over which the radius ``sqrt(kl_clip)`` grows to its length; 0: none.
-        fisher: sampled, empirical or exact.
         batch_fraction: share of the batch that F is taken on.
         update_every: steps between updates of the samples and of the decomposition.
-        weight_decay: L2 coefficient, added to the preconditioned gradient.
-        fallback_lr: first-order step of the parameters without curvature.
-        skip: regular expression of layers to leave to the fallback.
-        likelihood: of the model's outputs; needed unless ``fisher="empirical"``.
-        seed: of the sampled targets.
-        loss_reduction: how the loss sums over examples; matters for ``fisher="empirical"`` only.
-        decoupled_decay: as in AdamW: ``theta *= 1 - lr weight_decay``, apart from the preconditioned gradient.
-        flags: torch's; see CurvatureOptimizer.
-
-    Raises:
-        ValueError: for a hyper-parameter out of its range.
     """
+
+    fixed: ClassVar[Mapping[str, Any]] = {"decay": 0.0, "early_updates": False, "refresh_every": 1}
+    between_layers = True
 
     def __init__(
         self,
         model: nn.Module,
         params: Params | None = None,
         *,
-        lr: Auto = 0.1,
-        momentum: Auto = 0.9,
         damping: Auto = 1e-2,
-        damping_unit: Literal["absolute", "layer"] = "absolute",
+        update_every: int = 1,
         damping_mode: Literal["standard", "heuristic"] = "standard",
         blocks: Literal["full", "layer"] = "full",
-        kl_clip: float | None = 1e-3,
-        kl_of: KLOf = "step",
-        kl_unit: KLUnit = "root",
-        kl_warmup: int = 0,
-        fisher: Fisher = "sampled",
-        batch_fraction: float = 1.0,
-        update_every: int = 1,
-        weight_decay: float = 0.0,
-        fallback_lr: float = 1e-3,
-        skip: str | None = None,
-        likelihood: Likelihood | None = None,
-        seed: int = 0,
-        loss_reduction: Literal["mean", "sum"] = "mean",
-        decoupled_decay: bool = False,
-        **flags: Any,
+        **shared: Any,
     ) -> None:
         check_choice("damping_mode", damping_mode, ("standard", "heuristic"))
         check_choice("blocks", blocks, ("full", "layer"))
         self.damping_mode, self.coupled = damping_mode, blocks == "full"
         self._root = torch.empty(0)  # [1 or layers, m, m]: the Cholesky factors of I + Sᵀ L^-1 S
         self._shifts = torch.empty(0)  # L, one a layer
-        super().__init__(
-            model, params, lr=lr, momentum=momentum, damping=damping, damping_unit=damping_unit,
-            kl_clip=kl_clip, kl_of=kl_of, kl_unit=kl_unit, kl_warmup=kl_warmup, fisher=fisher,
-            batch_fraction=batch_fraction, decay=0.0,
-            update_every=update_every, early_updates=False, refresh_every=1,
-            weight_decay=weight_decay, fallback_lr=fallback_lr, skip=skip, options=Options(), likelihood=likelihood,
-            seed=seed, loss_reduction=loss_reduction, decoupled_decay=decoupled_decay, flags=flags,
-        )  # fmt: skip
+        shared = with_fixed(ExactNaturalGradient, self, shared)
+        super().__init__(model, params, damping=damping, update_every=update_every, **shared)
 
     def _block(self, layer: Layer) -> Approximation:
         self.samples[layer.name] = Samples(layer, self._observations)
@@ -179,14 +84,13 @@ class ExactNaturalGradient(SampledFisher):
             self.updates += 1
         return self._saw
 
-    def _precondition(self) -> None:
+    def _renew_inverses(self) -> None:
         usable = [block for block in self.blocks.values() if block.factors]
         updated = self._updated_at == self.steps
         with record_function(CURVATURE):
             if self._take_damping(usable, updated) or updated:
                 self._decompose()
                 self._inverted_at = self.steps
-            self._solve()
 
     def _decompose(self) -> None:
         """Take the samples' Gram matrix apart."""
@@ -235,9 +139,6 @@ class ExactNaturalGradient(SampledFisher):
         places = {stack.blocks[0].layer.name: index for index, stack in enumerate(self._stacks)}
         shifts = torch.stack([self._shifts[places[block.layer.name]] for block in blocks])
         return shifts.to(statistics_dtype(blocks[0].layer.parameters[0]))
-
-    def _knows_length(self) -> bool:
-        return super()._knows_length() and len(self.param_groups) == 1  # else blocks between groups have two rates
 
     def _squared(self, tensors: list[Tensor]) -> list[Tensor]:
         """See NaturalGradient. Each layer's share of ``xᵀ (F + L) x``: blocks between layers go half to either."""

@@ -11,152 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from .base import CURVATURE, CurvatureOptimizer, Params, descend_scaled, rate, real
-from .checks import check_range
-from .curvature import communication, second_order
-from .curvature.recorder import TwiceDifferentiable
-
-
-def rademacher(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Independent ±1 entries in the shapes of ``tensors``: a pure function of ``seed``, whatever the rank.
-
-    Every bit of a random byte string is a sign, looked up eight at a time: one draw an entry would cost more than the
-    update itself.
-    """
-    device = tensors[0].device
-    total = sum(t.numel() for t in tensors)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    words = torch.randint(-(2**63), 2**63 - 1, ((total + 63) // 64,), generator=generator, device=device)
-    bits = (torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)) & 1
-    signs = F.embedding(words.view(torch.uint8).int(), (2 * bits - 1).to(tensors[0].dtype)).flatten()
-    pieces = signs[:total].split([t.numel() for t in tensors])
-    return [piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors, strict=True)]
-
-
-def hutchinson(
-    gradients: Sequence[Tensor],
-    params: Sequence[Tensor],
-    seed: int,
-    samples: int = 1,
-    retain_graph: bool = False,
-    signed: bool = True,
-) -> list[Tensor | None]:
-    """``mean_s z_s * (H z_s)``, whose expectation is the Hessian's diagonal: signed, one tensor a parameter.
-
-    Args:
-        gradients: gradients of a scalar by ``params``, with a graph (``create_graph=True``); it is freed.
-        params: the parameters.
-        seed: of the probes; the same seed gives the same probes on every rank and in every micro-batch.
-        samples: how many probes are averaged.
-        retain_graph: keep the graph for another backward pass.
-        signed: false: of a single sample ``H z``, where the magnitude alone is asked for: a pass less.
-
-    Returns:
-        None for a parameter that the gradients do not depend on (its Hessian is zero). Complex parameters count as
-        real ones of two channels, and so does their diagonal.
-    """
-    gradients = real(gradients)
-    probed = real(p.detach() for p in params)
-    curved = [g.requires_grad for g in gradients]
-    roots = [g for g, c in zip(gradients, curved, strict=True) if c]
-    result: list[Tensor | None] = [None] * len(params)
-    if not roots:
-        return result
-    for sample in range(samples):
-        probes = rademacher(probed, seed + sample)
-        chosen = [z for z, c in zip(probes, curved, strict=True) if c]
-        products = torch.autograd.grad(
-            roots, params, grad_outputs=chosen, retain_graph=retain_graph or sample + 1 < samples, allow_unused=True
-        )
-        for i, (z, hz) in enumerate(zip(probes, products, strict=True)):
-            if hz is not None:
-                (hz,) = real([hz])
-                # Out of place: what autograd returns may be an expanded view, or shared.
-                previous = result[i]
-                if samples == 1 and not signed:
-                    result[i] = hz
-                else:
-                    result[i] = z * hz if previous is None else torch.addcmul(previous, z, hz)
-    if samples > 1:
-        result = [None if r is None else r / samples for r in result]
-    return result
-
-
-def block_mean(curvature: Tensor, block_size: int | None) -> Tensor:
-    """``|D|`` averaged over the blocks of one parameter, as in the published implementations; size 1 where averaged.
-
-    Three or more dimensions: over the kernel positions (dimensions 2 and up). Two dimensions: over blocks of
-    ``block_size`` along each row (the last may be shorter), or not at all if it is None. One or none: not at all; the
-    sign, which the square will take away, then stays.
-    """
-    if curvature.dim() >= 3:
-        return curvature.abs().mean(dim=list(range(2, curvature.dim())), keepdim=True)
-    if curvature.dim() == 2 and block_size is not None:
-        means = [part.mean(1, keepdim=True) for part in curvature.abs().split(block_size, dim=1)]
-        return torch.cat(means, dim=1)
-    return curvature
-
-
-def block_expand(means: Tensor, shape: torch.Size, block_size: int | None) -> Tensor:
-    """Spread the result of ``block_mean`` over the blocks again: a view where that can be."""
-    if means.shape == shape:
-        return means
-    if len(shape) == 2:
-        assert block_size is not None
-        return means.repeat_interleave(block_size, dim=1)[:, : shape[1]]
-    return means.expand(shape)
-
-
-def _owned(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, cloned where they share memory or are expanded: what ``.grad`` may hold and others may change."""
-    seen: set[int] = set()
-    result = []
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        own = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in seen
-        seen.add(storage.data_ptr())
-        result.append(tensor if own else tensor.clone(memory_format=torch.contiguous_format))
-    return result
-
-
-#: What is said of parameters that only a backward pass within the backward pass reaches.
-UNSEEN = (
-    "AdaHessian finds no second derivatives by {}, which a function of the model differentiates by in a backward pass "
-    "of its own: give torch.utils.checkpoint use_reentrant=False, or compute it without that function."
-)
-
-
-def _graph(*roots: Tensor) -> tuple[list[Any], list[Tensor]]:
-    """The nodes behind some tensors, and the leaves they accumulate gradients of."""
-    seen: set[Any] = set()
-    found, waiting, leaves = [], [root.grad_fn for root in roots], []
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found.append(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.append(leaf)
-        waiting += [before for before, _ in node.next_functions]
-    return found, leaves
-
-
-def _may_hide(node: Any) -> bool:
-    """Whether a node is a function written in Python, of which this package's own hide nothing."""
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
-        return False
-    return getattr(type(node), "_forward_cls", type(node)).__module__ != second_order.__name__
-
-
-def _differ(a: Tensor, b: Tensor) -> bool:
-    """Whether two gradients are not one up to the rounding of half precision."""
-    return bool((a - b).norm() > 0.02 * b.norm())
+from ..base import CURVATURE, CurvatureOptimizer, Params, descend_scaled, rate, real
+from ..checks import check_range
+from ..curvature import communication
+from ..curvature.recorder import TwiceDifferentiable
+from .graphs import UNSEEN, differ, graph, may_hide, owned
+from .hutchinson import block_expand, block_mean, hutchinson
 
 
 class AdaHessian(CurvatureOptimizer):
@@ -287,7 +151,7 @@ class AdaHessian(CurvatureOptimizer):
                 "AdaHessian needs second derivatives and an operation of this model has none (fused attention is the "
                 f"usual one: give AdaHessian the whole module, not its parameters). PyTorch says: {error}"
             ) from error
-        gradients = _owned([g.detach().resolve_conj() for _, g in found])
+        gradients = owned([g.detach().resolve_conj() for _, g in found])
         communication.average_(real(gradients))
         for (p, _), g in zip(found, gradients, strict=True):
             p.grad = g if p.grad is None else p.grad + g
@@ -298,8 +162,8 @@ class AdaHessian(CurvatureOptimizer):
         Only a function written in Python can hide parameters, in a backward pass of its own. Where the loss has any,
         a plain backward pass tells; once for the same functions and the same parameters found.
         """
-        nodes, leaves = _graph(loss)
-        hiding = [type(node).__name__ for node in nodes if _may_hide(node)]
+        nodes, leaves = graph(loss)
+        hiding = [type(node).__name__ for node in nodes if may_hide(node)]
         if not hiding:
             return
         key = (tuple(sorted(set(hiding))), tuple(g is not None for g in grads))
@@ -321,7 +185,7 @@ class AdaHessian(CurvatureOptimizer):
                 for b, value in zip(buffers, kept, strict=True):
                     b.copy_(value)
         for p, g, full in zip(params, grads, plain, strict=True):
-            if full is not None and (g is None or _differ(g.detach(), full)):
+            if full is not None and (g is None or differ(g.detach(), full)):
                 raise RuntimeError(UNSEEN.format(self._name_of(p)))
         self._complete_losses.add(key)
 
@@ -334,7 +198,7 @@ class AdaHessian(CurvatureOptimizer):
         with record_function(CURVATURE):
             terms = hutchinson(grads, params, self._probe_seed(), self.samples, retain_graph, signed=False)
         zeros = (torch.zeros_like(*real([p.detach()])) if t is None else t for p, t in zip(params, terms, strict=True))
-        for p, term in zip(params, _owned(list(zeros)), strict=True):
+        for p, term in zip(params, owned(list(zeros)), strict=True):
             term = term if scale == 1.0 else term / scale
             self._pending[p] = self._pending[p] + term if p in self._pending else term
 
@@ -373,8 +237,8 @@ class AdaHessian(CurvatureOptimizer):
             )
         self._refuse_sparse([p.grad for p in params])  # type: ignore[misc]
         bare = [p for p in params if not p.grad.requires_grad]  # type: ignore[union-attr]
-        nodes, _ = _graph(*(p.grad for p in params))  # type: ignore[arg-type]
-        hiding = [type(node)._forward_cls.__module__ for node in nodes if _may_hide(node)]
+        nodes, _ = graph(*(p.grad for p in params))  # type: ignore[arg-type]
+        hiding = [type(node)._forward_cls.__module__ for node in nodes if may_hide(node)]
         if (bare and hiding) or torch.utils.checkpoint.__name__ in hiding:  # which may hide a part of a gradient, too
             raise RuntimeError(UNSEEN.format(self._name_of(bare[0]) if bare else "some parameters"))
         with torch.enable_grad():

@@ -1,0 +1,54 @@
+"""Any optimizer for a model, ours or another package's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..likelihoods import Likelihood
+from .groups import Params
+from .optimizer import CurvatureOptimizer
+
+
+def build_optimizer(
+    target: Callable[..., torch.optim.Optimizer],
+    model: nn.Module,
+    *,
+    params: Params | None = None,
+    likelihood: Likelihood | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """Build any optimizer, ours or another package's, for a model.
+
+    Ours, and what asks for a ``model`` first, take the module itself; the others take its parameters. ``likelihood``
+    and ``seed`` reach those that ask.
+
+    Args:
+        target: an optimizer class, or a function that returns an optimizer.
+        model: the module to train.
+        params: parameters or groups of it to train; None: all.
+        likelihood: what the outputs say about the targets.
+        seed: of whatever the optimizer samples.
+        options: hyper-parameters.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: for a hyper-parameter out of its range, or groups for an optimizer that takes none.
+    """
+    accepted = inspect.signature(target).parameters
+    injected = {"likelihood": likelihood, "seed": seed}
+    options |= {k: v for k, v in injected.items() if k in accepted and k not in options and v is not None}
+    ours = isinstance(target, type) and issubclass(target, CurvatureOptimizer)
+    takes_model = ours or next(iter(accepted)) == "model"
+    if params is None:
+        return target(model if takes_model else model.parameters(), **options)
+    if "params" not in accepted:
+        raise ValueError("params cannot be given to this optimizer, which takes the whole model: choose another one")
+    return target(params=params, **({"model": model} if "model" in accepted else {}), **options)

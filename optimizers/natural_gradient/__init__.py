@@ -1,0 +1,26 @@
+"""The engine of the methods that step along a natural gradient."""
+
+from .fisher import Fisher, FisherEstimate, Once
+from .kl_clip import KLClip, KLOf, KLUnit
+from .lengths import LengthRule
+from .moves import Moves
+from .optimizer import Auto, NaturalGradient
+from .stacks import Block, Stack, inner, reader, stacked
+
+__all__ = [
+    "Auto",
+    "Block",
+    "Fisher",
+    "FisherEstimate",
+    "KLClip",
+    "KLOf",
+    "KLUnit",
+    "LengthRule",
+    "Moves",
+    "NaturalGradient",
+    "Once",
+    "Stack",
+    "inner",
+    "reader",
+    "stacked",
+]

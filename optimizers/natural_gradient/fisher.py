@@ -1,0 +1,151 @@
+"""The estimate: what is sent back through the model so that layers see the Fisher matrix of a likelihood."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..base import placed_mask
+from ..curvature import communication
+from ..curvature.losses import stated
+from ..curvature.recorder import set_aside
+from ..likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+
+Fisher = Literal["sampled", "empirical", "exact"]
+
+
+class Once:
+    """Warnings that are given once each."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, sentence: str) -> None:
+        """Warn of something, unless that was done.
+
+        Args:
+            sentence: without its full stop.
+        """
+        if sentence not in self._said:
+            self._said.add(sentence)
+            warnings.warn(sentence + ".", stacklevel=5)
+
+
+class FisherEstimate:
+    """The gradients by outputs whose second moments are the Fisher matrix of a likelihood.
+
+    Args:
+        likelihood: of the model's outputs.
+        fisher: targets are sampled from the predictions, or all of them, weighed (``exact``).
+        seed: of the sampled targets.
+        say: how a user is told, once.
+    """
+
+    def __init__(self, likelihood: Likelihood, fisher: Fisher, seed: int, say: Once) -> None:
+        self.likelihood, self.fisher, self.seed, self.say = likelihood, fisher, seed, say
+        self._generator: torch.Generator | None = None
+
+    def reset(self) -> None:
+        """Begin a step: targets are drawn anew."""
+        self._generator = None
+
+    def compare_losses(self, loss: Tensor, outputs: Tensor) -> None:
+        """Say where the loss, as far as its graph tells, is another one than the likelihood's.
+
+        Args:
+            loss: with its graph.
+            outputs: that it was computed from.
+        """
+        likelihood = self.likelihood
+        for found in stated(loss, outputs):
+            if isinstance(likelihood, Categorical) and found.kind == "cross_entropy":
+                if found.weight is not None and likelihood.weight is None:
+                    self.say("the loss weighs classes and the likelihood does not: use Categorical(weight=...)")
+            elif isinstance(likelihood, (Gaussian, Bernoulli)) and found.kind in ("mse", "bernoulli"):
+                features = likelihood.observations(outputs).shape[-1]
+                if found.reduction == "mean" and likelihood.reduction != "mean" and features > 1:
+                    name = type(likelihood).__name__
+                    self.say(
+                        f"the loss averages over {features} features and {name}() sums over them, so curvature is so "
+                        f"many times too large: use {name}(reduction='mean')"
+                        + (", and sigma=0.5**0.5 for F.mse_loss" if isinstance(likelihood, Gaussian) else "")
+                    )
+
+    def weights(
+        self, loss: Tensor, outputs: Tensor, targets: Tensor | None, mask: Tensor | None, told: bool
+    ) -> Tensor:
+        """How much each observation weighs in the loss, ``[n, ...]``.
+
+        Args:
+            loss: with its graph.
+            outputs: that it was computed from.
+            targets: of the loss, if they are known.
+            mask: which observations count; None: as targets say.
+            told: whether nobody has to be told of observations without a gradient.
+
+        Raises:
+            ValueError: mask or targets do not fit the outputs.
+        """
+        weights = self.likelihood.weights(outputs, targets)
+        if mask is not None:
+            kept = weights * placed_mask(mask.to(weights.device), weights.shape)
+            total = kept.sum()
+            one = torch.ones_like(total)
+            unit = one if self.likelihood.reduction == "sum" else weights.sum() / total.where(total > 0, one)
+            return kept * unit
+        if not told:
+            with set_aside():
+                (own,) = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+            if own is not None:
+                silent = self.likelihood.observations(own).eq(0).all(-1)
+                if bool(silent.any()):
+                    self.say(
+                        f"the loss has no gradient at {int(silent.sum())} of {silent.numel()} observations, "
+                        "which count all the same: if they are padding, say so by backward(..., mask=...)"
+                    )
+        return weights
+
+    def gradients(
+        self, outputs: Tensor, weights: Tensor, chosen: Tensor | None, scale: float, step: int
+    ) -> Iterator[Tensor]:
+        """What to send back: each observation's score of sampled targets, or the columns of a root of its Fisher.
+
+        Scaled so that a mean over examples is the weighted sum over observations. Zero for who is not chosen.
+
+        Args:
+            outputs: observations, ``[n, ..., features]``.
+            weights: theirs in the loss.
+            chosen: which of them are observed; None: all.
+            scale: a factor inside the loss.
+            step: that is under way, of which sampled targets are a function.
+        """
+        outputs = outputs.detach()
+        chosen = None if chosen is None else chosen.to(outputs.device)
+        seen, shares = (outputs, weights) if chosen is None else (outputs[chosen], weights[chosen])
+        shown = shares.sum()
+        unit = (len(seen) * shares * (weights.sum() / shown.where(shown > 0, 1))).sqrt().unsqueeze(-1) * scale
+
+        def placed(gradient: Tensor) -> Tensor:
+            if chosen is None:
+                return gradient
+            return torch.zeros_like(outputs, dtype=gradient.dtype).index_copy_(0, chosen, gradient)
+
+        if self.fisher == "sampled":
+            if self._generator is None:
+                self._generator = torch.Generator(outputs.device).manual_seed(self.seed * 1_000_003 + step)
+            targets = self.likelihood.sample(
+                outputs, self._generator, rank=communication.rank(), world_size=communication.world_size()
+            )
+            yield placed(unit * self.likelihood.score(seen, targets if chosen is None else targets[chosen]))
+            return
+        root = unit.unsqueeze(-1) * self.likelihood.hessian_sqrt(seen)
+        positions = root.flatten(1, -3) if root.dim() > 3 else root.unsqueeze(1)  # [n, positions, features, rank]
+        for position in range(positions.shape[1]):
+            for column in range(positions.shape[-1]):
+                gradient = torch.zeros_like(positions[..., 0])
+                gradient[:, position] = positions[:, position, :, column]
+                yield placed(gradient.view_as(seen))
