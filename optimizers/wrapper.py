@@ -47,11 +47,14 @@ def wrappers(optimizer: Optimizer) -> list[str]:
 
 
 def check_wrappers(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Raise ValueError with a sentence where a state is of other wrappers than there are.
+    """See to it that a state is of the wrappers that there are.
 
     Args:
         optimizer: any, wrapped or not.
         state: what ``state_dict()`` returned. One that went through ``torch.distributed.checkpoint`` does not say.
+
+    Raises:
+        ValueError: it is of others.
     """
     here, saved = wrappers(optimizer), list(state.get(WRAPPERS, {}))
     if here != saved and (WRAPPERS in state or (here and "param_groups" in state and not _has_own(state, here[0]))):

@@ -46,7 +46,7 @@ def read_pickled(file: Path) -> Any:
     try:
         kind = _archive(file)
     except (OSError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
-        raise _damaged(file) from error
+        raise ValueError(_damaged(file)) from error
     if kind:
         raise ValueError(f"{file} {kind}")
     try:
@@ -65,7 +65,7 @@ def read_pickled(file: Path) -> Any:
                 f"{file} was written with a protocol of pickle that is not read without running it: where you trust "
                 "it, write it anew, torch.save(torch.load(FILE, weights_only=False), NEW)"
             ) from error
-        raise _damaged(file) from error
+        raise ValueError(_damaged(file)) from error
 
 
 def _archive(file: Path) -> str:
@@ -84,12 +84,12 @@ def _archive(file: Path) -> str:
     return ""
 
 
-def _damaged(file: Path) -> ValueError:
+def _damaged(file: Path) -> str:
     with file.open("rb") as opened:
         begin = opened.read(4)
     if begin.startswith(b"PK") and not zipfile.is_zipfile(file):
-        return ValueError(f"{file} is damaged: its end is missing, so copy or download it anew")
-    return ValueError(f"{file} cannot be read: it is damaged, or no file of tensors that torch.save wrote")
+        return f"{file} is damaged: its end is missing, so copy or download it anew"
+    return f"{file} cannot be read: it is damaged, or no file of tensors that torch.save wrote"
 
 
 def _other_objects(file: Path) -> list[str]:

@@ -130,6 +130,9 @@ class AdaHessian(CurvatureOptimizer):
         """See CurvatureOptimizer. Where ranks train together, the gradient of a due step is averaged here.
 
         The loss says all: outputs, targets and mask have no meaning here.
+
+        Raises:
+            RuntimeError: an operation of the model has no second derivative, or hides parameters.
         """
         if not self._due():
             loss.backward(retain_graph=retain_graph)
@@ -157,10 +160,13 @@ class AdaHessian(CurvatureOptimizer):
             p.grad = g if p.grad is None else p.grad + g
 
     def _check_complete(self, loss: Tensor, params: list[Tensor], grads: Sequence[Tensor | None]) -> None:
-        """Raise RuntimeError if ``loss.backward()`` would reach parameters that differentiating by them does not.
+        """See to it that ``loss.backward()`` reaches no parameters that differentiating by them does not.
 
         Only a function written in Python can hide parameters, in a backward pass of its own. Where the loss has any,
         a plain backward pass tells; once for the same functions and the same parameters found.
+
+        Raises:
+            RuntimeError: it does.
         """
         nodes, leaves = graph(loss)
         hiding = [type(node).__name__ for node in nodes if may_hide(node)]

@@ -122,6 +122,9 @@ class FisherEstimate:
             chosen: which of them are observed; None: all.
             scale: a factor inside the loss.
             step: that is under way, of which sampled targets are a function.
+
+        Yields:
+            Gradients by the outputs, of their shape.
         """
         outputs = outputs.detach()
         chosen = None if chosen is None else chosen.to(outputs.device)

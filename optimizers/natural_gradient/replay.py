@@ -72,11 +72,14 @@ class Replay:
             self.losses.append(self._loss(len(self.losses), outputs))
 
     def check(self, asked: str, when: str) -> None:
-        """Raise RuntimeError if what the model returned is not known of each of its calls.
+        """See to it that what the model returned is known of each of its calls.
 
         Args:
             asked: the option that needs it.
             when: in each step, or in some.
+
+        Raises:
+            RuntimeError: it is not.
         """
         if not self.shown or len(self.shown) != len(self.inputs.calls):
             raise RuntimeError(

@@ -154,6 +154,9 @@ def _references(optimizer: Optimizer) -> dict[str, float]:
     """The rates at which a schedule's factor is 1: the optimizer's default where groups have it, or the first group's.
 
     By kind of group.
+
+    Raises:
+        ValueError: no rate is above 0.
     """
     found: dict[str, list[float]] = {}
     for group in optimizer.param_groups:

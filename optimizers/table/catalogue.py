@@ -67,6 +67,9 @@ def present(names: list[str] | None = None) -> Iterator[tuple[str, Entry, Target
 
     Args:
         names: those asked for; default all.
+
+    Yields:
+        Name, entry and class.
     """
     for name in CATALOGUE if names is None else names:
         module, _, attribute = CATALOGUE[name].target.rpartition(".")

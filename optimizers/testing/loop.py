@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import build_optimizer
-from ..base import CurvatureOptimizer, Params
+from ..base import CurvatureOptimizer, Params, build_optimizer
 from ..likelihoods import Categorical, Likelihood
 from ..wrapper import innermost
 
