@@ -8,6 +8,7 @@ from .exact import ExactNaturalGradient
 from .fishleg import FishLeg
 from .kronecker import EKFAC, KFAC, KPSVD, Deflation, KFACCorrected, Lanczos
 from .likelihoods import Bernoulli, Categorical, Gaussian, LearnedGaussian, Likelihood
+from .newton_muon import NewtonMuon
 from .step_length import Graft, Normalized
 from .two_level import TwoLevelKFAC
 from .wrapper import Wrapper, innermost
@@ -33,6 +34,7 @@ __all__ = [
     "Lanczos",
     "LearnedGaussian",
     "Likelihood",
+    "NewtonMuon",
     "Normalized",
     "ScheduleFree",
     "TwoLevelKFAC",

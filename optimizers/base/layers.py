@@ -108,7 +108,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
 
     def _watch(
         self,
-        make_block: Callable[[Layer], Approximation],
+        make_block: Callable[[Layer], Approximation | None],
         *,
         skip: str | None = None,
         deferred: bool = False,
@@ -121,7 +121,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
         from then on.
 
         Args:
-            make_block: the block of a layer.
+            make_block: the block of a layer; None: this method has none for it, and leaves it to the fallback.
             skip: regular expression; layers in whose name it is found are left to the fallback.
             deferred: see Recorder.
             fraction: see Recorder.
@@ -154,8 +154,11 @@ class LayerwiseOptimizer(GroupedOptimizer):
             elif not any(p in mine for p in layer.parameters):
                 continue
             elif all(p in mine or not p.requires_grad for p in layer.parameters):
-                self.blocks[name] = before[name] if name in before else self._watching["make_block"](layer)
-                continue
+                block = before[name] if name in before else self._watching["make_block"](layer)
+                if block is not None:
+                    self.blocks[name] = block
+                    continue
+                reason = "no matrix"
             else:
                 reason = "layer trained in part by another optimizer"
             for p in own:

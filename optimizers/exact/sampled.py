@@ -28,7 +28,7 @@ class SampledFisher(NaturalGradient):
         self._observations = Observations()
         super()._attach()
 
-    def _block(self, layer: Layer) -> Approximation:
+    def _block(self, layer: Layer) -> Approximation | None:
         self.samples[layer.name] = Samples(layer, self._observations)
         return super()._block(layer)
 

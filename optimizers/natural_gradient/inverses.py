@@ -81,7 +81,7 @@ class BlockInverses(CurvatureOptimizer):
     def affine_block(self, layer: AffineLayer) -> Approximation:
         """The block of an affine layer."""
 
-    def _block(self, layer: Layer) -> Approximation:
+    def _block(self, layer: Layer) -> Approximation | None:
         return self.affine_block(layer) if isinstance(layer, AffineLayer) else ExactDiagonal(layer, self.options)
 
     def renew(self) -> None:

@@ -57,6 +57,7 @@ CATALOGUE: dict[str, Entry] = {
     "lamb": Entry("pytorch_optimizer.Lamb", "Adam, steps as long as weights allow", "ICLR 2020, 1904.00962"),
     "lion": Entry("pytorch_optimizer.Lion", "sign of an average", "NeurIPS 2023, 2302.06675"),
     "muon": Entry("optimizers.packaged.muon", "orthogonalized momentum; AdamW for the rest", "Jordan et al. 2024"),
+    "newton_muon": Entry("optimizers.NewtonMuon", "Muon behind K-FAC's factor of the inputs", "Jordan et al. 2024"),
     "torch": Entry("optimizers.packaged.torch_optim", "any of torch.optim, by name", ""),
     "pytorch_optimizer": Entry("optimizers.packaged.pytorch_optimizer", "any of the package, by name", ""),
 }

@@ -27,6 +27,7 @@ from optimizers import (
     FishLeg,
     KFACCorrected,
     Lanczos,
+    NewtonMuon,
     TwoLevelKFAC,
 )
 from optimizers.packaged import EXCEPTIONS, muon
@@ -106,6 +107,10 @@ OPTIMIZERS: dict[str, partial[torch.optim.Optimizer]] = {
     "lamb": partial(pytorch_optimizer.Lamb, lr=1e-3, weight_decay=5e-4),
     "lion": partial(pytorch_optimizer.Lion, lr=1e-3),
     "muon": partial(muon, lr=5e-3),
+    "newton_muon": partial(
+        # In half precision, rounding leaves what six examples span; there A + damping is damping alone.
+        NewtonMuon, lr=5e-3, damping=10.0, update_every=3, refresh_every=4, weight_decay=5e-4
+    ),
     "adabelief": partial(pytorch_optimizer.AdaBelief, lr=1e-3),
     "adan": partial(pytorch_optimizer.Adan, lr=1e-3),
     "ademamix": partial(pytorch_optimizer.AdEMAMix, lr=1e-3),
