@@ -1,0 +1,97 @@
+"""What a model has come to: on the validation set in the course of training, on the test set at its end."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Literal
+
+import torch.distributed as dist
+from torch import nn
+
+from training.loop import rng
+from training.loop.distributed import broadcast_buffers
+from training.loop.precision import Precision
+from training.runs import checkpoints
+from training.runs.averaging import averaged
+from training.runs.finite import require_finite, require_finite_loss
+from training.runs.run import Run
+from training.tasks.task import Task
+
+if TYPE_CHECKING:
+    from data import BatchLoader
+
+
+def evaluate(model: nn.Module, loader: BatchLoader, task: Task, precision: Precision) -> dict[str, float]:
+    """A task's metrics over a whole set, each example once, whatever share of it each rank holds.
+
+    The model is put in evaluation mode and back; random generators are left as they were.
+
+    Args:
+        model: the bare model (DDP's wrapper would exchange messages a pass, and shares may differ in length).
+        loader: the set; an empty one has no metrics.
+        task: says what is measured.
+        precision: of the forward pass.
+
+    Returns:
+        {"loss": ..., "accuracy": ...}, or what else the task measures; the loss is the likelihood's own, without
+        smoothing.
+    """
+    if loader.num_examples == 0:
+        return {}
+    meters = task.examiners(precision.device)
+    with rng.observed(model, precision.device):
+        task.examine(model, loader, meters, precision)
+    return meters.compute()
+
+
+def validate(run: Run) -> None:
+    """Measure on the validation set, tell whoever looks on, and keep the weights if they are the best so far.
+
+    Args:
+        run: that is under way, or has ended.
+
+    Raises:
+        Diverged: the loss or a weight is no longer finite.
+    """
+    require_finite(run)
+    with averaged(run):
+        values = measure(run, "val")
+        run.evaluated = run.step
+        if not values:  # a data set without validation examples
+            return
+        require_finite_loss(run, values["val/loss"], "validation")
+        with run.clock.count("other"):
+            run.emit("eval", values)
+            improved = run.improves(values)
+            if improved:
+                found = {"metric": run.monitor, "value": values[run.monitor], "step": run.step, "epoch": run.epoch}
+                run.best = found | values
+            for callback in run.callbacks:
+                callback.on_evaluation(run, values)
+            if improved:
+                state = checkpoints.capture(run)
+                if run.world.is_main:
+                    checkpoints.save(run.folder.checkpoints / "best.pt", state)
+                run.best_written = run.step
+
+
+def measure(run: Run, split: Literal["val", "test"]) -> dict[str, float]:
+    """Metrics on a set, by their names in events ("val/loss", ...). Every rank must call it."""
+    with run.clock.count("evaluation"):
+        broadcast_buffers(run.model, run.world)
+        values = evaluate(run.model, getattr(run.data, split), run.task, run.precision)
+    return {f"{split}/{name}": value for name, value in values.items()}
+
+
+def test_best(run: Run) -> dict[str, float]:
+    """Test metrics of the best weights; the model holds the last ones before and after."""
+    last = copy.deepcopy(run.model.state_dict())  # with the versions of its layers' formats, which some ask for
+    try:
+        if run.world.is_main:
+            run.model.load_state_dict(checkpoints.load(run.folder.checkpoints / "best.pt")["model"])
+        if run.world.world_size > 1:
+            for parameter in run.model.parameters():
+                dist.broadcast(parameter.data, src=0)
+        return measure(run, "test")  # which broadcasts the buffers
+    finally:
+        run.model.load_state_dict(last)
