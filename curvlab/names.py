@@ -68,9 +68,10 @@ class Names(MetaPathFinder):
         """
         for part in PARTS:
             if part in sys.modules and not self._is_ours(part):
+                theirs = _place(sys.modules[part].__spec__)
                 raise ImportError(
-                    f"the program needs the name {part!r} for its own modules, and {_place(sys.modules[part].__spec__)} "
-                    "has been imported by that name: run curvlab in a process of its own",
+                    f"the program needs the name {part!r} for its own modules, and {theirs} has been imported by that "
+                    "name: run curvlab in a process of its own",
                     name=part,
                 )
         self.taken = True

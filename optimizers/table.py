@@ -23,6 +23,9 @@ from .packaged import DRAWING, EXCEPTIONS, LIMITS, Package
 
 Target = Callable[..., torch.optim.Optimizer]
 
+# What comes before "optimizers." here: nothing in the clone, "curvlab." where that is installed.
+_HOME = CurvatureOptimizer.__module__.partition("optimizers.")[0]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -124,7 +127,9 @@ def present(names: list[str] | None = None) -> Iterator[tuple[str, Entry, Target
         names: those asked for; default all.
     """
     for name in CATALOGUE if names is None else names:
-        module, _, attribute = CATALOGUE[name].target.rpartition(".")
+        target_name = CATALOGUE[name].target
+        ours = target_name.startswith("optimizers.")
+        module, _, attribute = f"{_HOME if ours else ''}{target_name}".rpartition(".")
         try:
             target = getattr(importlib.import_module(module), attribute, None)
         except ImportError:
