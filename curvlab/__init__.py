@@ -1,7 +1,7 @@
 """Curvature-aware optimizers for PyTorch, and the program that trains with them.
 
-``from curvlab.optimizers import KFAC`` needs torch alone; the command ``curvlab``, or ``python -m curvlab``, is the clone's
-``train.py``. Installed, all parts lie in this folder; in a clone they lie beside it.
+``from curvlab.optimizers import KFAC`` needs torch alone; the command ``curvlab`` (or ``python -m curvlab``) is the
+clone's ``train.py``. Installed, all parts lie in this folder; in a clone they lie beside it.
 """
 
 from __future__ import annotations
