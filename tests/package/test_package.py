@@ -19,6 +19,7 @@ import pytest
 from curvlab import __version__
 from curvlab.names import PARTS
 from tests.conftest import ROOT
+from training.command.cli import as_started
 
 # A run of three steps on the embedded digits.
 QUICK = (
@@ -183,8 +184,25 @@ def test_a_run_with_a_class_of_the_working_directory(python: Path, tmp_path: Pat
     (folder,) = (tmp_path / "runs").glob("*/*")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["steps"] == 3 and summary["git_commit"] is None
+    assert summary["versions"]["curvlab"] == __version__
+    assert (folder / "config.yaml").read_text().startswith("# curvlab optimizer=adafisher model=mlp ")
     assert "curvature of Mine" in (folder / "train.log").read_text()
     assert not (tmp_path / "datasets").exists() and not (tmp_path / "multirun").exists()
+
+
+def test_sentences_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a run folder of train.py: python train.py --cfg job, torchrun --nproc-per-node=2 train.py, /home/train.py"
+    monkeypatch.delenv("CURVLAB_COMMAND", raising=False)
+    assert as_started(text) == text
+    monkeypatch.setenv("CURVLAB_COMMAND", "curvlab")
+    said = "a run folder of curvlab: curvlab --cfg job, torchrun --nproc-per-node=2 -m curvlab, /home/train.py"
+    assert as_started(text) == said
+
+
+def test_the_readme_says_how() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert "pip install '.[train]'" in text and f"    curvlab {' '.join(QUICK[:2])}\n" in text
+    assert "torchrun --nproc-per-node=2 -m curvlab " in text
 
 
 def test_processes_that_are_spawned_know_the_names(python: Path, tmp_path: Path) -> None:

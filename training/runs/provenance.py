@@ -53,6 +53,7 @@ def summarise(run: Run, status: str, error: str | None = None) -> dict[str, Any]
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages a run's numbers depend on; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
+    found["curvlab"] = getattr(sys.modules.get("curvlab"), "__version__", None)  # installed; a clone has its commit
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -63,7 +64,7 @@ def versions() -> dict[str, str | None]:
 
 def git_commit() -> str | None:
     """The checkout's commit, with "+changes" where files differ from it; None outside a checkout or without git."""
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # an enclosing repository is not ours
         return None
 
