@@ -13,6 +13,7 @@ import textwrap
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,8 +33,8 @@ def give(command: list[str], work: Path, timeout: int = 120, **variables: str) -
     """Run a command in a folder, in an environment that knows nothing of the clone but what `variables` say."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "CURVLAB"))}
     environment = {**inherited, "OMP_NUM_THREADS": "1", **variables}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=work, env=environment, start_new_session=True, **pipes) as begun:  # type: ignore
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=work, env=environment, start_new_session=True, **pipes) as begun:
         try:
             out, err = begun.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
