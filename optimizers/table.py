@@ -24,7 +24,7 @@ from .packaged import DRAWING, EXCEPTIONS, LIMITS, Package
 Target = Callable[..., torch.optim.Optimizer]
 
 # What comes before "optimizers." here: nothing in the clone, "curvlab." where that is installed.
-_HOME = CurvatureOptimizer.__module__.partition("optimizers.")[0]
+_HOME = __name__.partition("optimizers.")[0]
 
 
 @dataclass(frozen=True)
