@@ -23,10 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, None for those of the process.
 
     Returns:
-        The exit code.
+        The exit code: train.py's; 1 where a package is missing that the program needs and the optimizers do not.
     """
     os.environ.setdefault("CURVLAB_COMMAND", "curvlab")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
-    code: int = importlib.import_module("curvlab.train").main(argv)
+    try:
+        train = importlib.import_module("curvlab.train")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "curvlab", *names.PARTS):
+            raise
+        sys.stderr.write(f"error: {missing} is not installed: pip install 'curvlab[train]' adds what curvlab needs\n")
+        return 1
+    code: int = train.main(argv)
     return code

@@ -206,6 +206,23 @@ def test_the_readme_says_how() -> None:
     assert "torchrun --nproc-per-node=2 -m curvlab " in text
 
 
+def test_what_an_installation_of_the_optimizers_alone_says(python: Path, tmp_path: Path) -> None:
+    script = """
+        import sys
+
+        sys.modules["hydra"] = None  # as where it is not installed
+
+        from curvlab.command import main
+
+        assert main(["optimizer=kfac"]) == 1
+    """
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(script))
+    done = give([str(python), str(path)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "error: hydra is not installed: pip install 'curvlab[train]' adds what curvlab needs\n"
+
+
 def test_processes_that_are_spawned_know_the_names(python: Path, tmp_path: Path) -> None:
     script = """
         import multiprocessing
