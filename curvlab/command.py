@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: train.py's; 1 where a package is missing that the program needs and the optimizers do not.
+
+    Raises:
+        ModuleNotFoundError: a module of Curvlab's own is missing.
     """
     os.environ.setdefault("CURVLAB_COMMAND", "curvlab")
     if not {"", os.getcwd()} & set(sys.path):
