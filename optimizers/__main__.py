@@ -11,7 +11,7 @@ from . import table
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
-    parser = argparse.ArgumentParser(prog="python -m optimizers", description="Print the table of all optimizers.")
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description="Print the table of all optimizers.")
     parser.add_argument("--markdown", action="store_true", help="as it stands in the README")
     options = parser.parse_args(argv)
     found = table.rows()

@@ -13,6 +13,9 @@ from ..packaged import Package
 
 Target = Callable[..., torch.optim.Optimizer]
 
+# What comes before "optimizers." here: nothing in the clone, "curvlab." where that is installed.
+_HOME = __name__.partition("optimizers.")[0]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -73,7 +76,9 @@ def present(names: list[str] | None = None) -> Iterator[tuple[str, Entry, Target
         Name, entry and class.
     """
     for name in CATALOGUE if names is None else names:
-        module, _, attribute = CATALOGUE[name].target.rpartition(".")
+        target_name = CATALOGUE[name].target
+        ours = target_name.startswith("optimizers.")
+        module, _, attribute = f"{_HOME if ours else ''}{target_name}".rpartition(".")
         try:
             target = getattr(importlib.import_module(module), attribute, None)
         except ImportError:

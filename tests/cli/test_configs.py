@@ -106,7 +106,8 @@ def test_help_lists_groups_and_choices(command: Callable[..., Outcome]) -> None:
 
 def test_commands_of_the_readme_and_the_help_are_valid(command: Callable[..., Outcome]) -> None:
     text = (ROOT / "README.md").read_text() + (CONFIG_FOLDER / "hydra" / "default.yaml").read_text()
-    given = re.findall(r"^ *(?:torchrun \S+|python) train\.py([^\n#`]*)", text, re.MULTILINE)
+    started = r"(?:torchrun \S+|python) train\.py|(?:torchrun \S+ -m )?curvlab"
+    given = re.findall(rf"^ *(?:{started})([^\n#`]*)", text, re.MULTILINE)
     assert len(given) > 10
     for line in given:
         words = shlex.split(line.split("   ")[0])

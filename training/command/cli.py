@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -77,7 +78,7 @@ def _wrapped() -> Iterator[None]:
         with redirect_stdout(printed):
             yield
     finally:
-        for line in printed.getvalue().splitlines():
+        for line in as_started(printed.getvalue()).splitlines():
             sys.stdout.write(textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False) + "\n")
 
 
@@ -187,7 +188,15 @@ def _complain(error: Exception) -> None:
     if not is_mendable(error) or os.environ.get("CURVLAB_DEBUG") == "1":
         traceback.print_exception(error)
     if is_mendable(error) and _is_main():
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {as_started(' '.join(str(error).split()))}\n")
+
+
+def as_started(text: str) -> str:
+    """A text that names `train.py`, as it is where that runs as the command `curvlab`, which says so by a variable."""
+    if "CURVLAB_COMMAND" not in os.environ:
+        return text
+    text = re.sub(r"(torchrun \S+) train\.py", r"\1 -m curvlab", text)
+    return re.sub(r"(python )?(?<![\w./])train\.py", "curvlab", text)
 
 
 def _is_main() -> bool:

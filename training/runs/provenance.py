@@ -54,6 +54,7 @@ def summarise(run: Run, status: str, error: str | None = None) -> dict[str, Any]
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages a run's numbers depend on; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
+    found["curvlab"] = getattr(sys.modules.get("curvlab"), "__version__", None)  # installed; a clone has its commit
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

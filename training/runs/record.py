@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,7 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """Text of the run folder's `config.yaml`."""
-        command = " ".join(["python train.py", *self.command])
+        command = " ".join([os.environ.get("CURVLAB_COMMAND", "python train.py"), *self.command])
         return f"# {command}\n{yaml.safe_dump(_lists(self.record()), sort_keys=False, allow_unicode=True)}"
 
 
