@@ -41,7 +41,7 @@ def polar(matrices: Tensor, steps: int = len(QUINTICS)) -> Tensor:
 
     Args:
         matrices: ``[n, rows, columns]``.
-        steps: of the iteration, five matrix products each.
+        steps: of the iteration, three matrix products each.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).to(statistics_dtype(matrices))
@@ -86,7 +86,8 @@ class NewtonMuon(KroneckerMethod):
         damping: lambda, in units of the mean eigenvalue of each layer's A unless ``damping_unit`` says otherwise.
         update_every: steps between updates of A.
         weight_decay: decoupled, as in AdamW.
-        polar_steps: of the iteration for the polar factor.
+        polar_steps: of the iteration for the polar factor; 5, as Muon has, leave singular values within a tenth of
+            1, 8 are exact.
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {
@@ -99,11 +100,11 @@ class NewtonMuon(KroneckerMethod):
         model: nn.Module,
         params: Params | None = None,
         *,
-        lr: float = 3e-3,
+        lr: float = 1e-2,
         momentum: float = 0.95,
         damping: float = 0.1,
         damping_unit: Literal["absolute", "layer"] = "layer",
-        polar_steps: int = len(QUINTICS),
+        polar_steps: int = 5,
         **shared: Any,
     ) -> None:
         for name, value in (("lr", lr), ("momentum", momentum), ("damping", damping)):

@@ -23,6 +23,8 @@ def test_polar_is_that_of_the_svd(shape: tuple[int, int], float64: None) -> None
     s = torch.logspace(0, -2.5, s.shape[-1]).expand_as(s)
     given = u * s.unsqueeze(-2) @ v
     torch.testing.assert_close(polar(given), u @ v, rtol=0, atol=1e-6)
+    few = torch.linalg.svdvals(polar(given, 5))
+    assert float((few - 1).abs().max()) < 0.15
     torch.testing.assert_close(polar(1e3 * given), polar(given), rtol=0, atol=1e-9)
     assert not polar(torch.zeros(1, *shape)).any()
 
@@ -35,7 +37,7 @@ def test_steps_are_those_of_the_definition(unit: str, float64: None) -> None:
     lr, momentum, damping, decay, keep = 0.1, 0.9, 0.05, 0.02, 0.5
     optimizer = NewtonMuon(
         model, lr=lr, momentum=momentum, damping=damping, damping_unit=unit, weight_decay=decay, decay=keep,
-        update_every=1, refresh_every=1,
+        update_every=1, refresh_every=1, polar_steps=8,
     )  # fmt: skip
     layers = [model[0], model[2]]
     buffers, factors = [0.0, 0.0], [0.0, 0.0]
