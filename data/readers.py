@@ -5,29 +5,40 @@ Each yields labelled images; what becomes of them is the tasks' business.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from data.options import Options
 from data.tasks.labelled import LabelledImages
 
 
-def load_digits() -> Any:
-    """scikit-learn's handwritten digits; the package takes seconds to import, so it is imported here."""
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's handwritten digits: float64 images ``[1797, 8, 8]`` from 0 to 16, and int64 targets.
+
+    From the package's file, where it has one: to import the package takes longer than a short run.
+    """
+    found = importlib.util.find_spec("sklearn")
+    places = [Path(place) for place in (found and found.submodule_search_locations) or ()]
+    files = [path for place in places if (path := place / "datasets" / "data" / "digits.csv.gz").exists()]
+    if files:
+        table = np.loadtxt(files[0], delimiter=",")
+        return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
     from sklearn import datasets
 
-    return datasets.load_digits()
+    bundled = datasets.load_digits()
+    return bundled.images, bundled.target
 
 
 def read_digits() -> LabelledImages:
     """1797 grey 8 × 8 images in ten classes; never mirrored, since a mirrored digit is no digit."""
-    bundled = load_digits()
-    images = torch.from_numpy(bundled.images).mul(255 / 16).round().to(torch.uint8)[:, None]  # from 0..16
+    pixels, targets = load_digits()
+    images = torch.from_numpy(pixels).mul(255 / 16).round().to(torch.uint8)[:, None]  # from 0..16
     names = [str(digit) for digit in range(10)]
-    return LabelledImages((images, torch.from_numpy(bundled.target)), names, flip=False)
+    return LabelledImages((images, torch.from_numpy(targets)), names, flip=False)
 
 
 @dataclass(frozen=True)

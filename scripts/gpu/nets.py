@@ -34,12 +34,13 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lanczos": ("Lanczos", KRONECKER),
     "twolevel_kfac": ("TwoLevelKFAC", KRONECKER | {"damping": 1.0}),
     "exact_ng": ("ExactNaturalGradient", {"lr": 0.05, "damping": 0.1, "update_every": 2}),
+    "newton_muon": ("NewtonMuon", {"lr": 0.005, "damping": 10.0, "update_every": 3, "refresh_every": 4}),
     "adahessian": ("AdaHessian", {"lr": 0.05, "hessian_every": 2, "weight_decay": 5e-4}),
     "fishleg": ("FishLeg", {"lr": 0.02, "damping": 0.1, "aux_every": 3, "weight_decay": 5e-4}),
 }
 
 #: Those whose Fisher matrix may be the data's or the exact one in place of a sampled one.
-FISHERS = tuple(name for name, (_, options) in OPTIMIZERS.items() if name == "exact_ng" or "refresh_every" in options)
+FISHERS = tuple(name for name, (_, options) in OPTIMIZERS.items() if name == "exact_ng" or "batch_fraction" in options)
 
 #: How far weights may be apart, in units of the distance that training moved them.
 TOLERANCE = {"fp64": 1e-6, "fp32": 2e-3, "bf16": 0.1, "fp16": 0.1}

@@ -61,7 +61,7 @@ def test_targets_are_the_inputs_in_a_row_and_pixels_of_the_images() -> None:
             assert inputs.data_ptr() != targets.data_ptr(), "an operation in place would change the targets"
             assert inputs.min() == 0 and inputs.max() == 1
     inputs, _ = next(digits.test.epoch(0))
-    original = torch.from_numpy(data.readers.load_digits().images)[rows(digits.test)]
+    original = torch.from_numpy(data.readers.load_digits()[0])[rows(digits.test)]
     torch.testing.assert_close(inputs[:, 0].double(), original / 16, rtol=0, atol=0.003)
 
 
