@@ -34,7 +34,10 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lanczos": ("Lanczos", KRONECKER),
     "twolevel_kfac": ("TwoLevelKFAC", KRONECKER | {"damping": 1.0}),
     "exact_ng": ("ExactNaturalGradient", {"lr": 0.05, "damping": 0.1, "update_every": 2}),
-    "newton_muon": ("NewtonMuon", {"lr": 0.005, "damping": 10.0, "update_every": 3, "refresh_every": 4}),
+    # A polar factor makes singular values that are rounding alone as large as the others, in so many steps.
+    "newton_muon": (
+        "NewtonMuon", {"lr": 0.005, "damping": 10.0, "update_every": 3, "refresh_every": 4, "polar_steps": 3}
+    ),
     "adahessian": ("AdaHessian", {"lr": 0.05, "hessian_every": 2, "weight_decay": 5e-4}),
     "fishleg": ("FishLeg", {"lr": 0.02, "damping": 0.1, "aux_every": 3, "weight_decay": 5e-4}),
 }
