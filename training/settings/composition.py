@@ -25,7 +25,6 @@ from training.settings.faults import PRESET, diagnose, fault_of_choice, refuse_a
 from training.settings.files import (
     CONFIG_FOLDER,
     CONFIG_NAME,
-    NO_STUDY,
     NOTHING,
     compose_files,
     known_choices,
@@ -126,8 +125,6 @@ def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence
 
     chosen = {group: choice for group, choice in choices.items() if choice and not group.startswith("hydra")}
     chosen.pop(PRESET, None)
-    if chosen.get("study") == NO_STUDY:
-        del chosen["study"]
     if OmegaConf.select(cfg, "resume") not in (None, "auto"):
         cfg, chosen = _take_up(cfg, chosen, command)
     return RunConfig(validate(resolve(cfg)), chosen, [text.removeprefix("++") for text in command])

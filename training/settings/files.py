@@ -11,7 +11,6 @@ import hydra
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -25,9 +24,6 @@ CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 CONFIG_NAME = "train"
 #: What these two are anyway; Hydra refuses null as a choice on the command line.
 NOTHING = ("experiment=null", "debug=null")
-#: The study of a run without one. It has no file, and a name because null has no place in the path of a preset.
-NO_STUDY = "none"
-ConfigStore.instance().store(group="study", name=NO_STUDY, node={}, package="_global_")
 #: Which defaults of its own Hydra is to have: 1.3 asks, and to later versions the question is a relic.
 BEHAVIOUR: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
 
