@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from training.command import cli
 from training.runs.record import RunConfig
-from training.settings.files import BEHAVIOUR, CONFIG_FOLDER, CONFIG_NAME
+from training.settings.composition import BEHAVIOUR, CONFIG_FOLDER, CONFIG_NAME, current
 
 
 def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
@@ -82,12 +82,12 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
 @hydra.main(**BEHAVIOUR, config_path=str(CONFIG_FOLDER), config_name=CONFIG_NAME)
 def job(cfg: DictConfig) -> float:
     """One job of this command; the monitored metric is what a sweeper may optimize."""
-    return cli.run_job(train, cfg)
+    return cli.run_job(train, current(cfg))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
-    return cli.main(job, argv)
+    return cli.main(train, job, argv)
 
 
 if __name__ == "__main__":

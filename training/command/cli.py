@@ -17,18 +17,17 @@ from training.errors import UserError
 from training.loop.signals import CTRL_C, Interrupted
 from training.runs.folder import RunFolder
 from training.runs.record import RunConfig
-from training.settings.composition import current, prepare
+from training.settings.composition import prepare
 from training.show import report
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from training.loop.distributed import World
 
 # Hydra would print exceptions in its own way and exit; with this they reach `main`.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 T = TypeVar("T")
+Train = Callable[[RunConfig], tuple[dict[str, Any], Path]]
 
 # Jobs of the sweep that runs in this process: name and summary, in order.
 _rows: list[tuple[str, dict[str, Any]]] = []
@@ -40,11 +39,12 @@ def is_mendable(error: object) -> bool:
     return isinstance(error, UserError) or (data is not None and isinstance(error, data.DataError))
 
 
-def main(job: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
-    """Run a Hydra program.
+def main(train: Train, job: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
+    """Run what a command line asks for.
 
     Args:
-        job: the function that `hydra.main` made.
+        train: trains and returns the summary and the run folder.
+        job: the same as a job of Hydra's, which `hydra.main` made: for sweeps, and for what there is to show.
         argv: arguments; None for those of the process.
 
     Returns:
@@ -54,7 +54,11 @@ def main(job: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
     program = sys.argv
     _rows.clear()
     try:
-        sys.argv = [program[0], *prepare(given)]
+        prepared = prepare(given)
+        if isinstance(prepared, RunConfig):
+            run_job(train, prepared)
+            return 0
+        sys.argv = [program[0], *prepared]
         with _wrapped() if {"-h", "--help"} & set(given) else nullcontext():
             job()
     except KeyboardInterrupt:
@@ -82,12 +86,12 @@ def _wrapped() -> Iterator[None]:
             sys.stdout.write(textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False) + "\n")
 
 
-def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: DictConfig) -> float:
-    """Run the job that Hydra composed; in a sweep a failure is recorded and the sweep goes on.
+def run_job(train: Train, run: RunConfig) -> float:
+    """Run a job; in a sweep a failure is recorded and the sweep goes on.
 
     Args:
         train: trains and returns the summary and the run folder.
-        cfg: the composed configuration.
+        run: what to train.
 
     Returns:
         The monitored metric, for sweepers: the worst possible for a run that failed, NaN while none is known.
@@ -97,7 +101,6 @@ def run_job(train: Callable[[RunConfig], tuple[dict[str, Any], Path]], cfg: Dict
     """
     from training.runs.resume import release, sweep_folder  # with torch, for which help does not wait
 
-    run = current(cfg)
     summary: dict[str, Any]
     if run.sweep is not None:
         say(f"\nrun {len(_rows) + 1}: {run.label}")

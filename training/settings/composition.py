@@ -23,6 +23,7 @@ from training.names import AROUND, PLAYERS
 from training.runs.record import RunConfig, find, load, replace_folder
 from training.settings.faults import PRESET, diagnose, fault_of_choice, refuse_additions
 from training.settings.files import (
+    BEHAVIOUR,
     CONFIG_FOLDER,
     CONFIG_NAME,
     NOTHING,
@@ -33,7 +34,7 @@ from training.settings.files import (
 )
 from training.settings.overrides import Arguments, flags_of, jobs, name_of, opened, parse, quoted
 
-__all__ = ["CONFIG_FOLDER", "CONFIG_NAME", "compose", "current", "prepare", "settle"]
+__all__ = ["BEHAVIOUR", "CONFIG_FOLDER", "CONFIG_NAME", "compose", "current", "prepare", "settle"]
 
 # Groups that a resumed run may choose anew: they do not change what is learned.
 FREE = ("paths", "logger", "callbacks")
@@ -43,14 +44,15 @@ RESTORED = (
 )  # fmt: skip
 
 
-def prepare(argv: Sequence[str]) -> list[str]:
+def prepare(argv: Sequence[str]) -> RunConfig | list[str]:
     """Check a command line and complete it for Hydra.
 
     Args:
         argv: arguments after `train.py`.
 
     Returns:
-        Arguments for Hydra: those given, the groups of a run to be resumed, the folder of a sweep.
+        The one run that is asked for; or else arguments for Hydra, which shows what there is and launches sweeps: those
+        given, the groups of a run to be resumed, the folder of a sweep.
 
     Raises:
         UserError: for whatever is wrong with any of the command's jobs.
@@ -75,9 +77,8 @@ def prepare(argv: Sequence[str]) -> list[str]:
             )
     if args.cfg or args.info:  # which show what is composed: nothing is to be built, and torch would take a while
         _compose(given)
-    else:
-        compose(given)
-    return [*flags, *(text for text in given if text not in NOTHING)]
+        return [*flags, *(text for text in given if text not in NOTHING)]
+    return compose(given)
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -90,7 +91,8 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
     overrides = [opened(quoted(text)) for text in overrides]
     cfg = _compose(overrides)
-    run = settle(without_hydra(cfg), cfg.hydra.runtime.choices, overrides)
+    command = [text for text in overrides if text not in NOTHING and not text.startswith("hydra.")]
+    run = settle(without_hydra(cfg), cfg.hydra.runtime.choices, command)
     schema.rehearse(run.values)
     return run
 

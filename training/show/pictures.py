@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from PIL import Image
 from torch import Tensor
 
 from training.runs.run import Callback, Run
@@ -60,6 +59,8 @@ class Pictures(Callback, ABC):
         """See Callback."""
         if run.world.is_main and run.task.name == self.task:
             pixels = self.draw(run).permute(1, 2, 0).squeeze(-1)  # [H, W] is a grey picture
+            from PIL import Image  # takes a while to import, and most runs draw none
+
             Image.fromarray(pixels.numpy()).save(run.folder.path / f"{self.name}.png")
 
     @abstractmethod
