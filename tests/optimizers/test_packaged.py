@@ -21,6 +21,7 @@ from optimizers.shampoo import shampoo
 from tests.optimizers.problems import EmbeddingModel, ViTBlock, conv_net, images, mlp
 from training.errors import UserError
 from training.loop.rng import seed_everything
+from training.runs.record import RunConfig
 from training.settings import schema
 from training.settings.composition import CONFIG_FOLDER, compose, prepare
 
@@ -287,7 +288,8 @@ def test_muon_refuses(option: str, value: Any) -> None:
 
 def test_options_of_any_class_by_its_name() -> None:
     command = ["optimizer=torch", "optimizer.name=RMSprop", "optimizer.lr=1", "+optimizer.momentum=0.5"]
-    assert prepare(command) == command
+    run = prepare(command)
+    assert isinstance(run, RunConfig) and run.command == command
     values = compose(command).values["optimizer"]
     assert {**values, "name": "RMSprop", "lr": 1.0, "momentum": 0.5} == values
     with warnings.catch_warnings():
