@@ -19,6 +19,7 @@ from .curvature.approximations import Approximation, statistics_dtype
 from .curvature.kronecker import Factors, KroneckerFactors
 from .curvature.layers import AffineLayer, Flow, Layer
 from .kronecker.method import KroneckerMethod
+from .natural_gradient import Moves
 
 #: Coefficients (a, b, c) of ``X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X``, step by step: what brings all singular values from
 #: [1e-3, 1] nearest to 1 (Amsel, Persson, Musco & Gower, "The Polar Express", 2025, arXiv 2505.16932).
@@ -60,7 +61,7 @@ class InputCovariance(KroneckerFactors):
         self.full["G"] = False
 
     def _statistics(self, flow: Flow) -> list[tuple[str, Tensor]]:
-        return [entry for entry in super()._statistics(flow) if entry[0] != "G"]
+        return self._input_moments(flow)
 
     def estimate(self, gradient_scale: float, examples: int) -> Factors:
         """See Approximation."""
@@ -126,12 +127,13 @@ class NewtonMuon(KroneckerMethod):
 
     def _solve_blocks(self, gradients: list[Tensor]) -> list[Tensor]:
         """Steps without rate: of the momentum, which these gradients are added to, and not of a gradient alone."""
+        moves = Moves(self, {})
         for p in (p for stack in self._stacks for block in stack.blocks for p in block.layer.parameters):
             if p.grad is not None and (group := self._group_of(p)) is not None:
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer = self.state[p]["momentum_buffer"] = moves.momentum_of(p)
                 buffer.mul_(group["momentum"]).add_(p.grad)
-        moved = self._stacked(lambda p: self.state[p].get("momentum_buffer", torch.zeros_like(p)))
-        found = [polar(direction, self.polar_steps) for direction in super()._solve_blocks(moved)]
+        momenta = moves.stacked(moves.momentum_of)
+        found = [polar(direction, self.polar_steps) for direction in super()._solve_blocks(momenta)]
         return [direction * (0.2 * max(direction.shape[-2:]) ** 0.5) for direction in found]
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:

@@ -14,6 +14,9 @@ class KroneckerFactors(Kronecker):
     """K-FAC (Martens & Grosse 2015; Grosse & Martens 2016): ``A = mean_{i,t} a aᵀ``, ``G = mean_i sum_t g gᵀ``."""
 
     def _statistics(self, flow: Flow) -> list[tuple[str, Tensor]]:
+        return [*self._input_moments(flow), ("G", self._gradient_moments(flow))]
+
+    def _input_moments(self, flow: Flow) -> list[tuple[str, Tensor]]:
         expand = self.options.sharing == "expand"
         if expand and not self.full["A"]:  # which needs no patches
             a_sum, count = flow.input_square_sums()
@@ -21,12 +24,14 @@ class KroneckerFactors(Kronecker):
             a = flow.inputs()
             a = a.flatten(1, 2) if expand else a.mean(2)
             a_sum, count = self._second_moments("A", a), a.shape[1]
+        return [("A", a_sum), ("count", a_sum.new_tensor(float(count)))]
+
+    def _gradient_moments(self, flow: Flow) -> Tensor:
+        expand = self.options.sharing == "expand"
         if expand and not self.full["G"]:
-            g_sum = flow.gradient_square_sums()
-        else:
-            g = flow.gradients()
-            g_sum = self._second_moments("G", g.flatten(1, 2) if expand else g.sum(2))
-        return [("A", a_sum), ("G", g_sum), ("count", a_sum.new_tensor(float(count)))]
+            return flow.gradient_square_sums()
+        g = flow.gradients()
+        return self._second_moments("G", g.flatten(1, 2) if expand else g.sum(2))
 
     def _second_moments(self, key: str, rows: Tensor) -> Tensor:
         """``sum_i rows_i rows_iᵀ`` of ``[groups, n, d]``, or its diagonal."""
