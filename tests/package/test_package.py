@@ -192,11 +192,11 @@ def test_a_run_with_a_class_of_the_working_directory(python: Path, tmp_path: Pat
 
 
 def test_sentences_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "a run folder of train.py: python train.py --cfg job, torchrun --nproc-per-node=2 train.py, /home/train.py"
+    text = "a run folder of train.py: python train.py --cfg job, torchrun --nproc-per-node=2 train.py, mine/train.py"
     monkeypatch.delenv("CURVLAB_COMMAND", raising=False)
     assert as_started(text) == text
     monkeypatch.setenv("CURVLAB_COMMAND", "curvlab")
-    said = "a run folder of curvlab: curvlab --cfg job, torchrun --nproc-per-node=2 -m curvlab, /home/train.py"
+    said = "a run folder of curvlab: curvlab --cfg job, torchrun --nproc-per-node=2 -m curvlab, mine/train.py"
     assert as_started(text) == said
 
 

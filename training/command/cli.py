@@ -97,7 +97,7 @@ def run_job(train: Train, run: RunConfig) -> float:
         The monitored metric, for sweepers: the worst possible for a run that failed, NaN while none is known.
 
     Raises:
-        SystemExit: a signal stopped the run, or it failed and is no job of a sweep.
+        SystemExit: a signal stopped the run.
     """
     from training.runs.resume import release, sweep_folder  # with torch, for which help does not wait
 
@@ -111,9 +111,9 @@ def run_job(train: Train, run: RunConfig) -> float:
             sys.stderr.write(f"{stop}\n")
         raise SystemExit(stop.exit_code) from stop  # no Exception: Hydra would go on with the sweep's next job
     except Exception as error:
-        _complain(error)
         if run.sweep is None:
-            raise SystemExit(1) from error  # no Exception: Hydra would add lines of its own
+            raise
+        _complain(error)
         folder = sweep_folder(run)
         summary = record_failure(folder, run, error)
     finally:

@@ -14,7 +14,6 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -133,11 +132,9 @@ def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence
 
 
 def current(cfg: DictConfig) -> RunConfig:
-    """The configuration of the job that Hydra runs now."""
+    """The configuration of the job of a sweep that Hydra runs now."""
     hydra = HydraConfig.get()
     run = settle(cfg, hydra.runtime.choices, list(hydra.overrides.task))
-    if hydra.mode != RunMode.MULTIRUN:
-        return run
     given = [parse(text) for text in hydra.overrides.task]
     # What the sweep fixes for all of its jobs says nothing of this one.
     differing = [o for o in given if o.key_or_group not in hydra.job.config.override_dirname.exclude_keys]

@@ -32,8 +32,9 @@ class Arguments(argparse.ArgumentParser):
         super().__init__(add_help=False)
         self.add_argument("overrides", nargs="*")
         self.add_argument("--help", "-h", action="store_true")
-        for flag in ("--hydra-help", "--version", "--resolve", "--experimental-rerun"):
-            self.add_argument(flag, action="store_true" if flag != "--experimental-rerun" else "store")
+        for flag in ("--hydra-help", "--version", "--resolve"):
+            self.add_argument(flag, action="store_true")
+        self.add_argument("--experimental-rerun")
         self.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
         self.add_argument("--info", "-i", nargs="?", const="all")
         self.add_argument("--package", "-p")
