@@ -1,0 +1,1 @@
+"""What runs survive: real processes, killed, stopped, cut off and crowded."""
