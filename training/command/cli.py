@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from training.errors import UserError
+from training.loop.launch import is_main
 from training.loop.signals import CTRL_C, Interrupted
 from training.runs.folder import RunFolder
 from training.runs.record import RunConfig
@@ -107,7 +108,7 @@ def run_job(train: Train, run: RunConfig) -> float:
     try:
         summary, folder = train(run)
     except Interrupted as stop:
-        if _is_main():
+        if is_main():
             sys.stderr.write(f"{stop}\n")
         raise SystemExit(stop.exit_code) from stop  # no Exception: Hydra would go on with the sweep's next job
     except Exception as error:
@@ -144,7 +145,7 @@ def record_failure(folder: Path, run: RunConfig, error: Exception) -> dict[str, 
     if summary.get("status") not in ("diverged", "failed"):
         summary |= {"status": "failed", "config_id": run.id}
     summary |= {} if summary["status"] == "diverged" else {"error": text}
-    if _is_main():
+    if is_main():
         made = RunFolder(folder) if folder.exists() else RunFolder.create(folder, run.to_yaml())
         made.write_summary(summary)
     return summary
@@ -157,14 +158,14 @@ def _monitor() -> str | None:
 
 def _close_sweep() -> None:
     """The table of a sweep's jobs, and why some of them failed."""
-    if _rows and _is_main():
+    if _rows and is_main():
         report.say("", report.sweep_table(_rows, _monitor() or "val/loss"))
         say("\n".join([*report.failure_lines(_rows)]))
 
 
 def say(text: str) -> None:
     """A line on the terminal, from rank 0 alone; "" says nothing."""
-    if text and _is_main():
+    if text and is_main():
         report.say(text)
 
 
@@ -190,7 +191,7 @@ def _complain(error: Exception) -> None:
     """One line on stderr for what a user can mend, the trace of anything else; `CURVLAB_DEBUG=1` shows it always."""
     if not is_mendable(error) or os.environ.get("CURVLAB_DEBUG") == "1":
         traceback.print_exception(error)
-    if is_mendable(error) and _is_main():
+    if is_mendable(error) and is_main():
         sys.stderr.write(f"error: {as_started(' '.join(str(error).split()))}\n")
 
 
@@ -200,8 +201,3 @@ def as_started(text: str) -> str:
         return text
     text = re.sub(r"(torchrun \S+) train\.py", r"\1 -m curvlab", text)
     return re.sub(r"(python )?(?<![\w./])train\.py", "curvlab", text)
-
-
-def _is_main() -> bool:
-    """Whether this process speaks for all that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from training.errors import UserError
+from training.loop.launch import Place, place
 
 # How many times this process has joined the others; the same on every rank.
 _sessions = itertools.count()
@@ -43,7 +45,7 @@ class World:
 
 @contextmanager
 def session(device: str = "auto") -> Iterator[World]:
-    """Join the processes that torchrun started; alone, no process group is made.
+    """Join the processes that torchrun or srun started; alone, no process group is made.
 
     Args:
         device: "auto" (a GPU where there is one), "cpu", "cuda", or any name torch knows ("cuda:1", "mps").
@@ -53,41 +55,53 @@ def session(device: str = "auto") -> Iterator[World]:
 
     Raises:
         ValueError: for a device name torch does not know.
-        UserError: for a device this machine lacks, or half a torchrun environment.
+        UserError: for a device this machine lacks, or an environment that says too little of the other processes.
     """
-    size = _from_environment("WORLD_SIZE", 1)
-    rank, local_rank = (_from_environment(n, 0 if size == 1 else None) for n in ("RANK", "LOCAL_RANK"))
-    world = World(rank, size, local_rank, _choose(device, local_rank, size))
+    here = place()
+    world = World(here.rank, here.world_size, here.local_rank, _choose(device, here))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    if size == 1:
+    if world.world_size == 1:
         yield world
         return
     # Control messages are tensors on the CPU and go over gloo: they never wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     # A sweep joins once a job, over one store: without a prefix of its own, a job may read the addresses of the last.
-    store, _, _ = next(dist.rendezvous("env://", rank, size))
-    store = dist.PrefixStore(f"session-{next(_sessions)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    store = dist.PrefixStore(f"session-{next(_sessions)}", _store(here))
+    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size)
     try:
+        if world.device.type == "cuda":
+            gpu = torch.cuda.get_device_properties(world.device)
+            refuse_sharing(gather_objects(f"{socket.gethostname()} {gpu.uuid}", world))  # type: ignore[attr-defined]
         yield world
     finally:
         dist.destroy_process_group()
 
 
-def _from_environment(name: str, default: int | None) -> int:
-    text = os.environ.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None or not text.isdigit():
+@lru_cache(maxsize=1)
+def _store(here: Place) -> dist.Store:
+    """Where the processes meet. One for as long as the process lives: rank 0 of srun's would else close a sweep's."""
+    url = "env://" if here.address is None else f"tcp://{here.address}"
+    return next(dist.rendezvous(url, here.rank, here.world_size))[0]
+
+
+def refuse_sharing(gpus: Sequence[str]) -> None:
+    """Complain where two ranks were given the same GPU, in which NCCL would fail with a word of its own.
+
+    Args:
+        gpus: a name of each rank's.
+
+    Raises:
+        UserError: where a name is there twice.
+    """
+    if len(set(gpus)) < len(gpus):
         raise UserError(
-            f"The environment says WORLD_SIZE={os.environ.get('WORLD_SIZE')} but {name}={text}: start several "
-            "processes with `torchrun --nproc-per-node=N train.py ...`, or unset these variables to train in one."
+            f"{len(gpus)} processes share {len(set(gpus))} GPU(s): start one for each GPU (srun: --ntasks-per-node=N "
+            "--gpus-per-node=N, where N is the same), or set trainer.device=cpu."
         )
-    return int(text)
 
 
-def _choose(name: str, local_rank: int, world_size: int) -> torch.device:
+def _choose(name: str, here: Place) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -100,9 +114,11 @@ def _choose(name: str, local_rank: int, world_size: int) -> torch.device:
                 "device=cuda, but torch sees no GPU here: set trainer.device=cpu, or install a CUDA build of torch."
             )
         if device.index is None:
-            device = torch.device("cuda", local_rank)
-        elif world_size > 1:
-            raise UserError(f"device={name} names one GPU for {world_size} processes: set trainer.device=cuda.")
+            # SLURM may show each task its own GPU alone (--gpus-per-task=1), which is the first one then.
+            alone = here.address is not None and torch.cuda.device_count() == 1
+            device = torch.device("cuda", 0 if alone else here.local_rank)
+        elif here.world_size > 1:
+            raise UserError(f"device={name} names one GPU for {here.world_size} processes: set trainer.device=cuda.")
         if device.index >= torch.cuda.device_count():
             raise UserError(
                 f"device={device} is not there, torch sees {torch.cuda.device_count()} GPU(s): start fewer processes, "
