@@ -63,7 +63,7 @@ def place() -> Place:
 
 
 def is_main() -> bool:
-    """Whether this process speaks for all that were started together; never raises, so that it can say what is wrong."""
+    """Whether this process speaks for all that were started together. Never raises: it may have to say what fails."""
     several = _tasks() > 1 and "WORLD_SIZE" not in os.environ
     return os.environ.get("SLURM_PROCID" if several else "RANK", "0") == "0"
 
