@@ -21,7 +21,7 @@ from training.callbacks import Callback, Profiler
 from training.errors import UserError
 from training.loggers import Logger, log_file
 from training.loop import rng
-from training.loop.budgets import Budget, Every
+from training.loop.budgets import Alarm, Budget, Every
 from training.loop.distributed import World, barrier
 from training.loop.precision import Precision
 from training.loop.signals import Interrupted, StopSignals
@@ -62,6 +62,8 @@ class Trainer:
         log_every_steps: training metrics are averaged over, and checked to be finite after, so many steps.
         checkpoint_every_epochs: save every so many epochs; None: not by epochs.
         checkpoint_every_steps: and every so many steps. The end and the best weights are always saved.
+        checkpoint_every_minutes: and after the step at which so many minutes of wall time, fractions count, have passed
+            since the last: what a kill costs at most. None: not by time.
         keep_checkpoints: how many stay, besides the best.
         monitor: validation metric that chooses the best weights; None: the task's main one.
         device: auto, cpu, cuda, ...
@@ -88,6 +90,7 @@ class Trainer:
         log_every_steps: int = 10,
         checkpoint_every_epochs: int | None = 1,
         checkpoint_every_steps: int | None = None,
+        checkpoint_every_minutes: float | None = None,
         keep_checkpoints: int = 2,
         monitor: str | None = None,
         device: str = "auto",
@@ -103,6 +106,7 @@ class Trainer:
         if len(given) > 1:
             raise ValueError(f"{given[-1]} and {given[0]} are both set and a run has one budget: set {given[0]}=null")
         positive = budgets | {"clip_norm": clip_norm, "eval_every_epochs": eval_every_epochs}
+        positive |= {"checkpoint_every_minutes": checkpoint_every_minutes}
         for name, value in positive.items():
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, got {value!r}")
@@ -127,6 +131,7 @@ class Trainer:
         self.eval_every_epochs, self.eval_every_steps = eval_every_epochs, eval_every_steps
         self.log_every_steps = log_every_steps
         self.checkpoint_every_epochs, self.checkpoint_every_steps = checkpoint_every_epochs, checkpoint_every_steps
+        self.checkpoint_every_minutes = checkpoint_every_minutes
         self.keep_checkpoints, self.monitor, self.device = keep_checkpoints, monitor, device
         self.deterministic, self.channels_last, self.compile = deterministic, channels_last, compile
         self.profile = profile
@@ -242,6 +247,7 @@ class Trainer:
             budget=budget,
             accumulate=self.accumulate,
             monitor=self.monitor or f"val/{task.main}",
+            alarm=Alarm(self.checkpoint_every_minutes),
         )
 
     # -- the run -------------------------------------------------------------------------------------------------------
@@ -355,7 +361,7 @@ class Trainer:
                     self._log(run)
                 if eval_due(run.step) and not signal:
                     evaluation.validate(run)
-                if save_due(run.step) or run.done or run.stop_reason or signal:
+                if save_due(run.step) or run.overdue or run.done or run.stop_reason or signal:
                     self._save(run)
                 if signal:
                     raise Interrupted(f"Interrupted after step {run.step}: resume={run.folder.path} goes on.", signal)
@@ -390,6 +396,7 @@ class Trainer:
                 else:
                     checkpoints.save(path, state)
                 checkpoints.rotate(run.folder.checkpoints, self.keep_checkpoints, newest=run.step)
+            run.alarm.wind()
             barrier(run.world)
 
     # -- the end -------------------------------------------------------------------------------------------------------

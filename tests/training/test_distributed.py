@@ -37,14 +37,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"folder": f"{root}/parts", **DROPOUT, "signal_at": 6, "signal_rank": 1},  # one rank alone hears the signal
         {"folder": f"{root}/parts", **DROPOUT, "resume": True},
         {"folder": f"{root}/timed", "max_time": 0.3, "slow": True},
+        {"folder": f"{root}/minutes", "checkpoint_every_steps": None, "checkpoint_every_minutes": 0.001, "slow": True,
+         "keep_checkpoints": 99, **EXACT},
         {"folder": f"{root}/early", "lr": 0.0, "patience": 2, "model": {"batch_norm": False}},
         {"folder": f"{root}/diverged", "lr": 1e30, "schedule": "none", **EXACT},
-    ]
+    ]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tests.training.small_run", json.dumps(runs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, *(0 for _ in OTHERS), 0, 75, 0, 0, 0, 1]
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, *(0 for _ in OTHERS), 0, 75, 0, 0, 0, 0, 1]
     return root
 
 
@@ -91,6 +93,11 @@ def test_every_rank_ends_at_the_same_step(two: Path) -> None:
     early = json.loads((two / "early" / "summary.json").read_text())
     assert (early["status"], early["steps"]) == ("stopped_early", 15)
     assert json.loads((two / "diverged" / "summary.json").read_text())["status"] == "diverged"
+
+
+def test_ranks_agree_on_when_minutes_are_over(two: Path) -> None:
+    """Each has a clock of its own, and saving takes all of them."""
+    assert 2 <= len(list((two / "minutes" / "checkpoints").glob("step_*.pt"))) < 20
 
 
 def test_one_process_writes(two: Path) -> None:

@@ -171,6 +171,7 @@ def test_a_time_budget_counts_training_alone_and_ends_within_a_step(tmp_path: Pa
         ({"max_time": float("inf")}, "max_time must be above 0"),
         ({"max_steps": 1, "accumulate": 0}, "accumulate must be at least 1"),
         ({"max_steps": 1, "clip_norm": 0.0}, "clip_norm must be above 0"),
+        ({"max_steps": 1, "checkpoint_every_minutes": 0}, "checkpoint_every_minutes must be above 0"),
         ({"max_steps": 1, "label_smoothing": 1.0}, "label_smoothing must be in"),
         ({"max_steps": 1, "precision": "int8"}, "precision must be"),
         ({"max_steps": 1, "eval_every_epochs": -1}, "eval_every_epochs must be above 0"),

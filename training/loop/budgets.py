@@ -100,6 +100,26 @@ class Every:
         return math.floor(step / period + 1e-9) > math.floor((step - 1) / period + 1e-9)
 
 
+class Alarm:
+    """Goes off when so many minutes have passed since it was wound, whatever they were spent on.
+
+    Args:
+        minutes: fractions count; None: never.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = math.inf if minutes is None else 60 * minutes
+        self.wind()
+
+    def wind(self) -> None:
+        """Count from now on."""
+        self._since = time.monotonic()
+
+    def rings(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() - self._since >= self._seconds
+
+
 class Clock:
     """Seconds of a run: training, evaluation, and wall. It goes on where a resumed run's checkpoint left it.
 

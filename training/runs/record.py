@@ -20,7 +20,8 @@ CHOICES = "choices"  # in config.yaml: the name of each group's file
 # What may differ between two launches of the same run: where it writes, how it reports, where it computes.
 VOLATILE = (
     "paths", "logger", "resume", "name", "verify", "trainer.device", "trainer.profile", "trainer.log_every_steps",
-    "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps", "trainer.keep_checkpoints",
+    "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps",
+    "trainer.checkpoint_every_minutes", "trainer.keep_checkpoints",
 )  # fmt: skip
 # How the names of callbacks end that only show what was learned.
 ONLOOKERS = ("Plots", "SampleText")

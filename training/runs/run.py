@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from training.loop.budgets import Budget, Clock, Pace, Phases
+from training.loop.budgets import Alarm, Budget, Clock, Pace, Phases
 from training.loop.distributed import World, maximum
 from training.loop.precision import Precision
 from training.runs.folder import RunFolder
@@ -43,6 +43,8 @@ class Run:
         budget: how long it lasts.
         accumulate: batches a step.
         monitor: the metric that chooses the best weights, "val/...".
+        alarm: tells rank 0 that a checkpoint is due by the minutes since the last.
+        overdue: whether it told so after the last step; the same on every rank.
         config: the resolved configuration.
         config_id: its short name.
         callbacks: on every rank.
@@ -78,6 +80,8 @@ class Run:
     budget: Budget
     accumulate: int
     monitor: str
+    alarm: Alarm = field(default_factory=lambda: Alarm(None))
+    overdue: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     config_id: str | None = None
     callbacks: list[Callback] = field(default_factory=list)
@@ -143,7 +147,7 @@ class Run:
             epoch, start = epoch + 1, 0
 
     def advance(self, signal: int) -> int:
-        """End a step: drive the schedule, and agree with the other ranks on the time and on signals.
+        """End a step: drive the schedule, and agree with the other ranks on the time, on signals and on what is overdue.
 
         Args:
             signal: the exit code this rank was asked to stop with, or 0.
@@ -155,7 +159,10 @@ class Run:
         self.window_steps += 1
         timed = self.budget.max_time is not None
         seconds = self._pace.seconds() if timed and self.world.is_main else 0.0
-        asked, self.seconds = maximum([float(signal), seconds], self.world)  # without others, what was passed
+        overdue = float(self.world.is_main and self.alarm.rings())
+        # Without others, what was passed.
+        asked, self.seconds, overdue = maximum([float(signal), seconds, overdue], self.world)
+        self.overdue = bool(overdue)
         self.tick = self.budget.advance(self.scheduler, self.tick, self.step, self.seconds)
         return int(asked)
 
