@@ -72,7 +72,7 @@ def session(device: str = "auto") -> Iterator[World]:
     try:
         if world.device.type == "cuda":
             gpu = torch.cuda.get_device_properties(world.device)
-            refuse_sharing(gather_objects(f"{socket.gethostname()} {gpu.uuid}", world))  # type: ignore[attr-defined]
+            refuse_sharing(gather_objects(f"{socket.gethostname()} {gpu.uuid}", world))
         yield world
     finally:
         dist.destroy_process_group()

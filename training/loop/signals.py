@@ -9,6 +9,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from training.loop.launch import is_main
+
 #: sysexits.h's EX_TEMPFAIL, "try again": what a queue takes as a wish to be started again.
 REQUEUE = 75
 #: What shells report for a command stopped by Ctrl-C.
@@ -110,7 +112,7 @@ class StopSignals:
                 continue
             code = code or _CODES[came[0]]
             if self._is_second():
-                if os.environ.get("RANK", "0") == "0":
+                if is_main():
                     os.write(2, b"\nStopped at once by a second signal: the last checkpoint is what can be resumed.\n")
                 os._exit(code)
         os.close(pipe)
