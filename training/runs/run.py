@@ -147,7 +147,7 @@ class Run:
             epoch, start = epoch + 1, 0
 
     def advance(self, signal: int) -> int:
-        """End a step: drive the schedule, and agree with the other ranks on the time, on signals and on what is overdue.
+        """End a step: drive the schedule, and agree with the other ranks on the time, on signals, on what is due.
 
         Args:
             signal: the exit code this rank was asked to stop with, or 0.
