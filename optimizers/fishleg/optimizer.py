@@ -12,6 +12,7 @@ Q is block-diagonal over layers and lies in the optimizer: the model is not chan
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
@@ -159,7 +160,7 @@ class FishLeg(CurvatureOptimizer):
         self.likelihood, self.seed = likelihood, seed
         self.updates = 0  # of λ
         self._updated_at = warmup_steps  # the first update comes an interval later
-        self._last: dict[str, Tensor] = {}  # what the last auxiliary update found
+        self._last = torch.full((2,), torch.inf)  # auxiliary loss and residual of the last update; inf: there was none
         self._directions: Vector = {}
         self._targets: list[Tensor | None] = []  # of each pass; they say what counts and how much
         self._stream = None if aux_loader is None else cycle(aux_loader)
@@ -283,8 +284,8 @@ class FishLeg(CurvatureOptimizer):
         residual = [product.add(t, alpha=dampings[p]) for product, (p, t) in zip(fv, v.items(), strict=True)]
         loss = 0.5 * dot(residual, v.values()) - dot(u.values(), v.values())
         torch._foreach_sub_(residual, list(u.values()))
-        found = {"aux_loss": loss, "residual": dot(residual, residual).sqrt()}
-        finite, seen = torch.stack([found["residual"].isfinite(), count > 0]).tolist()  # the one synchronisation
+        found = torch.stack([loss, dot(residual, residual).sqrt()])
+        finite, seen = torch.stack([found[1].isfinite(), count > 0]).tolist()  # the one synchronisation
         if not seen:
             self._warn_of_no_pass()
             return
@@ -394,7 +395,8 @@ class FishLeg(CurvatureOptimizer):
 
         The latter is 1 for a Q of no use (0) and falls to 0 for the exact inverse, but for the noise of sampled F.
         """
-        found = {f"fishleg/{name}": float(value) for name, value in self._last.items()}
+        loss, residual = self._last.tolist()
+        found = {} if math.isinf(residual) else {"fishleg/aux_loss": loss, "fishleg/residual": residual}
         return super().diagnostics() | {"fishleg/updates": float(self.updates)} | found
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -427,7 +429,7 @@ class FishLeg(CurvatureOptimizer):
             }
             for name, block in self.blocks.items()
         }
-        return super()._curvature() | {"inner": inner, "updates": self.updates}
+        return super()._curvature() | {"inner": inner, "updates": self.updates, "last": self._last}
 
     def _check(self, saved: dict[str, Any]) -> None:
         super()._check(saved)
@@ -436,7 +438,7 @@ class FishLeg(CurvatureOptimizer):
 
     def _restore(self, saved: dict[str, Any]) -> None:
         super()._restore(saved)
-        self.updates = int(saved["updates"])
+        self.updates, self._last = int(saved["updates"]), saved.get("last", self._last).clone()
         for name, inner in saved["inner"].items():
             block = self.blocks[name]
             weight = block.layer.parameters[0]

@@ -735,6 +735,8 @@ def test_resuming_in_a_warm_up_and_after_it_is_bit_for_bit(product: str) -> None
         resumed.load_state_dict(saved["model"], strict=True)
         second = FishLeg(resumed, **options)
         second.load_state_dict(saved["optimizer"])
+        assert second.diagnostics() == optimizer.diagnostics()
+        assert ("fishleg/residual" in second.diagnostics()) == (stop > 2), "what the last update found goes along"
         for _ in range(6):
             train(optimizer, model, batch, Categorical())
             train(second, resumed, batch, Categorical())
