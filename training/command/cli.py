@@ -100,13 +100,13 @@ def run_job(train: Train, run: RunConfig) -> float:
     Raises:
         SystemExit: a signal stopped the run.
     """
-    from training.runs.resume import release, sweep_folder  # with torch, for which help does not wait
+    from training.runs.resume import release  # with torch, for which help does not wait
 
     summary: dict[str, Any]
     if run.sweep is not None:
         say(f"\nrun {len(_rows) + 1}: {run.label}")
     try:
-        summary, folder = train(run)
+        summary, _ = train(run)
     except Interrupted as stop:
         if is_main():
             sys.stderr.write(f"{stop}\n")
@@ -114,13 +114,12 @@ def run_job(train: Train, run: RunConfig) -> float:
     except Exception as error:
         if run.sweep is None:
             raise
+        summary = record_failure(run, error)
         _complain(error)
-        folder = sweep_folder(run)
-        summary = record_failure(folder, run, error)
     finally:
         release()
     if run.sweep is not None:
-        _rows.append((run.label or folder.name, summary))
+        _rows.append((run.label or run.job_id, summary))
     monitor = summary.get("monitor") or run.values["trainer"].get("monitor") or _monitor()
     if monitor is None:
         return float("nan")
@@ -129,25 +128,36 @@ def run_job(train: Train, run: RunConfig) -> float:
     return float(value) if isinstance(value, int | float) else worst
 
 
-def record_failure(folder: Path, run: RunConfig, error: Exception) -> dict[str, Any]:
-    """Write that a run failed into its `summary.json`, unless the trainer has said how it ended; rank 0 alone writes.
+def record_failure(run: RunConfig, error: Exception) -> dict[str, Any]:
+    """Write that a job of a sweep failed into its `summary.json`, unless the trainer has said how it ended.
+
+    Rank 0 alone writes, and nothing where another process trains.
 
     Args:
-        folder: of the run; made if it failed before there was one.
         run: its configuration.
         error: the sentence of a `UserError`, or the trace of a bug, is what is recorded.
 
     Returns:
         The summary.
+
+    Raises:
+        UserError: nothing can be written there.
     """
+    from training.runs.resume import claim_job  # see run_job
+
     text = str(error) if is_mendable(error) else "".join(traceback.format_exception(error))
-    summary = (RunFolder(folder).read_summary() if folder.exists() else None) or {}
+    failed = {"status": "failed", "config_id": run.id}
+    if not is_main():
+        return failed | {"error": text}
+    path, claimed = claim_job(run)
+    if not claimed:
+        return failed | {"error": text}
+    folder = RunFolder(path) if RunFolder(path).config_file.exists() else RunFolder.fill(path, run.to_yaml())
+    summary = folder.read_summary() or {}
     if summary.get("status") not in ("diverged", "failed"):
-        summary |= {"status": "failed", "config_id": run.id}
+        summary |= failed
     summary |= {} if summary["status"] == "diverged" else {"error": text}
-    if is_main():
-        made = RunFolder(folder) if folder.exists() else RunFolder.create(folder, run.to_yaml())
-        made.write_summary(summary)
+    folder.write_summary(summary)
     return summary
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from training.errors import UserError
+
+#: Bytes that file systems let a name have.
+LONGEST = 255
 
 
 @contextmanager
@@ -53,6 +59,39 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def file_name(text: str, longest: int = LONGEST) -> str:
+    """``text`` without characters that mean something to a shell, a file system or Hydra's grammar, and not too long.
+
+    Args:
+        text: what the name is to say.
+        longest: bytes that the name may have.
+    """
+    return shortened(re.sub(r"[^\w.+-]+", "-", text).strip("-._ ") or "run", longest)
+
+
+def shortened(name: str, longest: int = LONGEST) -> str:
+    """``name``, or as much of it as fits into so many bytes with eight digits that tell it from others."""
+    coded = name.encode()
+    if len(coded) <= longest:
+        return name
+    return f"{coded[: longest - 9].decode(errors='ignore')}-{hashlib.sha256(coded).hexdigest()[:8]}"
+
+
+def exists(path: Path) -> bool:
+    """Whether something is at a path, which text that is too long for one is not."""
+    try:
+        return path.exists()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
+
+
+def unwritable(path: Path, error: OSError) -> str:
+    """The sentence about a folder that cannot be written."""
+    return f"The run folder {path} cannot be written ({error.strerror}): set paths.runs to one that can."
+
+
 class RunFolder:
     """What one run leaves behind.
 
@@ -79,14 +118,21 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config_yaml: str) -> RunFolder:
-        """Make a new folder; a name that is taken gets -2, -3, ... appended.
+        """A new folder: see ``make`` and ``fill``."""
+        return cls.fill(cls.make(path), config_yaml)
+
+    @staticmethod
+    def make(path: Path) -> Path:
+        """Make an empty folder; a name that is taken gets -2, -3, ... appended.
 
         Args:
             path: the wished-for folder.
-            config_yaml: text of ``config.yaml``.
+
+        Returns:
+            The folder that was made.
 
         Raises:
-            UserError: where the folder cannot be written.
+            UserError: where it cannot be.
         """
         wished, number = path, 1
         try:
@@ -94,18 +140,31 @@ class RunFolder:
             while True:
                 try:
                     path.mkdir()  # fails where another process was first: no two runs share a folder
-                    break
+                    return path
                 except FileExistsError:
                     number += 1
                     path = wished.with_name(f"{wished.name}-{number}")
-            folder = cls(path)
-            folder.checkpoints.mkdir()
+        except OSError as error:
+            raise UserError(unwritable(path, error)) from error
+
+    @classmethod
+    def fill(cls, path: Path, config_yaml: str) -> RunFolder:
+        """Make a folder a run's.
+
+        Args:
+            path: a folder that holds nothing of a run.
+            config_yaml: text of ``config.yaml``.
+
+        Raises:
+            UserError: where it cannot be written.
+        """
+        folder = cls(path)
+        try:
+            folder.checkpoints.mkdir(exist_ok=True)
             with atomic_file(folder.config_file) as file:
                 file.write(config_yaml.encode())
         except OSError as error:
-            raise UserError(
-                f"The run folder {path} cannot be written ({error.strerror}): set paths.runs to one that can."
-            ) from error
+            raise UserError(unwritable(path, error)) from error
         return folder
 
     @classmethod

@@ -14,6 +14,7 @@ import yaml
 
 from training.errors import UserError
 from training.names import AROUND, PLAYERS, TARGET
+from training.runs.folder import exists
 
 BUDGETS = ("max_epochs", "max_steps", "max_time")
 CHOICES = "choices"  # in config.yaml: the name of each group's file
@@ -104,7 +105,7 @@ def find(path: str) -> tuple[Path, Path | None]:
         UserError: nothing is there, or it belongs to no run.
     """
     given = Path(path)
-    if not given.exists():
+    if not exists(given):
         raise UserError(f"resume={path}: there is no such file or folder; give a run folder or a checkpoint in one")
     folder, checkpoint = (given, None) if given.is_dir() else (given.parent, given)
     if folder.name == "checkpoints" or folder.absolute().name == "checkpoints":

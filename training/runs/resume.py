@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -11,20 +10,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from training.errors import UserError
 from training.runs import checkpoints
-from training.runs.folder import RunFolder, atomic_file
+from training.runs.claims import NAME, claim, release, turn
+from training.runs.folder import LONGEST, RunFolder, atomic_file, file_name, unwritable
 from training.runs.record import RunConfig, find, load
 
 # These runs have ended; every other status (interrupted, failed, or none after a kill) leaves something to resume.
 ENDED = ("finished", "stopped_early", "diverged")
+#: In the place of a summary: another process trains in the folder.
+ELSEWHERE = "running elsewhere"
 
-log = logging.getLogger(__name__)
-
-# The lock of the folder that this process trains in.
-_held: list[FileLock] = []
+__all__ = ["Start", "enter", "load_state", "plan", "release", "spent", "sweep_folder"]
 
 
 @dataclass(frozen=True)
@@ -45,15 +42,15 @@ class Start:
 
 
 def plan(run: RunConfig) -> Start:
-    """Decide where a run begins; reads the disk, changes nothing on it.
+    """Decide where a run begins, and claim the folder if it exists, or is to: what was seen stays so until `release`.
 
     Raises:
-        UserError: `resume` names something that cannot be resumed.
+        UserError: `resume` names something that cannot be resumed, or another process trains there.
     """
     if run.sweep is not None:
-        return _in_sweep(sweep_folder(run))
+        return _in_sweep(*claim_job(run))
     resume = run.values["resume"]
-    fresh = Path(run.values["paths"]["runs"]) / _file_name(run.group_name)
+    fresh = Path(run.values["paths"]["runs"]) / file_name(run.group_name)
     fresh /= f"{datetime.now():%Y-%m-%d_%H-%M-%S}_s{run.values['seed']}_{run.id}"
     if resume is None:
         return Start(fresh)
@@ -63,42 +60,54 @@ def plan(run: RunConfig) -> Start:
         start = _from(run, folder, None, must_exist=False)
         if start is not None:
             return start
+        release()
     return Start(fresh, note="resume=auto: no run of this configuration to resume, starting a new one")
 
 
-def sweep_folder(run: RunConfig) -> Path:
-    """The one folder that a job of a sweep has, whenever it is launched and with whatever else it is swept."""
+def claim_job(run: RunConfig) -> tuple[Path, bool]:
+    """The one folder that a job of a sweep has, made if it is missing, and whether this process has claimed it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     assert run.sweep is not None
-    existing = sorted(run.sweep.glob(f"*_{run.job_id}"))
-    return existing[0] if existing else run.sweep / _file_name(f"{run.label[:120]}_{run.job_id}")
+    try:
+        with turn(run.sweep):  # two launches that name the folder differently agree on the first one's name
+            folder = sweep_folder(run)
+            folder.mkdir(exist_ok=True)
+            return folder, claim(folder)
+    except OSError as error:
+        raise UserError(unwritable(run.sweep, error)) from error
+
+
+def sweep_folder(run: RunConfig) -> Path:
+    """The folder of a job of a sweep, whenever it is launched and with whatever else it is swept."""
+    assert run.sweep is not None
+    existing = sorted(path for path in run.sweep.glob(f"*_{run.job_id}") if path.is_dir())
+    label = f"{file_name(run.label[:120], LONGEST - 9)}_" if run.label else ""
+    return existing[0] if existing else run.sweep / f"{label}{run.job_id}"
 
 
 def enter(start: Start, run: RunConfig) -> RunFolder:
     """Make the folder of a fresh run, or open the one to continue in and bring its `config.yaml` up to date.
 
     Raises:
-        UserError: another process trains in it.
+        UserError: the folder cannot be written.
     """
     if start.checkpoint is None:
-        if run.sweep is not None and start.folder.exists():
-            shutil.rmtree(start.folder)  # an attempt that ended before its first checkpoint: `plan` has looked
-        folder = RunFolder.create(start.folder, run.to_yaml())
-        _lock(folder.path)
-        return folder
+        if run.sweep is None:
+            path = RunFolder.make(start.folder)
+            claim(path)  # before it has a configuration, without which it is no run's to others
+        else:
+            path = start.folder
+            _empty(path)  # of an attempt that ended before its first checkpoint
+        return RunFolder.fill(path, run.to_yaml())
     folder = RunFolder.open(start.folder)
-    if not _lock(start.folder):
-        raise UserError(_busy(start.folder))
     values, _ = load(start.folder)
     if values["trainer"] != run.values["trainer"]:  # a longer budget, say
         with atomic_file(folder.config_file) as file:
             file.write(run.to_yaml().encode())
     return folder
-
-
-def release() -> None:
-    """Let others train in the folder that this process entered last."""
-    while _held:
-        _held.pop().release()
 
 
 def load_state(start: Start) -> dict[str, Any] | None:
@@ -113,26 +122,13 @@ def spent(summary: Mapping[str, Any], trainer: Mapping[str, Any]) -> bool:
     return not any(trainer.get(key) is not None and trainer[key] > (done or 0) + 1e-9 for key, done in used.items())
 
 
-def _lock(folder: Path) -> bool:
-    """Claim a folder until `release` or the end of this process, however it ends; False if another one has it."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    except (OSError, NotImplementedError) as error:
-        log.warning("%s cannot be locked (%s): see to it that one process at a time trains in it.", folder, error)
-        return True
-    _held.append(lock)
-    return True
-
-
-def _is_busy(folder: Path) -> bool:
-    """Whether another process trains in a folder."""
-    if not _lock(folder):
-        return True
-    release()
-    return False
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder that this process has claimed, but the claim."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != NAME:
+            path.unlink()
 
 
 def _busy(folder: Path) -> str:
@@ -141,7 +137,7 @@ def _busy(folder: Path) -> str:
 
 def _from(run: RunConfig, folder: Path, checkpoint: Path | None, must_exist: bool = True) -> Any:
     """A start in an existing folder; None (`must_exist=False`) or a sentence if nothing there can be resumed."""
-    if _is_busy(folder):
+    if not claim(folder):
         raise UserError(_busy(folder))
     summary = RunFolder.open(folder).read_summary()
     status = (summary or {}).get("status")
@@ -161,12 +157,10 @@ def _from(run: RunConfig, folder: Path, checkpoint: Path | None, must_exist: boo
     return Start(folder, checkpoint, note=f"resuming {folder} from {checkpoint.name}")
 
 
-def _in_sweep(folder: Path) -> Start:
+def _in_sweep(folder: Path, claimed: bool) -> Start:
     """A sweep's job has one folder for ever: finished there, or partial, or failed, or new."""
-    if not folder.exists():
-        return Start(folder)
-    if _is_busy(folder):
-        return Start(folder, summary={"status": "running"}, note=f"{folder.name} runs in another process: skipped")
+    if not claimed:
+        return Start(folder, summary={"status": ELSEWHERE}, note=f"{folder.name} runs in another process: skipped")
     summary = RunFolder(folder).read_summary()
     if summary and summary.get("status") in ENDED:
         return Start(folder, summary=summary, note=f"{folder.name} is {_in_words(summary['status'])}: skipped")
@@ -193,8 +187,3 @@ def _advice(status: str | None) -> str:
         "finished": " (a larger trainer.max_epochs, max_steps or max_time carries on)",
         "diverged": " (start a new run with a smaller learning rate, or resume one of its checkpoints by path)",
     }.get(status or "", "")
-
-
-def _file_name(text: str) -> str:
-    """`text` without characters that mean something to a shell, a file system or Hydra's grammar."""
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-._ ") or "run"

@@ -8,6 +8,7 @@ from torch import nn
 
 from models import load, read_weights
 from training.errors import UserError
+from training.runs.folder import exists, shortened
 
 
 def warm_start(model: nn.Module, path: str | Path) -> str:
@@ -26,7 +27,7 @@ def warm_start(model: nn.Module, path: str | Path) -> str:
         UserError: there is no such file, it holds no weights, or none of them fits.
     """
     try:
-        weights, file = read_weights(path)
+        weights, file = read_weights(path if exists(Path(path)) else shortened(str(path)))
         return f"init_from: {load(model, weights, str(file))}"
     except ValueError as error:
         raise UserError(f"init_from={error}") from error

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from training.errors import UserError
 from training.names import AROUND, PLAYERS
+from training.runs.folder import shortened
 from training.runs.record import RunConfig, find, load, replace_folder
 from training.settings.faults import PRESET, diagnose, fault_of_choice, refuse_additions
 from training.settings.files import (
@@ -200,6 +201,7 @@ def _prepare_sweep(overrides: list[Override]) -> list[str]:
     # Hydra leaves keys out of a run's name without a look at packages: optimizer would be optimizer@critic, too.
     swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
     constant = sorted({override.key_or_group for override in overrides} - swept)
-    folder = Path(runs[0].values["paths"]["sweeps"]) / (name or "_".join(fixed) or "sweep")
+    parts = Path(name or "_".join(fixed) or "sweep").parts
+    folder = Path(runs[0].values["paths"]["sweeps"]).joinpath(*map(shortened, parts))
     extra = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(constant)}]"]
     return extra if "hydra.sweep.dir" in given else [*extra, f"hydra.sweep.dir='{folder}'"]

@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
 from training.errors import UserError
+from training.runs.folder import exists
 
 #: The one key whose names are not in the files: those of the chosen optimizer's scalars, which are checked against it.
 OPEN = "schedules"
@@ -95,7 +96,7 @@ def quoted(text: str) -> str:
     if key in EXPRESSIONS:
         return f"{key}='{value}'" if value.strip() and "'" not in value else text
     special = re.search(r"[=,{}\[\]()]", value) and not value.startswith("[")
-    return f"{key}='{value}'" if special and Path(value).exists() else text
+    return f"{key}='{value}'" if special and exists(Path(value)) else text
 
 
 def opened(text: str) -> str:

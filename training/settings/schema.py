@@ -7,6 +7,7 @@ callable's own business: it raises `ValueError("lr must be positive, got -1")`, 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import types
@@ -312,10 +313,16 @@ def _small(target: Callable[..., Any], **options: Any) -> torch.optim.Optimizer:
 
 @contextmanager
 def refusals(where: str, options: Collection[str] = ()) -> Iterator[None]:
-    """Within it, a `ValueError` becomes a `UserError` that names the group, and the option where that leads."""
+    """Within it, a `ValueError` becomes a `UserError` that names the group, and the option where that leads.
+
+    Raises:
+        UserError: it, or what the system says of a name that is too long for a file's.
+    """
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{where}: {str(error.filename)[:80]}... is too long for the name of a file") from error
         if not isinstance(error, ValueError) and type(error).__module__.partition(".")[0] not in PECULIAR:
             raise
         sentence = str(error)
