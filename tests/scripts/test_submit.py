@@ -1,4 +1,4 @@
-"""Batch scripts: what is asked for, in the words of two systems; what cannot be, in a sentence; samples that are current."""
+"""Batch scripts: what is asked for, in the words of two systems; what cannot be, in a sentence; samples are current."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def test_torchrun_ignores_the_signal_that_its_workers_hear() -> None:
     assert re.search(r"trap \"\" USR1; exec python -m torch\.distributed\.run --nnodes=2 --nproc-per-node=4", text)
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path.parent.name}/{path.name}") for path in samples.samples()])
+SAMPLES = [pytest.param(path, id=f"{path.parent.name}/{path.name}") for path in samples.samples()]
+
+
+@pytest.mark.parametrize("path", SAMPLES)
 def test_samples_are_what_the_program_writes(path: Path) -> None:
     assert path.read_text() == samples.samples()[path], "python -m scripts.cluster.samples writes them anew"
     assert subprocess.run(["bash", "-n", path]).returncode == 0
