@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from training.runs.folder import atomic_file
 from training.runs.run import Callback, Run
 from training.tasks.task import Task
 
@@ -90,7 +91,8 @@ class CurvePlots(Callback):
         )
 
         for name, figure in plot_run(run.folder.metrics_file).items():
-            figure.savefig(run.folder.path / f"{name.replace('/', '_')}.png", dpi=self.dpi)
+            with atomic_file(run.folder.path / f"{name.replace('/', '_')}.png") as file:
+                figure.savefig(file, format="png", dpi=self.dpi)
 
 
 class Profiler(Callback):

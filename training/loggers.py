@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import rich.console
 import torch
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import histogram, hparams, scalar
+from torch.utils.tensorboard.summary import image as image_summary
+from torch.utils.tensorboard.summary import text as text_summary
 
-from training.runs.folder import plain
+from training.runs.folder import Record, plain
 from training.runs.run import Logger, Run
+from training.show.event_file import EventFile, sizes, take_back
 
 #: Keys of an event that are not metrics.
 HEADER = ("event", "step", "epoch", "seconds", "wall")
+# Limits of a histogram's bins, as TensorBoard's own writers have them: each a tenth beyond the one before.
+_POSITIVE = [1e-12 * 1.1**power for power in range(774)]
+BINS = [*(-limit for limit in reversed(_POSITIVE)), 0.0, *_POSITIVE]
 
 __all__ = ["Console", "JSONLines", "Logger", "TensorBoard"]
 
@@ -35,58 +39,41 @@ class JSONLines(Logger):
     """``metrics.jsonl``: an event a line. A resumed run cuts off what was written after its checkpoint."""
 
     def __init__(self) -> None:
-        self._file: BinaryIO | None = None
+        self._record: Record | None = None
         self._offset = 0
 
     def start(self, run: Run) -> None:
         """See Logger."""
-        path = run.folder.metrics_file
-        path.touch()
-        self._file = path.open("r+b")
-        size = self._file.seek(0, os.SEEK_END)
-        if size < self._offset:
-            log.warning("%s is shorter than the checkpoint says: what is missing stays missing.", path)
-        self._file.truncate(min(size, self._offset))
-        self._file.seek(0, os.SEEK_END)
+        record = self._record = Record(run.folder.metrics_file, self._offset)
+        if record.size < self._offset:
+            log.warning("%s is shorter than the checkpoint says: what is missing stays missing.", record.path)
+            content = record.read()
+            record.cut(content.rfind(b"\n") + 1)  # half a line would spoil the next one
 
     def log(self, record: dict[str, Any]) -> None:
         """See Logger."""
-        assert self._file is not None
-        self._file.write((json.dumps(plain(record), allow_nan=False) + "\n").encode())
-        self._file.flush()  # whoever follows the file sees whole lines, and a killed process loses none
+        assert self._record is not None  # whoever follows the file sees whole lines, and a killed process loses none
+        self._record.append((json.dumps(plain(record), allow_nan=False) + "\n").encode())
 
     def flush(self) -> None:
         """See Logger."""
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        assert self._record is not None
+        self._record.sync()
 
     def close(self) -> None:
         """See Logger."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._record is not None:
+            self._record.close()
+            self._record = None
 
     def state_dict(self) -> dict[str, Any]:
         """See Logger."""
-        assert self._file is not None
-        return {"offset": self._file.tell()}
+        assert self._record is not None
+        return {"offset": self._record.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See Logger."""
         self._offset = state["offset"]
-
-
-def _wait_for_a_later_name(folder: Path) -> None:
-    """Let the second pass in which the newest event file was made.
-
-    TensorBoard reads the files of a folder in the order of their names: events.out.tfevents, the second, the host, the
-    process and a counter. Of two of one second, counted 9 and 10, it reads the later one first, and then drops it.
-    """
-    made = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")]
-    now = time.time()
-    if int(now) in made:
-        time.sleep(1 - now % 1)
 
 
 class TensorBoard(Logger):
@@ -104,28 +91,25 @@ class TensorBoard(Logger):
         if flush_seconds < 1:
             raise ValueError(f"flush_seconds must be at least 1, got {flush_seconds}")
         self.histograms, self.flush_seconds = histograms, flush_seconds
-        self._writer: SummaryWriter | None = None
+        self._file: EventFile | None = None
         self._run: Run | None = None
+        self._written: dict[str, int] | None = None
 
     def start(self, run: Run) -> None:
         """See Logger."""
         self._run = run
-        _wait_for_a_later_name(run.folder.tensorboard)
-        # TensorBoard forgets what earlier files of this run say about the steps that are now repeated.
+        if self._written is not None:
+            take_back(run.folder.tensorboard, self._written)
+        # A board that is open forgets what it has read about the steps that are now repeated.
         purge = run.step + 1 if run.resumed else 0
-        self._writer = SummaryWriter(str(run.folder.tensorboard), purge_step=purge, flush_secs=self.flush_seconds)
+        self._file = EventFile(run.folder.tensorboard, purge, self.flush_seconds)
         if not run.resumed:
             self.text("config", run.folder.config_file.read_text(), 0)
-            experiment, start, _ = hparams(_hyperparameters(run.config), dict.fromkeys(self._results(run), 0.0))
             # SummaryWriter.add_hparams would open a run of its own in a sub-folder.
-            self._write_summary(experiment, 0)
-            self._write_summary(start, 0)
-        self._writer.flush()
-
-    def _write_summary(self, summary: Any, step: int) -> None:
-        assert self._writer is not None
-        assert self._writer.file_writer is not None
-        self._writer.file_writer.add_summary(summary, step)
+            experiment, start, _ = hparams(_hyperparameters(run.config), dict.fromkeys(self._results(run), 0.0))
+            self._file.add(experiment, 0)
+            self._file.add(start, 0)
+        self._file.flush()
 
     @staticmethod
     def _results(run: Run) -> list[str]:
@@ -135,11 +119,11 @@ class TensorBoard(Logger):
 
     def log(self, record: dict[str, Any]) -> None:
         """See Logger."""
-        assert self._writer is not None and self._run is not None
+        assert self._file is not None and self._run is not None
         step = record["step"]
         for name, value in record.items():
             if name not in HEADER and isinstance(value, (int, float)):
-                self._writer.add_scalar(name, value, step)
+                self._file.add(scalar(name, value), step)
         if self.histograms and record["event"] == "eval":
             for name, parameter in self._run.model.named_parameters():
                 self._histogram(f"weights/{name}", parameter, step)
@@ -147,43 +131,51 @@ class TensorBoard(Logger):
 
     def image(self, name: str, image: torch.Tensor, step: int) -> None:
         """See Logger."""
-        assert self._writer is not None
-        self._writer.add_image(name, image, step)
+        assert self._file is not None
+        self._file.add(image_summary(name, image, dataformats="CHW"), step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """See Logger."""
-        assert self._writer is not None
-        self._writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)  # as it is
+        assert self._file is not None
+        self._file.add(text_summary(name, "".join(f"    {line}\n" for line in text.splitlines())), step)  # as it is
 
     def _histogram(self, name: str, tensor: torch.Tensor | None, step: int) -> None:
-        assert self._writer is not None
+        assert self._file is not None
         if tensor is not None and bool(tensor.isfinite().all()):  # an overflowed fp16 gradient has no histogram
-            self._writer.add_histogram(name, tensor.detach().float(), step)
+            values = tensor.detach().float().cpu().numpy()
+            self._file.add(histogram(name, values, BINS), step)
 
     def flush(self) -> None:
         """See Logger."""
-        assert self._writer is not None
-        self._writer.flush()
+        assert self._file is not None
+        self._file.sync()
 
     def finish(self, run: Run, summary: dict[str, Any]) -> None:
         """See Logger."""
-        assert self._writer is not None
+        assert self._file is not None
         for name in self._results(run):
             which, _, metric = name.partition("/")
             value = (summary[which] or {}).get(metric)
             if value is not None:
-                self._writer.add_scalar(name, value, run.step)
+                self._file.add(scalar(name, value), run.step)
         _, _, end = hparams({}, {})
-        self._write_summary(end, run.step)
+        self._file.add(end, run.step)
+        self._file.sync()
 
     def close(self) -> None:
         """See Logger."""
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            try:
-                writer.flush()  # raises what its thread could not write
-            finally:
-                writer.close()
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Logger."""
+        assert self._file is not None
+        return {"written": sizes(self._file.folder)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Logger."""
+        self._written = state["written"]
 
 
 def _hyperparameters(config: dict[str, Any]) -> dict[str, bool | int | float | str]:
@@ -325,12 +317,21 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class _LogFile(logging.FileHandler):
+class _LogFile(logging.Handler):
     """A log file whose failures raise; logging's own habit is to print them and go on."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Raise what ``emit`` caught."""
-        raise
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._record = Record(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the line."""
+        self._record.append((self.format(record) + "\n").encode())
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._record.close()
+        super().close()
 
 
 @contextmanager

@@ -8,3 +8,7 @@ TARGET = "_target_"
 PLAYERS = ("generator", "critic")
 #: Groups of what goes around an optimizer, from the innermost on, and what stands for nothing.
 AROUND = {"step_length": "optimizers.step_length.own", "averaging": "optimizers.averaging.none"}
+#: Keys that a resumed run cannot change: their state lies in a checkpoint, or they go with what does.
+RESTORED = (
+    "seed", "model", "optimizer", *PLAYERS, *AROUND, "scheduler", "schedules", "init_from", "finetune",
+)  # fmt: skip

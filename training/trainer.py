@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,13 +22,13 @@ from training.errors import UserError
 from training.loggers import Logger, log_file
 from training.loop import rng
 from training.loop.budgets import Alarm, Budget, Every
-from training.loop.distributed import World, barrier
+from training.loop.distributed import World, barrier, maximum
 from training.loop.precision import Precision
 from training.loop.signals import Interrupted, StopSignals
 from training.runs import checkpoints, evaluation, provenance, step
 from training.runs.averaging import averaged, averages, enter
 from training.runs.finite import Diverged, require_finite, require_finite_loss
-from training.runs.folder import RunFolder
+from training.runs.folder import RunFolder, WriteError
 from training.runs.provenance import summarise
 from training.runs.run import Run
 from training.schedules import Scalars, ScalarSchedule
@@ -299,6 +299,7 @@ class Trainer:
         self.check(data, task, world, callbacks, optimizer=optimizer, schedule=schedule, scalars=scalars)
         with ExitStack() as stack:
             if world.is_main:
+                folder.require_writable()
                 stack.enter_context(log_file(folder.log_file))
             stack.enter_context(rng.deterministic(self.deterministic))
             signals = stack.enter_context(StopSignals())
@@ -309,14 +310,13 @@ class Trainer:
                 run.callbacks, run.loggers = callbacks, list(loggers or []) if world.is_main else []
                 self._start(run, resume, stack)
                 self._train(run, signals)
-                summary = self._finish(run)
+                return self._finish(run, signals)
             except BaseException as error:
                 refused = resume is not None and not (run and run.resumed)
                 if world.is_main and not refused:  # what was refused leaves the run as it found it
-                    self._fail(folder, run, error)
+                    with suppress(WriteError):  # what went wrong first is what is told
+                        self._fail(folder, run, error)
                 raise
-            log.info("%s: %s", summary["status"], {k: v for k, v in run.latest.items() if not k.startswith("time/")})
-            return summary
 
     def _start(self, run: Run, resume: dict[str, Any] | None, stack: ExitStack) -> None:
         for one in averages(run):
@@ -388,21 +388,15 @@ class Trainer:
     def _save(self, run: Run) -> None:
         require_finite(run)
         with averaged(run), run.clock.count("other"):
-            path = checkpoints.step_file(run.folder.checkpoints, run.step)
-            state = checkpoints.capture(run) if run.best_written != run.step else None
-            if run.world.is_main:
-                if state is None:  # it was written a moment ago
-                    checkpoints.link(run.folder.checkpoints / "best.pt", path)
-                else:
-                    checkpoints.save(path, state)
-                checkpoints.rotate(run.folder.checkpoints, self.keep_checkpoints, newest=run.step)
+            checkpoints.store(run, self.keep_checkpoints)
             run.alarm.wind()
             barrier(run.world)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    def _finish(self, run: Run) -> dict[str, Any]:
-        # Nothing here enters a step checkpoint: a finished run resumed for longer goes on as if it had not ended.
+    def _finish(self, run: Run, signals: StopSignals) -> dict[str, Any]:
+        # Nothing here enters a step checkpoint: a run that is resumed after its last step makes its end anew, and one
+        # resumed for longer goes on as if it had not ended. The summary is written last: what has one is complete.
         status = "finished" if run.done else "stopped_early"
         if run.stop_reason:
             log.info("stopped: %s", run.stop_reason)
@@ -410,38 +404,40 @@ class Trainer:
             self._log(run)
         if run.evaluated != run.step:
             evaluation.validate(run)
+        self._heed(run, signals)
         enter(run)  # and so the model stays
-        values = evaluation.measure(run, "test")
-        of_best = values if run.best is None or run.best["step"] == run.step else evaluation.test_best(run)
-        with run.clock.count("other"):
-            if run.best is not None:
-                run.best |= of_best
-            if values:
-                run.emit("test", values | {f"best/{name}": value for name, value in of_best.items()})
-        summary = self._conclude(run, status)
+        evaluation.test(run)
+        self._heed(run, signals)
+        summary = summarise(run, status)
         for callback in run.callbacks:
             callback.on_fit_end(run, summary)
+            self._heed(run, signals)
         for logger in run.loggers:
             logger.finish(run, summary)
+        log.info("%s: %s", status, {k: v for k, v in run.latest.items() if not k.startswith("time/")})
+        if run.world.is_main:
+            run.folder.write_summary(summary)
         return summary
+
+    def _heed(self, run: Run, signals: StopSignals) -> None:
+        """Stop between two parts of the end if any rank was asked to: the last step is saved."""
+        if code := int(maximum([float(signals.exit_code)], run.world)[0]):
+            raise Interrupted(f"Interrupted after the last step: resume={run.folder.path} makes what is missing.", code)
 
     def _fail(self, folder: RunFolder, run: Run | None, error: BaseException) -> None:
         interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
         status = "diverged" if isinstance(error, Diverged) else "interrupted" if interrupted else "failed"
         sentence = str(error) or type(error).__name__
         bug = error if status == "failed" and not isinstance(error, (UserError, ValueError)) else None
-        if run is None:
-            folder.write_summary({"status": status, "error": sentence})
-            return
-        summary = self._conclude(run, status, None if interrupted else sentence)
-        # For train.log alone: the terminal hears of it from whoever catches the exception.
-        log.info("%s: %s", status, sentence, exc_info=bug)
-        if status == "diverged":
-            for callback in run.callbacks:
-                callback.on_fit_end(run, summary)
-
-    def _conclude(self, run: Run, status: str, error: str | None = None) -> dict[str, Any]:
-        summary = summarise(run, status, error)
-        if run.world.is_main:
-            run.folder.write_summary(summary)
-        return summary
+        summary: dict[str, Any] = {"status": status, "error": None if interrupted else sentence}
+        try:
+            if run is not None:
+                summary = summarise(run, status, summary["error"])
+                if status == "diverged":
+                    for callback in run.callbacks:
+                        callback.on_fit_end(run, summary)
+            # For train.log alone: the terminal hears of it from whoever catches the exception.
+            log.info("%s: %s", status, sentence, exc_info=bug)
+        finally:
+            with suppress(WriteError):  # one disk is full, or gone, for both: what is told is what went wrong first
+                folder.write_summary(summary)

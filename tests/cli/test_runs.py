@@ -99,15 +99,16 @@ def test_resume_auto(quick: Callable[..., Outcome], work: Path) -> None:
     assert len(runs(work)) == 2, "another configuration is another run"
 
 
-def test_resume_auto_passes_over_a_run_without_a_checkpoint(quick: Callable[..., Outcome], work: Path) -> None:
+def test_resume_auto_begins_again_where_a_run_has_no_checkpoint(quick: Callable[..., Outcome], work: Path) -> None:
     assert quick().code == 0
     (run,) = runs(work)
+    expected = metrics(run)
     (run / "summary.json").unlink()
     for path in (run / "checkpoints").iterdir():
         path.unlink()
     outcome = quick("resume=auto")
-    assert outcome.code == 0 and "starting a new one" in outcome.out
-    assert len(runs(work)) == 2
+    assert outcome.code == 0 and "ended before its first checkpoint: it begins again" in outcome.out
+    assert runs(work) == [run] and metrics(run) == expected and summary(run)["status"] == "finished"
 
 
 def test_resume_by_path(quick: Callable[..., Outcome], command: Callable[..., Outcome], work: Path) -> None:

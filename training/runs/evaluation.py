@@ -6,8 +6,9 @@ import copy
 from typing import TYPE_CHECKING, Literal
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from training.errors import UserError
 from training.loop import rng
 from training.loop.distributed import broadcast_buffers
 from training.loop.precision import Precision
@@ -62,17 +63,14 @@ def validate(run: Run) -> None:
         require_finite_loss(run, values["val/loss"], "validation")
         with run.clock.count("other"):
             run.emit("eval", values)
-            improved = run.improves(values)
+            before, improved = run.best, run.improves(values)
             if improved:
                 found = {"metric": run.monitor, "value": values[run.monitor], "step": run.step, "epoch": run.epoch}
                 run.best = found | values
             for callback in run.callbacks:
                 callback.on_evaluation(run, values)
             if improved:
-                state = checkpoints.capture(run)
-                if run.world.is_main:
-                    checkpoints.save(run.folder.checkpoints / "best.pt", state)
-                run.best_written = run.step
+                checkpoints.store_best(run, before)
 
 
 def measure(run: Run, split: Literal["val", "test"]) -> dict[str, float]:
@@ -83,15 +81,35 @@ def measure(run: Run, split: Literal["val", "test"]) -> dict[str, float]:
     return {f"{split}/{name}": value for name, value in values.items()}
 
 
+def test(run: Run) -> None:
+    """Measure the last and the best weights on the test set, at the end of a run, whose model is what is evaluated."""
+    values = measure(run, "test")
+    of_best = values if run.best is None or run.best["step"] == run.step else test_best(run)
+    with run.clock.count("other"):
+        if run.best is not None:
+            run.best |= of_best
+        if values:
+            run.emit("test", values | {f"best/{name}": value for name, value in of_best.items()})
+
+
 def test_best(run: Run) -> dict[str, float]:
     """Test metrics of the best weights; the model holds the last ones before and after."""
     last = copy.deepcopy(run.model.state_dict())  # with the versions of its layers' formats, which some ask for
     try:
         if run.world.is_main:
-            run.model.load_state_dict(checkpoints.load(run.folder.checkpoints / "best.pt")["model"])
+            run.model.load_state_dict(_best_weights(run))
         if run.world.world_size > 1:
             for parameter in run.model.parameters():
                 dist.broadcast(parameter.data, src=0)
         return measure(run, "test")  # which broadcasts the buffers
     finally:
         run.model.load_state_dict(last)
+
+
+def _best_weights(run: Run) -> dict[str, Tensor]:
+    try:
+        return checkpoints.load(checkpoints.best_file(run.folder.checkpoints))["model"]
+    except checkpoints.CheckpointError as error:
+        raise UserError(
+            f"The best weights cannot be tested. {error} Resume the run: its end is made with the best that is left."
+        ) from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,37 @@ from training.errors import UserError
 
 #: Bytes that file systems let a name have.
 LONGEST = 255
+#: What to do about a file that cannot be written, by why it cannot.
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "see to it that this user may write there"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "its folder was moved or deleted: put it back"),
+}
+
+log = logging.getLogger(__name__)
+
+
+class WriteError(UserError, OSError):
+    """Something of a run could not be written: the disk is full, the folder read-only or gone. Built as an OSError."""
+
+    def __str__(self) -> str:
+        advice = ADVICE.get(self.errno or 0, "see to its disk")
+        return f"{self.filename} cannot be written ({self.strerror}): {advice}, and resume the run."
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it, what the system says against writing is a sentence about ``path``.
+
+    Raises:
+        WriteError: in place of any other ``OSError``.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 @contextmanager
@@ -27,17 +59,102 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Yields:
         The file, which has another name until then.
+
+    Raises:
+        WriteError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):  # a folder that is gone or read-only now: what went wrong first is what is told
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    """Write all of it, unless the file was deleted: it would grow on unseen."""
+    if os.fstat(descriptor).st_nlink == 0:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+class Record:
+    """A file that only grows, line by line or record by record, and can be cut back to where it was once.
+
+    What is appended is on its way to the disk at once and whole: of what does not fit, nothing stays.
+
+    Args:
+        path: of the file, which is made if it is missing.
+        size: where it is to end; None: where it does.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        self.path = path
+        with writing(path):
+            self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            end = os.lseek(self._descriptor, 0, os.SEEK_END)
+            self.size = end if size is None else min(size, end)
+            self._cut()
+
+    def _cut(self) -> None:
+        assert self._descriptor is not None
+        os.ftruncate(self._descriptor, self.size)
+        os.lseek(self._descriptor, self.size, os.SEEK_SET)
+
+    def cut(self, size: int) -> None:
+        """Forget all beyond ``size`` bytes.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        self.size = min(size, self.size)
+        with writing(self.path):
+            self._cut()
+
+    def append(self, content: bytes) -> None:
+        """Add to the end, whole or not at all.
+
+        Raises:
+            WriteError: the disk is full, or the file was deleted.
+        """
+        assert self._descriptor is not None
+        with writing(self.path):
+            before, self.size = self.size, self.size + len(content)
+            try:
+                _write(self._descriptor, content)
+            except BaseException:
+                self.size = before
+                with suppress(OSError):
+                    self._cut()
+                raise
+
+    def read(self) -> bytes:
+        """All of it."""
+        return self.path.read_bytes()
+
+    def sync(self) -> None:
+        """Make it last through a power cut."""
+        assert self._descriptor is not None
+        with writing(self.path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the file. Idempotent."""
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
@@ -164,6 +281,8 @@ class RunFolder:
             with atomic_file(folder.config_file) as file:
                 file.write(config_yaml.encode())
         except OSError as error:
+            with suppress(OSError):  # an empty folder goes with its claim
+                folder.checkpoints.rmdir()
             raise UserError(unwritable(path, error)) from error
         return folder
 
@@ -177,14 +296,55 @@ class RunFolder:
         folder = cls(path)
         if not folder.config_file.is_file():
             raise UserError(f"{path} is not a run folder (it has no config.yaml): give the folder that train.py wrote.")
-        folder.checkpoints.mkdir(exist_ok=True)
+        with writing(folder.checkpoints):
+            folder.checkpoints.mkdir(exist_ok=True)
         return folder
 
+    def require_writable(self) -> None:
+        """See to it before a run begins that it can write what it will write.
+
+        Raises:
+            WriteError: into one of its folders, or one of its files, it cannot.
+        """
+        for place in (self.path, self.checkpoints):
+            with writing(place):
+                place.mkdir(exist_ok=True)
+                probe = place / f".writable.{os.getpid()}.tmp"
+                try:
+                    probe.write_bytes(b".")
+                finally:
+                    probe.unlink(missing_ok=True)
+        for file in (self.config_file, self.metrics_file, self.summary_file, self.log_file):
+            if file.exists():
+                with writing(file), file.open("r+b"):
+                    pass
+
     def read_summary(self) -> dict[str, Any] | None:
-        """The summary, or None while there is none."""
-        return json.loads(self.summary_file.read_text()) if self.summary_file.exists() else None
+        """The summary; None while there is none, or with a warning if it is damaged: then the end is to be made anew.
+
+        Raises:
+            UserError: it is there and cannot be read.
+        """
+        try:
+            summary = json.loads(self.summary_file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(
+                f"{self.summary_file} cannot be read ({error.strerror}): see to it that it can, or delete it"
+            ) from error
+        except ValueError:  # no JSON, no text
+            summary = None
+        if not isinstance(summary, dict):
+            log.warning("%s is damaged: what it said is made anew.", self.summary_file)
+            return None
+        return summary
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write ``summary.json`` atomically."""
+        """Write ``summary.json`` atomically.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
         with atomic_file(self.summary_file) as file:
             file.write((json.dumps(plain(summary), indent=2, allow_nan=False) + "\n").encode())

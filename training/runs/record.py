@@ -75,7 +75,7 @@ class RunConfig:
     def to_yaml(self) -> str:
         """Text of the run folder's `config.yaml`."""
         command = " ".join([os.environ.get("CURVLAB_COMMAND", "python train.py"), *self.command])
-        return f"# {command}\n{yaml.safe_dump(_lists(self.record()), sort_keys=False, allow_unicode=True)}"
+        return f"# {command}\n{yaml.safe_dump(as_lists(self.record()), sort_keys=False, allow_unicode=True)}"
 
 
 def identity(values: Mapping[str, Any], budget: bool = False) -> str:
@@ -85,7 +85,7 @@ def identity(values: Mapping[str, Any], budget: bool = False) -> str:
         values: a checked configuration.
         budget: whether `trainer.max_*` counts.
     """
-    kept = _lists(values)
+    kept = as_lists(values)
     for key in (*VOLATILE, *(() if budget else (f"trainer.{name}" for name in BUDGETS))):
         group, _, name = key.rpartition(".")
         (kept.get(group, {}) if group else kept).pop(name, None)
@@ -127,8 +127,9 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         saved = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({error}): give the folder of a run of train.py") from error
-    if not isinstance(saved, dict) or CHOICES not in saved:
-        raise UserError(f"{path} is not the configuration of a run of train.py")
+    groups = (CHOICES, "paths", "trainer", "model", "optimizer", "dataset", "scheduler")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(group), dict) for group in groups):
+        raise UserError(f"{path} is not the configuration of a run of train.py, or it is damaged")
     choices = saved.pop(CHOICES)
     return saved, choices
 
@@ -144,6 +145,6 @@ def replace_folder(value: Any, folder: str, new: str) -> Any:
     return value
 
 
-def _lists(value: Any) -> Any:
+def as_lists(value: Any) -> Any:
     """`value` with its tuples as lists, as they are after a round through YAML."""
     return json.loads(json.dumps(value))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,11 @@ ENDED = ("finished", "stopped_early", "diverged")
 #: In the place of a summary: another process trains in the folder.
 ELSEWHERE = "running elsewhere"
 
+# How the names of runs' folders begin.
+STAMP = "%Y-%m-%d_%H-%M-%S"
+
+log = logging.getLogger(__name__)
+
 __all__ = ["Start", "enter", "load_state", "plan", "release", "spent", "sweep_folder"]
 
 
@@ -33,12 +40,14 @@ class Start:
         checkpoint: file to continue from; None for a fresh start.
         summary: the summary of a run that needs no more training; None when there is something to do.
         note: a line for the user; "" when there is nothing to say.
+        again: whether a fresh run takes the place of an attempt that ended in the folder before its first checkpoint.
     """
 
     folder: Path
     checkpoint: Path | None = None
     summary: dict[str, Any] | None = None
     note: str = ""
+    again: bool = False
 
 
 def plan(run: RunConfig) -> Start:
@@ -50,18 +59,18 @@ def plan(run: RunConfig) -> Start:
     if run.sweep is not None:
         return _in_sweep(*claim_job(run))
     resume = run.values["resume"]
-    fresh = Path(run.values["paths"]["runs"]) / file_name(run.group_name)
-    fresh /= f"{datetime.now():%Y-%m-%d_%H-%M-%S}_s{run.values['seed']}_{run.id}"
     if resume is None:
-        return Start(fresh)
+        return Start(_fresh(run))
     if resume != "auto":
         return _from(run, *find(resume))
-    for folder in _runs_like(run):
-        start = _from(run, folder, None, must_exist=False)
-        if start is not None:
-            return start
+    newest = next(iter(_runs_like(run)), None)
+    if newest is None:
+        return Start(_fresh(run), note="resume=auto: no run of this configuration to resume, starting a new one")
+    start = _from(run, newest, None, auto=True)
+    if start is None:
         release()
-    return Start(fresh, note="resume=auto: no run of this configuration to resume, starting a new one")
+        return Start(_fresh(run), note=f"resume=auto: all checkpoints of {newest} are damaged, starting a new run")
+    return start
 
 
 def claim_job(run: RunConfig) -> tuple[Path, bool]:
@@ -95,16 +104,21 @@ def enter(start: Start, run: RunConfig) -> RunFolder:
         UserError: the folder cannot be written.
     """
     if start.checkpoint is None:
-        if run.sweep is None:
+        if not start.again:
             path = RunFolder.make(start.folder)
-            claim(path)  # before it has a configuration, without which it is no run's to others
+            while not claim(path):  # before it has a configuration: another launch takes it for a dead one's
+                path = RunFolder.make(start.folder)
         else:
             path = start.folder
             _empty(path)  # of an attempt that ended before its first checkpoint
         return RunFolder.fill(path, run.to_yaml())
     folder = RunFolder.open(start.folder)
-    values, _ = load(start.folder)
-    if values["trainer"] != run.values["trainer"]:  # a longer budget, say
+    try:
+        current = load(start.folder)[0]["trainer"] == run.values["trainer"]
+    except UserError as error:  # only where the command says all that the file would
+        log.warning("%s: it is written anew.", error)
+        current = False
+    if not current:  # a longer budget, say
         with atomic_file(folder.config_file) as file:
             file.write(run.to_yaml().encode())
     return folder
@@ -135,26 +149,34 @@ def _busy(folder: Path) -> str:
     return f"{folder} is being trained in by another process: wait for it, or stop it"
 
 
-def _from(run: RunConfig, folder: Path, checkpoint: Path | None, must_exist: bool = True) -> Any:
-    """A start in an existing folder; None (`must_exist=False`) or a sentence if nothing there can be resumed."""
+def _from(run: RunConfig, folder: Path, checkpoint: Path | None, auto: bool = False) -> Any:
+    """A start in an existing folder; None (`auto`) or a sentence if all checkpoints there are damaged.
+
+    With `auto` the command describes the whole run, which so can begin again in a folder that has no checkpoint yet.
+
+    Raises:
+        UserError: another process trains there, or nothing there can be resumed or read.
+    """
     if not claim(folder):
         raise UserError(_busy(folder))
-    summary = RunFolder.open(folder).read_summary()
+    dead = auto and not RunFolder(folder).config_file.is_file()
+    summary = None if dead else RunFolder.open(folder).read_summary()
     status = (summary or {}).get("status")
     over = status in ENDED and (status != "finished" or spent(summary or {}, run.values["trainer"]))
     if over and checkpoint is None:
         note = f"{folder} is {_in_words(status)}: not trained again{_advice(status)}"
         return Start(folder, summary=summary, note=note)
-    if checkpoint is None:
-        found = checkpoints.latest(folder / "checkpoints")
-        if found is None and not must_exist:
-            return None
-        if found is None:
-            raise UserError(f"resume={folder}: it holds no checkpoint that can be read; start again without resume")
-        checkpoint = found[0]
-    else:
-        checkpoints.load(checkpoint)
-    return Start(folder, checkpoint, note=f"resuming {folder} from {checkpoint.name}")
+    if checkpoint is not None:
+        checkpoints.require(checkpoints.load(checkpoint), checkpoints.PARTS, checkpoint)
+        return Start(folder, checkpoint, note=f"resuming {folder} from {checkpoint.name}")
+    found = checkpoints.latest(folder / "checkpoints", checkpoints.PARTS)
+    if found is not None:
+        return Start(folder, found[0], note=f"resuming {folder} from {found[0].name}")
+    if not auto:
+        raise UserError(f"resume={folder}: it holds no checkpoint that can be read; start again without resume")
+    if checkpoints.steps(folder / "checkpoints"):
+        return None
+    return Start(folder, note=f"{folder} ended before its first checkpoint: it begins again", again=True)
 
 
 def _in_sweep(folder: Path, claimed: bool) -> Start:
@@ -164,18 +186,47 @@ def _in_sweep(folder: Path, claimed: bool) -> Start:
     summary = RunFolder(folder).read_summary()
     if summary and summary.get("status") in ENDED:
         return Start(folder, summary=summary, note=f"{folder.name} is {_in_words(summary['status'])}: skipped")
-    found = checkpoints.latest(folder / "checkpoints")
-    if found is None and any((folder / "checkpoints").glob("step_*.pt")):
+    found = checkpoints.latest(folder / "checkpoints", checkpoints.PARTS)
+    if found is not None:
+        return Start(folder, found[0], note=f"resuming {folder.name} from {found[0].name}")
+    if checkpoints.steps(folder / "checkpoints"):
         raise UserError(f"all checkpoints of {folder} are damaged: delete the folder to start this run again")
-    return Start(folder, found[0], note=f"resuming {folder.name} from {found[0].name}") if found else Start(folder)
+    return Start(folder, again=True)
+
+
+def _fresh(run: RunConfig) -> Path:
+    """The name of a new run's folder. Names sort as the runs began, also where the clock was set back in between."""
+    group = Path(run.values["paths"]["runs"]) / file_name(run.group_name)
+    now = f"{datetime.now():{STAMP}}"
+    stamps = [path.name[: len(now)] for path in (*_folders(group.glob("*")), *_runs_like(run))]
+    for stamp in sorted(stamps, reverse=True):
+        if stamp <= now:
+            break
+        with suppress(ValueError):  # another folder that happens to lie here
+            now = f"{datetime.strptime(stamp, STAMP) + timedelta(seconds=1):{STAMP}}"
+            break
+    return group / f"{now}_s{run.values['seed']}_{run.id}"
 
 
 def _runs_like(run: RunConfig) -> list[Path]:
     """Folders of this very configuration under `paths.runs`, newest first (their names begin with the date)."""
-    mine = re.compile(rf".*_{run.id}(-\d+)?")
-    folders = Path(run.values["paths"]["runs"]).glob(f"*/*_{run.id}*")
-    found = [path for path in folders if mine.fullmatch(path.name) and (path / "config.yaml").is_file()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    mine = re.compile(rf"(.*)_{run.id}(?:-(\d+))?")
+    found = [
+        (match[1], int(match[2] or 1), path)
+        for path in _folders(Path(run.values["paths"]["runs"]).glob(f"*/*_{run.id}*"))
+        if (match := mine.fullmatch(path.name))
+        and ((path / "config.yaml").is_file() or _is_unborn(path))
+    ]
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _is_unborn(folder: Path) -> bool:
+    """Whether a run was killed here before it had its configuration."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")} <= {"checkpoints"}
+
+
+def _folders(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.is_dir()]
 
 
 def _in_words(status: str | None) -> str:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.errors import UserError
-from training.names import AROUND, PLAYERS
+from training.names import RESTORED
 from training.runs.folder import shortened
 from training.runs.record import RunConfig, find, load, replace_folder
 from training.settings.faults import PRESET, diagnose, fault_of_choice, refuse_additions
@@ -32,16 +32,12 @@ from training.settings.files import (
     resolve,
     without_hydra,
 )
-from training.settings.overrides import Arguments, chosen, flags_of, jobs, name_of, opened, parse, quoted
+from training.settings.overrides import Arguments, flags_of, jobs, name_of, opened, parse, quoted
 
 __all__ = ["BEHAVIOUR", "CONFIG_FOLDER", "CONFIG_NAME", "compose", "current", "prepare", "settle"]
 
 # Groups that a resumed run may choose anew: they do not change what is learned.
 FREE = ("paths", "logger", "callbacks")
-# Keys that a resumed run cannot change: their state lies in a checkpoint, or they go with what does.
-RESTORED = (
-    "seed", "model", "optimizer", *PLAYERS, *AROUND, "scheduler", "schedules", "init_from", "finetune",
-)  # fmt: skip
 
 
 def prepare(argv: Sequence[str]) -> RunConfig | list[str]:
@@ -69,9 +65,7 @@ def prepare(argv: Sequence[str]) -> RunConfig | list[str]:
     refuse_additions(overrides, search)
     given = [*search, *_groups_of_resumed(overrides), *map(opened, given)]
     if args.multirun:
-        overrides = [parse(text) for text in given]
-        further = _prepare_sweep(overrides)
-        return [*flags, *(chosen(jobs(overrides)) or given), *further]
+        return [*flags, *given, *_prepare_sweep([parse(text) for text in given])]
     for override in overrides:
         if override.is_sweep_override():
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ GREY = "#555555"
 PLAYERS = {"loss": ("critic", "#4477aa"), "generator_loss": ("generator", "#aa3377")}
 FRECHET = ("frechet_mnist", "frechet_cifar10", "fid")
 
+log = logging.getLogger(__name__)
+
 Series = tuple[list[float], list[float]]
 
 
@@ -27,18 +30,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Args:
         path: a `metrics.jsonl`, or the run folder that holds it.
 
-    Raises:
-        ValueError: a line that is no JSON object (the last one excepted: a killed run may have left half of it).
+    Lines that are damaged are left out, and a warning says so (the last one excepted: a killed run may have left half
+    of it).
     """
     file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
-    lines = file.read_text().splitlines()
+    lines = file.read_bytes().splitlines()
     events: list[dict[str, Any]] = []
+    damaged: list[int] = []
     for number, line in enumerate(lines, 1):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"line {number} of {file} is not a JSON object: the file is damaged") from error
+            event = json.loads(line)
+        except ValueError:  # no JSON, or no text
+            event = None
+        if isinstance(event, dict):
+            events.append(event)
+        elif number < len(lines):
+            damaged.append(number)
+    if damaged:
+        which = f"line {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
+        log.warning("%s of %s cannot be read: the file is damaged, and what is damaged is left out.", which, file)
     return events
 
 
@@ -53,7 +63,8 @@ def series(events: Sequence[Mapping[str, Any]], metric: str, x: str = "epoch") -
     Returns:
         Positions and values; events without the metric, or with null for a value that was not finite, are left out.
     """
-    points = [(float(e[x]), float(e[metric])) for e in events if e.get(metric) is not None and e.get(x) is not None]
+    given = ((e.get(x), e.get(metric)) for e in events)
+    points = [(float(at), float(y)) for at, y in given if isinstance(at, int | float) and isinstance(y, int | float)]
     return [point[0] for point in points], [point[1] for point in points]
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from training.runs.folder import atomic_file
 from training.runs.run import Callback, Run
 
 CELL = 60  # smaller images are enlarged to about so many pixels a side
@@ -40,10 +41,13 @@ class Pictures(Callback, ABC):
             raise ValueError(f"every_epochs must be above 0, got {every_epochs}")
         self.columns, self.rows, self.every_epochs = columns, rows, every_epochs
         self._due = 0.0
+        self._saved: float | None = None
 
     def on_fit_start(self, run: Run) -> None:
         """See Callback."""
-        self._due = self._next(run) if run.resumed else 0.0
+        self._due = 0.0
+        if run.resumed:  # checkpoints of earlier versions do not say
+            self._due = self._next(run) if self._saved is None else self._saved
 
     def on_evaluation(self, run: Run, values: dict[str, float]) -> None:
         """See Callback."""
@@ -61,7 +65,16 @@ class Pictures(Callback, ABC):
             pixels = self.draw(run).permute(1, 2, 0).squeeze(-1)  # [H, W] is a grey picture
             from PIL import Image  # takes a while to import, and most runs draw none
 
-            Image.fromarray(pixels.numpy()).save(run.folder.path / f"{self.name}.png")
+            with atomic_file(run.folder.path / f"{self.name}.png") as file:
+                Image.fromarray(pixels.numpy()).save(file, format="png")
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Callback."""
+        return {"due": self._due}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Callback."""
+        self._saved = state["due"]
 
     @abstractmethod
     def draw(self, run: Run) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data.text import END, Vocabulary, tokenise
 from optimizers.likelihoods import Categorical
 from training.loop import rng
+from training.runs.folder import atomic_file
 from training.runs.run import Callback, Run
 
 
@@ -45,7 +46,8 @@ class SampleText(Callback):
         if not run.world.is_main or run.task.name != "language_modelling" or summary["status"] == "diverged":
             return
         text = self.write(run)
-        (run.folder.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
+        with atomic_file(run.folder.path / "sample.txt") as file:
+            file.write(f"{text}\n".encode())
         for logger in run.loggers:
             logger.text("sample", text, run.step)
 

@@ -1,148 +1,40 @@
-"""Checkpoints: written whole or not at all, verified when read, holding all that a run needs to go on bit for bit."""
+"""What a checkpoint holds: all that a run needs to go on bit for bit, and whose it is."""
 
 from __future__ import annotations
 
+import json
 import logging
-import os
-import pickle
-import re
-import shutil
-import zipfile
-import zlib
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-import torch
-
 from optimizers.wrapper import check_wrappers
-from training.errors import UserError
 from training.loop import rng
 from training.loop.distributed import broadcast_object, gather_objects
+from training.names import AROUND, RESTORED, TARGET
 from training.runs.averaging import leave
-from training.runs.folder import atomic_file, sync_folder
+from training.runs.checkpoints.files import (
+    FORMAT,
+    CheckpointError,
+    best_file,
+    link,
+    load,
+    put_aside,
+    set_aside,
+    step_file,
+)  # fmt: skip
+from training.runs.record import replace_folder
 from training.runs.run import Run
 from training.tasks.players import members
 
-#: Raised whenever what a checkpoint holds changes its meaning.
-FORMAT = 1
-
 log = logging.getLogger(__name__)
 
+#: What every checkpoint of a run holds.
+PARTS = (
+    "model", "optimizer", "scheduler", "scaler", "counters", "last_step", "budget", "ranks", "clocks", "best", "latest",
+    "evaluated", "callbacks", "loggers",
+)  # fmt: skip
+
 Part = TypeVar("Part")
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used, and why."""
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically.
-
-    Args:
-        path: the file to make or replace.
-        state: tensors, primitives and containers of them.
-    """
-    with atomic_file(path) as file:
-        torch.save(state, file)
-
-
-def link(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``, atomically and without writing it again where the disk has links."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without hard links
-        with source.open("rb") as read, atomic_file(target) as write:
-            shutil.copyfileobj(read, write)
-        return
-    temporary.replace(target)
-    sync_folder(target.parent)
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint after checking every byte of it against its checksums.
-
-    Args:
-        path: a file that ``save`` wrote.
-
-    Returns:
-        The state, on the CPU.
-
-    Raises:
-        CheckpointError: where there is none, it is damaged, or it is none of ours.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
-            raise CheckpointError(f"The checkpoint {path} is damaged (checksum of {broken!r}): use an earlier one.")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"There is no checkpoint {path}.") from error
-    except pickle.UnpicklingError as error:  # with every checksum right
-        raise CheckpointError(
-            f"{path} holds other objects than tensors and is not a checkpoint of a Curvlab run: give a file of its "
-            "checkpoints/ folder."
-        ) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"The checkpoint {path} is damaged ({str(error).splitlines()[0]}): use an earlier one."
-        ) from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise CheckpointError(f"{path} is not a checkpoint of a Curvlab run: give a file of its checkpoints/ folder.")
-    if state["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}: use the one that wrote it."
-        )
-    return state
-
-
-def step_file(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step goes."""
-    return folder / f"step_{step:08d}.pt"
-
-
-def _by_step(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the step checkpoints, newest first."""
-    found = ((re.fullmatch(r"step_(\d+)\.pt", p.name), p) for p in folder.glob("step_*.pt"))
-    return sorted(((int(m[1]), p) for m, p in found if m), reverse=True)
-
-
-def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest step checkpoint that can be read, with its state; a warning for each broken one passed over.
-
-    Args:
-        folder: a run's ``checkpoints`` folder.
-    """
-    for _, path in _by_step(folder):
-        try:
-            return path, load(path)
-        except CheckpointError as error:
-            log.warning("%s Trying the one before.", error)
-    return None
-
-
-def rotate(folder: Path, keep: int, newest: int | None = None) -> None:
-    """Delete step checkpoints beyond the ``keep`` newest, and what a killed process left half-written.
-
-    Args:
-        folder: a run's ``checkpoints`` folder.
-        keep: how many stay.
-        newest: the step just saved. Later ones belong to a past that the run was taken back from (broken files, or a
-            resume from an earlier checkpoint) and are deleted too.
-    """
-    ours = _by_step(folder)
-    kept = [p for step, p in ours if newest is None or step <= newest][:keep]
-    for path in (*(p for _, p in ours if p not in kept), *folder.glob(".*.pt.*.tmp")):
-        path.unlink(missing_ok=True)
-
-
-# -- content ---------------------------------------------------------------------------------------------------------
 
 
 def capture(run: Run) -> dict[str, Any]:
@@ -180,16 +72,67 @@ def capture(run: Run) -> dict[str, Any]:
         "callbacks": {name: state for name, callback in named(run.callbacks) if (state := callback.state_dict())},
         "loggers": {name: state for name, logger in named(run.loggers) if (state := logger.state_dict())},
         "config_id": run.config_id,
+        "settings": settings(run.config),
         **aside,
     }
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:
-    """Put a run that was just built back where ``capture`` saw it.
+    """Put a run that was just built back where ``capture`` saw it. Every rank must call it.
+
+    What lies in the folder of later steps is set aside.
 
     Raises:
-        CheckpointError: if the model or the optimizer is another than the checkpoint's.
+        CheckpointError: if it is another run's: its model, its optimizer or its settings are not those of this one.
     """
+    try:
+        _refuse_another(run, state)
+        _restore(run, state)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"The checkpoint is incomplete ({error!r}): use an earlier one.") from error
+    found = None
+    if run.world.is_main:
+        set_aside(run.folder.checkpoints, run.step)
+        found = _recall_best(run, state["best"])
+    run.best = broadcast_object(found, run.world)
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that a checkpoint belongs to: it cannot be resumed with another one."""
+    kept = {key: config[key] for key in RESTORED if config.get(key) is not None}
+    if target := (config.get("dataset") or {}).get(TARGET):
+        kept["dataset"] = {TARGET: target}
+    for group, nothing in AROUND.items():  # which runs of earlier versions do not have
+        if (kept.get(group) or {}).get(TARGET) == nothing:
+            del kept[group]
+    folder = (config.get("paths") or {}).get("data")
+    kept = kept if folder is None else replace_folder(kept, str(folder), "<paths.data>")
+    return json.loads(json.dumps(kept, default=lambda value: type(value).__name__))  # tuples are lists after a round
+
+
+def _refuse_another(run: Run, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the checkpoint was written with other settings than those of the run."""
+    here, there = settings(run.config), state.get("settings")
+    if there is None:  # of an earlier version, which kept its name alone
+        if state.get("config_id") != run.config_id:
+            log.warning("The checkpoint is of configuration %s, not of %s.", state.get("config_id"), run.config_id)
+        return
+    for key, was, now in _differing(there, here):
+        raise CheckpointError(
+            f"The checkpoint is of another {key.split('.')[0]} ({key} is {was} in it and {now} here): resume it with "
+            "its own settings, or start a new run from its weights with init_from."
+        )
+
+
+def _differing(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for name in sorted({*there, *here}):
+            yield from _differing(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+    elif there != here:
+        yield key, "null" if there is None else there, "null" if here is None else here
+
+
+def _restore(run: Run, state: dict[str, Any]) -> None:
     counters = state["counters"]
     try:
         run.model.load_state_dict(state["model"])
@@ -226,7 +169,6 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     leave(run, state.get("training_buffers", {}))
     run.clock.load_state_dict(state["clocks"])
     run.latest, run.evaluated = state["latest"], state["evaluated"]
-    run.best = broadcast_object(_read_best(run, state["best"]) if run.world.is_main else None, run.world)
     for kind, parts in (("callbacks", named(run.callbacks)), ("loggers", named(run.loggers))):
         for name, part in parts:
             if name in state[kind]:
@@ -234,15 +176,37 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     _restore_ranks(run, state["ranks"])
 
 
-def _read_best(run: Run, recorded: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The best evaluation so far: what best.pt says of itself, which may be newer than the checkpoint resumed from."""
-    path = run.folder.checkpoints / "best.pt"
-    try:
-        best = load(path)["best"] if recorded or path.exists() else None
-    except CheckpointError as error:
-        log.warning("%s The best weights are chosen anew from here on.", error)
+def _recall_best(run: Run, recorded: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The best evaluation up to where the run is, with ``best.pt`` its weights; what came later is not believed."""
+    folder = run.folder.checkpoints
+    best = best_file(folder)
+    if recorded is not None and recorded["metric"] == run.monitor:
+        step = recorded["step"]
+        for path in (best, best_file(folder, step), step_file(folder, step)):
+            try:
+                found = load(path)["best"] if path.exists() else None
+            except CheckpointError as error:
+                log.warning("%s Looking for the best weights elsewhere.", error)
+                continue
+            if found and (found["metric"], found["step"]) == (recorded["metric"], step):
+                if path != best:
+                    link(path, best)
+                return found
+        log.warning("The weights of the best evaluation, of step %d, are lost: they are chosen anew.", step)
+    if best.exists():
+        put_aside(best)
+    return _stand_in(run)
+
+
+def _stand_in(run: Run) -> dict[str, Any] | None:
+    """The evaluation that the checkpoint itself ends with, if it does, as the best, and its weights as ``best.pt``."""
+    path = step_file(run.folder.checkpoints, run.step)
+    if run.evaluated != run.step or run.monitor not in run.latest or not path.exists():
         return None
-    return best if best and best["metric"] == run.monitor else None
+    link(path, best_file(run.folder.checkpoints))
+    values = {name: value for name, value in run.latest.items() if name.startswith("val/")}
+    found = {"metric": run.monitor, "value": values[run.monitor], "step": run.step, "epoch": run.epoch}
+    return found | values
 
 
 def _restore_ranks(run: Run, ranks: list[dict[str, Any]]) -> None:
