@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,8 @@ def forked(body: Callable[[], int], folder: Path) -> Ended:
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             torch.set_num_threads(1)
             code = body()
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
+        except BaseException as error:  # noqa: BLE001 - this process ends here, and the test reads why
+            traceback.print_exception(error)
         finally:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()

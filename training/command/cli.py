@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from training.errors import UserError
-from training.loop.launch import is_main
-from training.loop.signals import CTRL_C, Interrupted
+from training.loop.launch import is_main, leave_word
+from training.loop.signals import CTRL_C, REQUEUE, Interrupted
 from training.runs.folder import RunFolder
 from training.runs.record import RunConfig
 from training.settings.composition import prepare
@@ -110,6 +110,8 @@ def run_job(train: Train, run: RunConfig) -> float:
     except Interrupted as stop:
         if is_main():
             sys.stderr.write(f"{stop}\n")
+        if stop.exit_code == REQUEUE:
+            leave_word(stop.exit_code)
         raise SystemExit(stop.exit_code) from stop  # no Exception: Hydra would go on with the sweep's next job
     except Exception as error:
         if run.sweep is None:

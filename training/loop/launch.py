@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from training.errors import UserError
 
+#: The variable that names a file in which a run that was stopped leaves word; torchrun and srun lose its exit code.
+STOPPED = "CURVLAB_STOPPED"
 # SLURM's own steps (the batch script, an interactive shell) have the highest numbers; a step of srun counts from 0.
 _OWN_STEPS = 0xFFFFFFF0
 # Where the processes of srun meet: 12,000 ports below those that Linux gives out by itself.
@@ -66,6 +69,13 @@ def is_main() -> bool:
     """Whether this process speaks for all that were started together. Never raises: it may have to say what fails."""
     several = _tasks() > 1 and "WORLD_SIZE" not in os.environ
     return os.environ.get("SLURM_PROCID" if several else "RANK", "0") == "0"
+
+
+def leave_word(code: int) -> None:
+    """Write the exit code of a run that was stopped, and can be resumed, where `CURVLAB_STOPPED` says, if it does."""
+    path = os.environ.get(STOPPED)
+    if path and is_main():
+        Path(path).write_text(f"{code}\n")
 
 
 def first_host(nodes: str) -> str:

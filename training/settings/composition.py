@@ -32,7 +32,7 @@ from training.settings.files import (
     resolve,
     without_hydra,
 )
-from training.settings.overrides import Arguments, flags_of, jobs, name_of, opened, parse, quoted
+from training.settings.overrides import Arguments, chosen, flags_of, jobs, name_of, opened, parse, quoted
 
 __all__ = ["BEHAVIOUR", "CONFIG_FOLDER", "CONFIG_NAME", "compose", "current", "prepare", "settle"]
 
@@ -65,7 +65,9 @@ def prepare(argv: Sequence[str]) -> RunConfig | list[str]:
     refuse_additions(overrides, search)
     given = [*search, *_groups_of_resumed(overrides), *map(opened, given)]
     if args.multirun:
-        return [*flags, *given, *_prepare_sweep([parse(text) for text in given])]
+        overrides = [parse(text) for text in given]
+        further = _prepare_sweep(overrides)
+        return [*flags, *(chosen(jobs(overrides)) or given), *further]
     for override in overrides:
         if override.is_sweep_override():
             raise UserError(

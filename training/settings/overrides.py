@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ OPEN = "schedules"
 RATES = "finetune.lr_mult"
 #: And another, against the options of a class of torch.optim.
 GRAFTED = "step_length.options"
+#: The variable that makes of a sweep one of its jobs, by its number from 0: for the elements of a queue's array.
+JOB = "CURVLAB_SWEEP_JOB"
 # Regular expressions, which are full of what Hydra's grammar takes for its own.
 EXPRESSIONS = ("finetune.freeze", "optimizer.skip", "generator.skip", "critic.skip")
 
@@ -114,3 +117,20 @@ def jobs(overrides: Sequence[Override]) -> list[list[str]]:
         given = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
         values[key] = [f"{key}={value}" for value in given]
     return [list(job) for job in itertools.product(*values.values())]
+
+
+def chosen(commands: Sequence[list[str]]) -> list[str] | None:
+    """The one of a sweep's jobs that `CURVLAB_SWEEP_JOB` asks for; None where it asks for none.
+
+    Args:
+        commands: the overrides of all of them.
+
+    Raises:
+        UserError: there is no such job.
+    """
+    number = os.environ.get(JOB, "")
+    if not number:
+        return None
+    if not number.isdigit() or int(number) >= len(commands):
+        raise UserError(f"{JOB}={number}, but this sweep has jobs 0 to {len(commands) - 1}: unset it to run them all")
+    return commands[int(number)]

@@ -1,6 +1,6 @@
 """Measure the in-memory pipeline: against torchvision's per-image transforms, and as a share of a training step.
 
-    python scripts/benchmark_data.py
+    python scripts/benchmarks/data.py
 
 Both pipelines do the same to random CIFAR-size images: crop with padding 4, mirror, to float, normalise. Blocks (an
 epoch each) are interleaved, so that a slow spell of the machine hits both, and the figures are medians over blocks.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Augmentation, ImageStore, InMemoryLoader
 from models import resnet

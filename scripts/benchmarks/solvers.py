@@ -1,7 +1,7 @@
 """What a rank-two fit of one layer's Fisher block costs: Gram matrices against the published iterations.
 
-    python scripts/benchmark_solvers.py
-    python scripts/benchmark_solvers.py --samples 128
+    python scripts/benchmarks/solvers.py
+    python scripts/benchmarks/solvers.py --samples 128
 
 Errors are of the sum of two Kronecker products, in Frobenius norm, relative to the closed form in float64.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch
