@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from optimizers.testing import check_curvature
 from optimizers.testing.loop import Maker
-from training.command import cli
+from training.command.words import say
 from training.errors import UserError
 from training.loop.distributed import World
 from training.names import TARGET
@@ -58,7 +58,7 @@ def verify(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"verify: {error}") from error
-    cli.say(str(report))
+    say(str(report))
     if not report.ok:
         names = ", ".join(layer.module or "(root)" for layer in report.wrong)
         raise UserError(f"the curvature of {len(report.wrong)} of {len(report.layers)} layers is not right: {names}")

@@ -93,8 +93,12 @@ def sweep_folder(run: RunConfig) -> Path:
     """The folder of a job of a sweep, whenever it is launched and with whatever else it is swept."""
     assert run.sweep is not None
     existing = sorted(path for path in run.sweep.glob(f"*_{run.job_id}") if path.is_dir())
-    label = f"{file_name(run.label[:120], LONGEST - 9)}_" if run.label else ""
-    return existing[0] if existing else run.sweep / f"{label}{run.job_id}"
+    return existing[0] if existing else run.sweep / job_name(run)
+
+
+def job_name(run: RunConfig) -> str:
+    """The name of a job's folder, unless another sweep has made one for it: its label, and its id."""
+    return f"{file_name(run.label[:120], LONGEST - 9)}_{run.job_id}" if run.label else run.job_id
 
 
 def enter(start: Start, run: RunConfig) -> RunFolder:

@@ -108,29 +108,34 @@ def opened(text: str) -> str:
     return f"++{text}" if key.split(".")[0] == OPEN or key.startswith((RATES, GRAFTED)) else text
 
 
-def jobs(overrides: Sequence[Override]) -> list[list[str]]:
-    """Every job of a sweep over lists of values, as its overrides: the last key varies fastest."""
+def values_of(overrides: Sequence[Override]) -> dict[str, list[str]]:
+    """By key, an override for each of the values that a sweep over lists gives it; what is fixed has one."""
     values: dict[str, list[str]] = {}
     for override in overrides:
         key = override.get_key_element()
         swept = override.is_sweep_override()
         given = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
         values[key] = [f"{key}={value}" for value in given]
-    return [list(job) for job in itertools.product(*values.values())]
+    return values
 
 
-def chosen(commands: Sequence[list[str]]) -> list[str] | None:
-    """The one of a sweep's jobs that `CURVLAB_SWEEP_JOB` asks for; None where it asks for none.
+def jobs(overrides: Sequence[Override]) -> list[list[str]]:
+    """Every job of a sweep over lists of values, as its overrides: the last key varies fastest."""
+    return [list(job) for job in itertools.product(*values_of(overrides).values())]
+
+
+def due(count: int) -> list[int]:
+    """The jobs of a sweep that are to be run, by number: all, or the one that `CURVLAB_SWEEP_JOB` asks for.
 
     Args:
-        commands: the overrides of all of them.
+        count: how many the sweep has.
 
     Raises:
         UserError: there is no such job.
     """
     number = os.environ.get(JOB, "")
     if not number:
-        return None
-    if not number.isdigit() or int(number) >= len(commands):
-        raise UserError(f"{JOB}={number}, but this sweep has jobs 0 to {len(commands) - 1}: unset it to run them all")
-    return commands[int(number)]
+        return [*range(count)]
+    if not number.isdigit() or int(number) >= count:
+        raise UserError(f"{JOB}={number}, but this sweep has jobs 0 to {count - 1}: unset it to run them all")
+    return [int(number)]

@@ -41,6 +41,20 @@ def sweep_table(rows: Sequence[tuple[str, Mapping[str, Any]]], monitor: str) -> 
     return table
 
 
+def outcome(label: str, summary: Mapping[str, Any]) -> str:
+    """One line about a run that has ended.
+
+    Args:
+        label: the run's name.
+        summary: as in ``summary.json``.
+    """
+    monitor, best, seconds = summary.get("monitor"), summary.get("best") or {}, summary.get("seconds") or {}
+    parts = [str(summary.get("status", "unfinished")).replace("_", " ")]
+    parts += [f"{monitor} {_figure(monitor, best[monitor])}"] if monitor and monitor in best else []
+    parts += [f"{seconds['training']:.1f} s"] if "training" in seconds else []
+    return f"{label}: {', '.join(parts)}"
+
+
 def failure_lines(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """One line for each job that failed: its name and the last line of its error."""
     return [

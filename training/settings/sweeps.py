@@ -1,0 +1,268 @@
+"""Sweeps: what is wrong with their values is found before the first job runs; a job is composed when it is due."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from training.errors import UserError
+from training.loop.launch import place
+from training.runs.folder import shortened
+from training.runs.record import RunConfig
+from training.settings.composing import checked, compose, composition_of
+from training.settings.files import known_choices, without_hydra
+from training.settings.overrides import due, jobs, name_of, parse, values_of
+
+#: The one key of a command that is a sweep's and no job's.
+WORKERS = "workers"
+#: Hydra's own settings that say what a sweep is, not who launches it.
+OURS = ("hydra.searchpath", "hydra.sweep.dir")
+#: Who else may launch jobs or draw values, and the package that brings it.
+PLUGINS = {
+    "hydra/launcher=joblib": "hydra-joblib-launcher",
+    "hydra/launcher=ray": "hydra-ray-launcher",
+    "hydra/launcher=rq": "hydra-rq-launcher",
+    "hydra/launcher=submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
+    "hydra/sweeper=ax": "hydra-ax-sweeper",
+    "hydra/sweeper=nevergrad": "hydra-nevergrad-sweeper",
+    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
+}
+#: How many compositions go without a word, at some seven a second.
+SILENT = 10
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep.
+
+    Attributes:
+        folder: of its jobs' folders.
+        commands: the overrides of each job, in order; none where a sweeper plugin draws the values.
+        shared: names of what all jobs have in common, which their labels leave out.
+        arguments: what Hydra is to be told where it launches the jobs.
+        native: whether this program launches them; else a plugin of Hydra's does.
+        workers: how many jobs run at a time.
+        due: numbers of the jobs that this launch is to run.
+    """
+
+    folder: Path
+    commands: list[list[str]]
+    due: list[int]
+    shared: frozenset[str]
+    arguments: list[str]
+    native: bool = True
+    workers: int = 1
+
+    @property
+    def labels(self) -> list[str]:
+        """What tells the jobs apart: `optimizer-sgd_seed-0`."""
+        return [self._label(job) for job in self.commands]
+
+    def _label(self, command: Sequence[str]) -> str:
+        return label_of(text for text in command if _element(text) not in self.shared)
+
+    def job(self, index: int) -> RunConfig:
+        """The configuration of a job.
+
+        Raises:
+            UserError: something is wrong with it that its values alone did not tell.
+        """
+        command = self.commands[index]
+        return replace(compose(command), sweep=self.folder, label=self._label(command))
+
+
+def taken_out(given: Sequence[str], multirun: bool) -> tuple[list[str], int]:
+    """A command's overrides without `workers=N`, and that number.
+
+    Raises:
+        UserError: it is no number, or there is nothing to share out.
+    """
+    rest = [text for text in given if text.partition("=")[0] != WORKERS]
+    if len(rest) == len(given):
+        return rest, 1
+    text = next(text for text in reversed(given) if text not in rest).partition("=")[2]
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise UserError(f"{WORKERS} must be a whole number of at least 1, got {text or 'nothing'}")
+    if not multirun:
+        raise UserError(f"{WORKERS}={text} is for the runs of a sweep, which -m asks for: leave it out")
+    if place().world_size > 1:
+        raise UserError(f"{WORKERS}={text} starts processes itself: start one, without torchrun or srun")
+    return rest, int(text)
+
+
+def prepare_sweep(
+    overrides: Sequence[Override], workers: int, flags: Sequence[str], tell: Callable[[str], None]
+) -> Sweep:
+    """Check what a sweep's jobs differ in and name its folder and its runs after what they have in common.
+
+    Each value of each key is checked with the first values of the others. What only two together make wrong is found
+    when their job is due.
+
+    Args:
+        overrides: of the command.
+        workers: how many jobs are to run at a time.
+        flags: of the command, for Hydra.
+        tell: hears what takes a while.
+
+    Raises:
+        UserError: for the first fault.
+    """
+    given = {name_of(override): override for override in overrides}
+    if given.get("resume") and given["resume"].value() not in (None, "auto"):
+        raise UserError("resume=PATH names one run, and a sweep resumes its own unfinished runs: leave resume out")
+    for override in overrides:
+        _require_package(override)
+    discrete = all(override.is_discrete_sweep() for override in overrides if override.is_sweep_override())
+    # A sweeper plugin will draw other values: what is fixed is checked.
+    lists = values_of([o for o in overrides if discrete or not o.is_sweep_override()])
+    cfg, found = _look_at(lists, tell)
+    if len({one.id for one in found}) < len(found):
+        raise UserError("two jobs of this sweep are the same run: remove the value that is given twice")
+    # Hydra leaves keys out of a run's name without a look at packages: optimizer would be optimizer@critic, too.
+    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    shared = {override.key_or_group for override in overrides} - swept
+    folder, extra = _folder(cfg, found), []
+    if "hydra.sweep.dir" in given:
+        folder = Path(str(given["hydra.sweep.dir"].value()))
+    else:
+        extra = [f"hydra.sweep.dir='{folder}'"]
+    native = discrete and _is_native(cfg, overrides)
+    if workers > 1 and not native:
+        raise UserError(
+            f"{WORKERS}={workers} is for lists of values that this program hands out itself: leave it out, and let "
+            "Hydra's launcher share out the runs (hydra/launcher=joblib hydra.launcher.n_jobs=4)"
+        )
+    extra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]")
+    commands = jobs(overrides) if discrete else []
+    numbers = due(len(commands)) if discrete else []
+    told = commands[numbers[0]] if len(numbers) == 1 else [override.input_line or "" for override in overrides]
+    return Sweep(
+        folder=folder,
+        commands=commands,
+        due=numbers,
+        shared=frozenset(shared),
+        arguments=[*flags, *told, *extra],
+        native=native,
+        workers=workers,
+    )
+
+
+def label_of(differing: Iterable[str]) -> str:
+    """The label of a job by the overrides that tell it from others."""
+    label = "_".join(sorted(differing)).replace("=", "-")
+    return re.sub(r"(^|_)\+{1,2}", r"\1", label)  # without the signs that add keys
+
+
+def _element(text: str) -> str:
+    """The key or group of an override, without signs and packages."""
+    return re.split(r"[=@]", text.lstrip("+~"), maxsplit=1)[0]
+
+
+# -- what is looked at before the first job runs -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a job tells of the sweep: its identity, its name, and what it is made of."""
+
+    id: str
+    name: str | None
+    parts: tuple[str, str, str]
+
+    @classmethod
+    def of(cls, run: RunConfig) -> _Seen:
+        return cls(run.job_id, run.values["name"], run.parts)
+
+
+def _look_at(lists: Mapping[str, list[str]], tell: Callable[[str], None]) -> tuple[DictConfig, list[_Seen]]:
+    """The first job as it was composed; and of it, and of those that differ from it in one value, what they tell."""
+    first = {key: values[0] for key, values in lists.items()}
+    cfg = composition_of([*first.values()])
+    base = checked(cfg, [*first.values()])
+    others = [(key, parse(text)) for key, values in lists.items() for text in values[1:]]
+    plain = _plain_keys(cfg, base.values, [override for _, override in others])
+    slow = sum(key not in plain for key, _ in others)
+    if slow > SILENT:
+        tell(f"checking {slow} choices before the first run")
+    found = [_Seen.of(base)]
+    for key, override in others:
+        if key in plain:
+            found.append(_Seen.of(_with(base, override)))
+        else:
+            found.append(_Seen.of(compose([*(first | {key: override.input_line or ""}).values()])))
+    return cfg, found
+
+
+def _plain_keys(cfg: DictConfig, values: Mapping[str, Any], overrides: Sequence[Override]) -> set[str]:
+    """Keys whose values only take each other's place: they choose no file, add nothing, and nothing refers to them."""
+    texts = OmegaConf.to_yaml(without_hydra(cfg), resolve=False)
+    referred = set(re.findall(r"\$\{([\w.]+)\}", texts))
+    groups = known_choices(overrides)
+    keys: dict[str, bool] = {}
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        plain = not (override.is_add() or override.is_force_add() or override.is_delete() or override.package)
+        plain = plain and name_of(override) not in groups and key != "resume" and not key.startswith("hydra")
+        plain = plain and not isinstance(value, dict) and "${" not in (override.input_line or "")
+        plain = plain and not any(f"{key}.".startswith(f"{r}.") or f"{r}.".startswith(f"{key}.") for r in referred)
+        plain = plain and _home(values, key) is not None
+        keys[override.get_key_element()] = keys.get(override.get_key_element(), True) and plain
+    return {key for key, plain in keys.items() if plain}
+
+
+def _home(values: Mapping[str, Any], key: str) -> Any:
+    """The group that holds a dotted key; None if there is no such key."""
+    *groups, leaf = key.split(".")
+    for group in groups:
+        values = values.get(group)  # type: ignore[assignment]
+        if not isinstance(values, dict):
+            return None
+    return values if leaf in values else None
+
+
+def _with(run: RunConfig, override: Override) -> RunConfig:
+    """A checked configuration with another value of a plain key, checked again."""
+    from training.settings import schema  # with what it checks, and so with torch
+    from training.settings.validation import validate
+
+    values = copy.deepcopy(run.values)
+    key = override.key_or_group
+    _home(values, key)[key.rpartition(".")[2]] = override.value()
+    values = validate(values)
+    schema.rehearse(values)
+    return replace(run, values=values)
+
+
+def _folder(cfg: DictConfig, found: Sequence[_Seen]) -> Path:
+    """Where the jobs' folders go: named by `name`, or by what the jobs have in common."""
+    names = {one.name for one in found}
+    fixed = [parts[0] for parts in zip(*(one.parts for one in found), strict=True) if len(set(parts)) == 1]
+    name = names.pop() if len(names) == 1 else None
+    return Path(str(cfg.paths.sweeps)).joinpath(*map(shortened, Path(name or "_".join(fixed) or "sweep").parts))
+
+
+def _is_native(cfg: DictConfig, overrides: Sequence[Override]) -> bool:
+    """Whether nothing of Hydra's own is asked for that would have a say in how jobs are launched."""
+    asked = any(o.key_or_group.startswith("hydra") and o.key_or_group not in OURS for o in overrides)
+    chosen = cfg.hydra.runtime.choices
+    basic = chosen["hydra/launcher"] == chosen["hydra/sweeper"] == "basic"
+    return basic and not asked and not cfg.hydra.sweeper.get("params") and not cfg.hydra.get("callbacks")
+
+
+def _require_package(override: Override) -> None:
+    """Raise a sentence where a plugin of Hydra's is not installed."""
+    text = (override.input_line or "").lstrip("+")
+    package = PLUGINS.get(text)
+    try:
+        importlib.metadata.version(package or "hydra-core")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"{text} needs a package that is not installed: pip install {package}") from error
