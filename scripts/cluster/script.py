@@ -66,10 +66,10 @@ def _environment(job: Job, system: System) -> str:
 
 def _end(job: Job) -> str:
     """What is done when the runs have ended: with their exit code, or back to the queue."""
-    head = """\
+    head = f"""\
         # A run that is asked to stop saves and ends with code 75. Launchers hide codes: it leaves word in a file, too.
         # 138 and 143: the signal came before training began, or a launcher passed it on.
-        export CURVLAB_STOPPED="$PWD/.stopped_$SLURM_JOB_ID"
+        export CURVLAB_STOPPED="{job.logs}/.stopped_$SLURM_JOB_ID"
         rm -f "$CURVLAB_STOPPED"
         """
     again = f"""\

@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE=1 WANDB_MODE=offline  # python -m data.fetch NAME brings d
 
 # A run that is asked to stop saves and ends with code 75. Launchers hide codes: it leaves word in a file, too.
 # 138 and 143: the signal came before training began, or a launcher passed it on.
-export CURVLAB_STOPPED="$PWD/.stopped_$SLURM_JOB_ID"
+export CURVLAB_STOPPED="./.stopped_$SLURM_JOB_ID"
 rm -f "$CURVLAB_STOPPED"
 finish() {
   case "$1" in

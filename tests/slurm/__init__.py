@@ -1,0 +1,1 @@
+"""Clusters, tried on a real SLURM that this package starts on the machine it runs on."""
