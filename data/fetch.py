@@ -4,9 +4,9 @@
     python -m data.fetch cifar10 wikitext2 resnet18 timm:convnext_atto
 
 Names are those of ``dataset=`` and ``model=`` (``timm:NAME`` and ``torchvision:NAME`` of those packages' models). Data
-sets go to ``$CURVLAB_DATA`` or ``datasets/`` and are read once, so that what is damaged is found here; ``SHA256SUMS`` in
-each folder says what arrived (``sha256sum -c`` on the other side). Weights go where torch and Hugging Face keep them:
-``$TORCH_HOME`` and ``$HF_HOME``.
+sets go to ``$CURVLAB_DATA`` or ``datasets/`` and are read once, so that what is damaged is found here. ``SHA256SUMS``
+in each folder says what arrived (``sha256sum -c`` on the other side). Weights go where torch and Hugging Face keep
+them: ``$TORCH_HOME`` and ``$HF_HOME``.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _data(name: str) -> str:
     if own(values):
         raise DataError("this is for data of yours: put it where dataset.root or dataset.path will say")
     places = folders(values)
-    if places and "download" in values and not (name == "curves"):  # whose images are made unless the original is there
+    if "download" in values and name != "curves":  # whose images are made unless the original is there
         values["download"] = True
     with progress(name, places):
         _located(target)(**values, seed=0)

@@ -19,7 +19,7 @@ FAST = (*QUICK, "callbacks=none", "trainer.max_steps=6")
 
 @pytest.fixture(scope="module")
 def jobs(slurm: Slurm) -> dict[str, str]:
-    """All jobs, submitted at once, so that they wait for their ends together; the one with a time limit starts first."""
+    """All jobs, submitted at once, so that they wait for their ends together; the longest one starts first."""
     given: dict[str, str] = {}
 
     def submit(name: str, *options: str, train: tuple[str, ...], cluster: str = "toy") -> None:
