@@ -31,7 +31,6 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
     # All this brings torch, for which --help and --cfg job do not wait.
     from models import build_model
     from training import seed_everything, tasks
-    from training.command import verification
     from training.loop import distributed
     from training.runs import resume
     from training.runs.warm_start import warm_start
@@ -68,6 +67,8 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
                 data, task, world, callbacks, model=model, optimizer=optimizer, schedule=schedule, scalars=scalars
             )
         if config["verify"]:
+            from training.command import verification  # and the checks that it runs: of no use in training
+
             return verification.verify(config, model, optimizer, data, task, world), Path(config["paths"]["runs"])
         state = resume.load_state(start)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ class Samples(Approximation):
         self._observations = observations
         self._kept: dict[Pass, list[tuple[Tensor, ...]]] = {}
         self._sizes = [p.numel() for p in layer.parameters]
+        self._prepared = (torch.empty(0), torch.empty(0))  # the inputs in use, and what ``_linear_rows`` makes of them
 
     @property
     def observed(self) -> bool:
@@ -161,6 +163,14 @@ class Samples(Approximation):
             return self.factors["V"] @ self.layer.vector(tensors)
         return self.layer.dots(self.factors["x"], self.factors["g"], tensors)
 
+    def dots_with(self, block: Any, matrix: Tensor) -> Tensor:
+        """``Sᵀ d``, for d in the shape that ``block.from_matrix`` of another block of this layer takes."""
+        if (rows := self._linear_rows()) is None:
+            return self.dots(block.from_matrix(matrix))
+        a, g = rows
+        seen = (torch.mm(a, matrix[0].mT.to(a.dtype)) * g).sum(1)
+        return seen if len(seen) == len(self.factors["g"]) else seen.view(len(self.factors["g"]), -1).sum(1)
+
     def combine(self, weights: Tensor) -> list[Tensor]:
         """``S w``, in tensors shaped like the layer's parameters."""
         weights = weights.to(self._dtype)
@@ -176,11 +186,31 @@ class Samples(Approximation):
 
     def deduct(self, matrix: Tensor, weights: Tensor) -> bool:
         """``M -= S w`` in place, M ``[1, d_out, columns]`` of a linear layer; false, and nothing done, for others."""
-        if not isinstance(self.layer, LinearLayer) or "V" in self.factors:
+        if (rows := self._linear_rows()) is None:
             return False
-        x, g = self.layer.inputs(self.factors["x"]).flatten(0, 2), self.factors["g"]
-        matrix[0].addmm_((g * weights.to(g).view(-1, 1, 1)).flatten(0, 1).mT, x, alpha=-1)
+        a, g = rows
+        weights = weights.to(g).view(-1, 1)
+        if len(weights) != len(g):  # an example's positions have its weight
+            weights = weights.repeat_interleave(len(g) // len(weights), 0)
+        matrix[0].addmm_((g * weights).mT, a, alpha=-1)
         return True
+
+    def _linear_rows(self) -> tuple[Tensor, Tensor] | None:
+        """``a [rows, columns]`` and ``g [rows, d_out]`` of a linear layer, row by row; None: of others.
+
+        The one that is appended for the bias takes a copy, which is made once for the samples in use.
+        """
+        if not isinstance(self.layer, LinearLayer) or "V" in self.factors:
+            return None
+        x, g = self.factors["x"], self.factors["g"]
+        if self._prepared[0] is not x:
+            self._prepared = x, self.layer.inputs(x).flatten(0, 2)
+        return self._prepared[1], g.flatten(0, 1)
+
+    def prepared_bytes(self) -> int:
+        """What is kept beside ``factors``."""
+        x, a = self._prepared
+        return a.numel() * a.element_size() if a.data_ptr() != x.data_ptr() else 0
 
     def gram(self) -> Tensor:
         """This layer's share of ``Sᵀ S``, in float64 whatever the samples are: its square root matters, too."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..curvature.samples import Samples
 from ..exact import SampledFisher
-from ..natural_gradient import KLClip, Moves, reader
+from ..natural_gradient import KLClip, Moves, Stack, reader
+from .spaces import dots, plus
+
+
+def shares(stack: Stack, tensor: Tensor) -> Sequence[Tensor]:
+    """Each layer's part of what is stacked."""
+    return tensor.chunk(len(stack.blocks)) if len(stack.blocks) > 1 else (tensor,)
 
 
 class SampledMetric(SampledFisher):
@@ -26,8 +31,20 @@ class SampledMetric(SampledFisher):
 
     def _images(self, tensors: list[Tensor]) -> Tensor:
         """``Sᵀ d`` by layer, ``[layers, m]``; of a layer without samples zeros."""
-        rows = next(len(t) for samples in self.samples.values() for t in samples.factors.values())
-        return torch.stack([s.dots(d) if s.factors else d[0].new_zeros(rows) for s, d in self._shares(tensors)])
+        pairs = zip(self._stacks, tensors, strict=True)
+        return torch.stack([row for stack, tensor in pairs for row in self._images_in(stack, tensor)])
+
+    def _images_in(self, stack: Stack, tensor: Tensor) -> list[Tensor]:
+        """The same of a stack's layers."""
+        found = []
+        for block, part in zip(stack.blocks, shares(stack, tensor), strict=True):
+            samples = self.samples[block.layer.name]
+            found.append(samples.dots_with(block, part) if samples.factors else self._unseen(part))
+        return found
+
+    def _unseen(self, like: Tensor) -> Tensor:
+        """``Sᵀ d`` of a layer without samples."""
+        return like.new_zeros(next(len(t) for samples in self.samples.values() for t in samples.factors.values()))
 
     def _settings(self, name: str) -> list[Any]:
         """A hyper-parameter of each layer of the stacks."""
@@ -35,22 +52,20 @@ class SampledMetric(SampledFisher):
 
     def _of_layers(self, name: str, like: Tensor) -> Tensor:
         """The same as a column ``[layers, 1]`` in double precision."""
-        values = [torch.as_tensor(v, dtype=torch.float64, device=like.device) for v in self._settings(name)]
-        return torch.stack(values).view(-1, 1)
+        values = self._settings(name)
+        if any(isinstance(value, Tensor) for value in values):
+            values = [torch.as_tensor(v, dtype=torch.float64, device=like.device) for v in values]
+            return torch.stack(values).view(-1, 1)
+        return torch.tensor(values, dtype=torch.float64, device=like.device).view(-1, 1)
 
-    def _shares(self, tensors: list[Tensor]) -> Iterator[tuple[Samples, list[Tensor]]]:
-        """Each layer's samples, and its share of the stacks' tensors in the shape of its parameters."""
-        for stack, tensor in zip(self._stacks, tensors, strict=True):
-            for block, part in zip(stack.blocks, tensor.chunk(len(stack.blocks)), strict=True):
-                yield self.samples[block.layer.name], block.from_matrix(part)
+    def _by_stack(self, numbers: Tensor) -> Sequence[Tensor]:
+        """Numbers of the layers, stack by stack."""
+        return numbers.split([len(stack.blocks) for stack in self._stacks])
 
     def _inner(self, left: list[Tensor], right: list[Tensor]) -> Tensor:
         """Inner products, layer by layer."""
-        found = []
-        for stack, a, b in zip(self._stacks, left, right, strict=True):
-            count = len(stack.blocks)
-            found.append(torch.bmm(a.reshape(count, 1, -1), b.reshape(count, -1, 1)).view(count))
-        return torch.cat(found).double()
+        triples = zip(self._stacks, left, right, strict=True)
+        return torch.cat([dots(len(stack.blocks), a, b) for stack, a, b in triples]).double()
 
 
 class SampledClip(KLClip):
@@ -70,16 +85,17 @@ class SampledClip(KLClip):
             super().prepare(moves)
             return
         seen, steps = metric._seen, list(moves.solved)
-        whole = False
-        if not self.of_direction:
+        whole = not self.of_direction and not moves.must_multiply()
+        if whole:
+            past, betas = moves.stacked(moves.momentum_of), metric._of_layers("momentum", seen)
+            if metric._updated_at == metric.steps or self.moving is None or self.moving.shape != seen.shape:
+                self.moving = metric._images(past)
+            triples = zip(steps, past, metric._by_stack(betas), strict=True)
+            steps = [plus(v.to(seen.dtype), m.to(seen.dtype), beta) for v, m, beta in triples]
+            seen = betas * self.moving + seen
+        elif not self.of_direction:
             steps = moves.steps()
-            whole = not moves.must_multiply()
-            if not whole:
-                seen = metric._images(steps)
-            else:
-                if metric._updated_at == metric.steps or self.moving is None or self.moving.shape != seen.shape:
-                    self.moving = metric._images(moves.stacked(moves.momentum_of))
-                seen = metric._of_layers("momentum", seen) * self.moving + seen
+            seen = metric._images(steps)
         lrs = metric._of_layers("lr", seen)
         squares = metric._inner(steps, steps)
         self.scales, self.squares = {}, []

@@ -8,6 +8,7 @@ to boundary value problems", 1987.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,8 +24,8 @@ from ..curvature.layers import Flow, Layer
 from ..curvature.samples import Samples
 from ..kronecker import KFAC
 from ..natural_gradient import KLOf, KLUnit, Stack, stacked
-from .metric import SampledClip, SampledMetric
-from .spaces import RIDGES, CoarseSpace, multiplies_bfloat16, plus, smoothest
+from .metric import SampledClip, SampledMetric, shares
+from .spaces import RIDGES, CoarseSpace, dots, multiplies_bfloat16, narrowed, plus, smoother, smoothest, tiled
 
 Coarse = Literal["nicolaides", "residual", "tselepidis", "spectral"]
 
@@ -129,14 +130,13 @@ class TwoLevelKFAC(SampledMetric, KFAC):
         wide = [g.to(statistics_dtype(g)) for g in gradients]
         fine = super()._solve_blocks(wide)
         self._seen = None
-        if any(samples.factors for samples, _ in self._shares(fine)):
+        if any(self.samples[block.layer.name].factors for stack in self._stacks for block in stack.blocks):
             self._renew_space(wide)
             fine = self._corrected(wide, fine)
         return [d.to(g.dtype) for d, g in zip(fine, gradients, strict=True)]
 
     def _corrected(self, gradients: list[Tensor], fine: list[Tensor]) -> list[Tensor]:
         """``d0 + R0ᵀ (R0 (F + L) R0ᵀ)^-1 R0 r`` with r the residual of d0, or the gradient."""
-        sizes = [len(stack.blocks) for stack in self._stacks]
         if self.coarse == "tselepidis":
             assert self._space is not None
             space, shares = self._space, self._space.solve(self._restricted(self._space, gradients))
@@ -151,7 +151,7 @@ class TwoLevelKFAC(SampledMetric, KFAC):
             shares = torch.where(slope > 0, shares, 0.0)
             self._seen = seen + (space.images.view(-1, *shares.shape) * shares).sum(1).mT.to(seen)
         for vectors, share in zip(space.vectors, shares, strict=True):
-            parts = zip(fine, vectors, share.split(sizes), strict=True)
+            parts = zip(fine, vectors, self._by_stack(share), strict=True)
             fine = [plus(d, v, part, d) for d, v, part in parts]
         return fine
 
@@ -175,50 +175,45 @@ class TwoLevelKFAC(SampledMetric, KFAC):
         self._shifts = torch.tensor(dampings, dtype=torch.float64).to(like[0].device)
         if self.coarse != "residual":
             kept = None if moved or self._space is None else self._space.vectors
-            self._space = self._spanned(kept or self._vectors(like))
+            self._space = self._spanned(zip(*(kept or self._vectors(like)), strict=True))
 
     def _vectors(self, like: list[Tensor]) -> list[list[Tensor]]:
         """What spans the space: ``[k][stack]``, the k-th vector of each layer in the shape of a stacked gradient."""
         if self.coarse == "spectral":
             return [[smoothest(stack).view_as(t) for stack, t in zip(self._stacks, like, strict=True)]]
-        return self._enriched([torch.ones_like(t) for t in like])
+        ones = [torch.ones_like(t) for t in like]
+        if not self.krylov:
+            return [ones]
+        return [ones, [smooth(v) for smooth, v in zip(self._smoothers(), ones, strict=True)]]
 
-    def _residual(self, gradients: list[Tensor], fine: list[Tensor], seen: Tensor) -> list[list[Tensor]]:
-        """``P^-1 r`` with ``r = (g - L d0) - S (Sᵀ d0)``."""
-        residuals = []
-        dampings = self._shifts.split([len(stack.blocks) for stack in self._stacks])
-        for stack, g, d, damping in zip(self._stacks, gradients, fine, dampings, strict=True):
-            tensor, parts = plus(g, d, -damping), []
-            for block, part in zip(stack.blocks, tensor.chunk(len(stack.blocks)), strict=True):
+    def _residual(self, gradients: list[Tensor], fine: list[Tensor], seen: Tensor) -> Iterator[list[Tensor]]:
+        """``P^-1 r`` with ``r = (g - L d0) - S (Sᵀ d0)``, and what enriches it: a stack's vectors after another's."""
+        shifts = self._by_stack(-self._shifts)
+        members = zip(self._stacks, self._smoothers(), gradients, fine, shifts, strict=True)
+        for stack, smooth, g, d, shift in members:
+            parts = []
+            for block, part in zip(stack.blocks, shares(stack, plus(g, d, shift)), strict=True):
                 samples = self.samples[block.layer.name]
                 if samples.factors and not samples.deduct(part, seen):
                     part = part - block.to_matrix(samples.combine(seen))
                 parts.append(part)
-            residuals.append(stacked(parts))
-        return self._enriched(self._smoothed(residuals))
+            vectors = smooth(stacked(parts))
+            yield [vectors, smooth(vectors)] if self.krylov else [vectors]
 
-    def _enriched(self, vectors: list[Tensor]) -> list[list[Tensor]]:
-        return [vectors, self._smoothed(vectors)] if self.krylov else [vectors]
-
-    def _smoothed(self, vectors: list[Tensor]) -> list[Tensor]:
-        """``P^-1 v``, which nothing but a coarse vector is made of: so in ``coarse_dtype``."""
+    def _smoothers(self) -> list[Callable[[Tensor], Tensor]]:
+        """By stack ``v -> P^-1 v``, which nothing but a coarse vector is made of: so in ``coarse_dtype``."""
         if self._rough[0] is not self._stacks:
             self._rough = self._stacks, [self._narrowed(stack) for stack in self._stacks]
         caches = self._rough[1]
         if self.coarse != "residual":  # asked for on refreshes alone
             self._rough = [], []
-        triples = zip(self._stacks, caches, vectors, strict=True)
-        return [stack.blocks[0].solve(cache, v) for stack, cache, v in triples]
+        return [smoother(stack, cache) for stack, cache in zip(self._stacks, caches, strict=True)]
 
     def _narrowed(self, stack: Stack) -> Factors:
         """A stack's inverses in bfloat16 or, where coarse vectors are not made in it, themselves."""
         if not self._narrows(stack.blocks[0].layer) or any(key.startswith("L_") for key in stack.cache):
             return stack.cache  # with L_ triangles are solved
-        found = {}
-        for key, tensor in stack.cache.items():
-            by_rows = tensor.mT if key in ("A", "G") and tensor.dim() == 3 else tensor  # which is the same inverse
-            found[key] = tensor if key[0] == "W" else by_rows.bfloat16()
-        return found
+        return narrowed(stack.cache)
 
     def _narrows(self, layer: Layer) -> bool:
         weight = layer.parameters[0]
@@ -229,24 +224,28 @@ class TwoLevelKFAC(SampledMetric, KFAC):
         alone = communication.world_size() == 1  # another process may have another processor
         return alone and weight.device.type == "cpu" and multiplies_bfloat16()
 
-    def _spanned(self, vectors: list[list[Tensor]]) -> CoarseSpace:
-        """The space of some vectors, which are brought to a largest entry of 1 first, in place.
+    def _spanned(self, vectors: Iterable[Sequence[Tensor]]) -> CoarseSpace:
+        """The space of some vectors, a stack's after another's, which are brought to a largest entry of 1, in place.
+
+        All that is to be known of a stack's vectors is worked out before the next one's are asked for: while they are
+        at hand.
 
         A layer without samples takes no part: its vectors become zero. Neither zeros nor dependent vectors do any harm:
         whatever the ridge, the correction brings d0 no farther from the solution.
         """
-        scaled = [
-            [self._scaled(stack, v) for stack, v in zip(self._stacks, candidates, strict=True)]
-            for candidates in vectors
-        ]
-        seen = torch.cat([self._images(v) for v in scaled]).double().mT
+        scaled, images, inner = [], [], []
+        for stack, candidates in zip(self._stacks, vectors, strict=True):
+            scaled.append([self._scaled(stack, v) for v in candidates])
+            images.append([self._images_in(stack, v) for v in scaled[-1]])
+            inner.append([torch.stack([dots(len(stack.blocks), a, b) for a in scaled[-1]]) for b in scaled[-1]])
+        seen = torch.stack([row for rows in zip(*images, strict=True) for part in rows for row in part]).double().mT
         matrix = seen.mT @ seen
         if self.coarse == "tselepidis" and (self._updated_at == self.steps or self._averaged is None):
             keep = 0.0 if self._averaged is None else min(1 - 1 / self.updates, self.decay)
             self._averaged = matrix if self._averaged is None else torch.lerp(matrix, self._averaged, keep)
         if self._averaged is not None:
             matrix = self._averaged
-        products = torch.stack([torch.stack([self._inner(a, b) for a in scaled]) for b in scaled])
+        products = torch.stack([torch.cat(parts, -1) for parts in zip(*inner, strict=True)]).double()
         matrix = matrix + torch.diag_embed(products * self._shifts).transpose(1, 2).reshape(matrix.shape)
         scale = matrix.diagonal().clamp(min=torch.finfo(matrix.dtype).tiny).rsqrt()
         scale = torch.where(matrix.diagonal() > 0, scale, torch.ones_like(scale))
@@ -255,7 +254,8 @@ class TwoLevelKFAC(SampledMetric, KFAC):
         ridges = torch.tensor([rounding * factor for factor in RIDGES]).to(matrix)
         roots, failed = torch.linalg.cholesky_ex(linalg.damped(matrix.expand(len(RIDGES), -1, -1), ridges))
         first = (failed == 0).int().argmax().view(1)  # an index that stays on the device
-        return CoarseSpace(scaled, seen, roots.index_select(0, first)[0], scale)
+        columns = [list(column) for column in zip(*scaled, strict=True)]
+        return CoarseSpace(columns, seen, roots.index_select(0, first)[0], scale)
 
     def _scaled(self, stack: Stack, vectors: Tensor) -> Tensor:
         flat = vectors.view(len(stack.blocks), -1)
@@ -274,9 +274,12 @@ class TwoLevelKFAC(SampledMetric, KFAC):
     def _cache_bytes(self, block: Approximation) -> int:
         kept = list(self.samples[block.layer.name].factors.values())
         size = super()._cache_bytes(block) + sum(t.numel() * t.element_size() for t in kept)
+        size += self.samples[block.layer.name].prepared_bytes()
         if self.coarse == "residual" and isinstance(block, Invertible) and self._narrows(block.layer):
             shapes = [shape for key, (shape, _) in block.cache_shapes().items() if key[0] != "W"]
             triangles = any(key.startswith("L_") for key in block.cache_shapes())
+            if "W" not in block.cache_shapes():
+                shapes = [(shape[0], *map(tiled, shape[1:])) for shape in shapes]
             size += 0 if triangles else 2 * sum(torch.Size(shape).numel() for shape in shapes)
         if self._space is None:
             return size

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..curvature import linalg
+from ..curvature.kronecker import Factors
 from ..natural_gradient import Stack, stacked
 
 #: Ridges on the coarse matrix, its diagonal scaled to ones, in rounding errors of its entries: the first that will do.
 RIDGES = (1.0, 1e2, 1e4)
+
+#: What processors multiply at once in bfloat16: so many rows and columns.
+TILE = 16
 
 
 @dataclass
@@ -43,9 +50,48 @@ def multiplies_bfloat16() -> bool:
 
 def plus(first: Tensor, second: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
     """Each layer's part of a stacked tensor plus a number of its own times that of another one; ``out``: the first."""
-    flat = first.reshape(len(factors), -1)
-    into = None if out is None else flat
-    return torch.addcmul(flat, second.reshape(flat.shape), factors.to(flat).unsqueeze(1), out=into).view(first.shape)
+    return torch.addcmul(first, second, factors.to(first.dtype).view(-1, *(1,) * (first.dim() - 1)), out=out)
+
+
+def dots(count: int, left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of two stacked tensors of so many layers, ``[count]``."""
+    return torch.bmm(left.reshape(count, 1, -1), right.reshape(count, -1, 1)).view(count)
+
+
+def narrowed(cache: Factors) -> Factors:
+    """Inverses of a damped product in bfloat16, zeros behind them up to a multiple of ``TILE`` in each dimension.
+
+    Processors multiply whole tiles faster than what they have to cut to size, by a fifth.
+    """
+    found = {}
+    for key, tensor in cache.items():
+        if key[0] == "W":  # of eigenvalues, and the bases are as wide as it is
+            found[key] = tensor
+            continue
+        by_rows = tensor.mT if key in ("A", "G") and tensor.dim() == 3 else tensor  # which is the same inverse
+        sizes = [size for d in reversed(tensor.shape[1:]) for size in (0, tiled(d) - d)]
+        found[key] = by_rows.bfloat16() if "W" in cache else F.pad(by_rows.bfloat16(), sizes)
+    return found
+
+
+def tiled(size: int) -> int:
+    """The next multiple of ``TILE``."""
+    return -(-size // TILE) * TILE
+
+
+def smoother(stack: Stack, cache: Factors) -> Callable[[Tensor], Tensor]:
+    """``v -> P^-1 v`` for stacked vectors, with P^-1 as the stack has it or ``narrowed``."""
+    solve = stack.blocks[0].solve
+    if cache is stack.cache or "W" in cache:
+        return partial(solve, cache)
+
+    def smoothed(vectors: Tensor) -> Tensor:
+        rows, columns = vectors.shape[-2:]
+        wide = vectors.new_zeros(*vectors.shape[:-2], tiled(rows), tiled(columns), dtype=torch.bfloat16)
+        wide[..., :rows, :columns] = vectors
+        return solve(cache, wide)[..., :rows, :columns].to(vectors.dtype)
+
+    return smoothed
 
 
 def smoothest(stack: Stack) -> Tensor:

@@ -250,7 +250,7 @@ def test_coverage_bytes_are_what_is_allocated(problem_name: str, space: str) -> 
     model, batch = PROBLEMS[problem_name][0](), PROBLEMS[problem_name][1]()
     optimizer = TwoLevelKFAC(model, likelihood=Categorical(), lr=1e-4, **SPACES[space])
     train(optimizer, model, batch, 2)
-    held = [t for s in optimizer.samples.values() for t in s.factors.values()]
+    held = [t for s in optimizer.samples.values() for t in (*s.factors.values(), s._prepared[1])]
     held += [t for block in optimizer.blocks.values() for t in block.factors.values()]
     held += [t for stack in optimizer._stacks for t in stack.cache.values()]
     held += [t for cache in optimizer._rough[1] for t in cache.values()]
@@ -302,6 +302,26 @@ def test_coarse_vectors_in_bfloat16_are_vectors_like_any_other(net: str) -> None
         )
         assert {t.dtype for cache in optimizer._rough[1] for t in cache.values()} == {torch.float64}
         assert direction.dtype == torch.float64
+
+
+@pytest.mark.parametrize("options", [{}, {"max_factor_dim": 5}, {"damping_mode": "tikhonov"}], ids=str)
+@pytest.mark.parametrize("net", ["mlp", "cnn", "mixed", "sequence"])
+def test_whatever_inverses_are_narrowed_from(net: str, options: dict[str, Any]) -> None:
+    """Diagonals, eigenbases, inverses that are in bfloat16 anyway, for sizes that no processor multiplies at once."""
+    model, inputs, targets = problem(net)
+    model, inputs = model.float(), inputs.float() if inputs.is_floating_point() else inputs
+    settings = {"fisher": "empirical", "damping": DAMPING, "coarse": "residual"} | options
+    for solve_dtype, coarse_dtype in (("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
+        narrow = {"solve_dtype": solve_dtype, "coarse_dtype": coarse_dtype}
+        optimizer, _, gradient = step(TwoLevelKFAC, copy.deepcopy(model), inputs, targets, **settings, **narrow)
+        assert bool(gradient.isfinite().all())
+        for stack, smoothed in zip(optimizer._stacks, optimizer._smoothers(), strict=True):
+            block = stack.blocks[0]
+            one = block.to_matrix([torch.randn_like(p) for p in block.layer.parameters])
+            matrix = torch.cat([one] * len(stack.blocks))
+            found, expected = smoothed(matrix), block.solve(stack.cache, matrix)
+            assert found.dtype == expected.dtype and found.shape == expected.shape
+            assert relative(found, expected) < 0.02
 
 
 @pytest.mark.usefixtures("float64")
