@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ VOLATILE = (
     "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps",
     "trainer.checkpoint_every_minutes", "trainer.keep_checkpoints",
 )  # fmt: skip
+# What `choices` may hold: a group, of a player perhaps, and a file of it.
+_GROUP = re.compile(r"(?!hydra)\w+(@\w+)?")
+_CHOICE = re.compile(r"\w[\w.+/-]*")
 # How the names of callbacks end that only show what was learned.
 ONLOOKERS = ("Plots", "SampleText")
 
@@ -131,7 +135,20 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(saved, dict) or not all(isinstance(saved.get(group), dict) for group in groups):
         raise UserError(f"{path} is not the configuration of a run of train.py, or it is damaged")
     choices = saved.pop(CHOICES)
+    for group, choice in choices.items():  # which are given to Hydra, where other keys would mean other things
+        if not (_GROUP.fullmatch(str(group)) and isinstance(choice, str) and _CHOICE.fullmatch(choice)):
+            raise UserError(f"{path} has a choice that names no file of a group, {group}={choice}: it is not taken")
+    if strange := _interpolation(saved):
+        raise UserError(f"{path} holds {strange!r}, which train.py would have resolved: it is not taken")
     return saved, choices
+
+
+def _interpolation(value: Any) -> str | None:
+    """A text in a configuration that would be looked up, in the environment say; None without."""
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    if isinstance(value, str):
+        return value if "${" in value else None
+    return next(filter(None, map(_interpolation, parts)), None)
 
 
 def replace_folder(value: Any, folder: str, new: str) -> Any:

@@ -81,8 +81,11 @@ def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence
 
 def _take_up(composed: DictConfig, chosen: dict[str, str], command: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
     """Values and choices of the run to be resumed, with what this command gives for itself."""
+    from training.settings.trust import require_own  # see compose
+
     folder, _ = find(str(composed.resume))
     saved, choices = load(folder)
+    require_own(saved, OmegaConf.to_container(composed), folder)  # type: ignore[arg-type]
     paths = resolve(composed.paths, "paths.")
     values = OmegaConf.create(replace_folder(saved, str(saved["paths"]["data"]), str(paths["data"])))
     values.paths, values.resume = paths, composed.resume
