@@ -3,7 +3,7 @@
 from .adafisher import AdaFisher, AdaFisherW
 from .adahessian import AdaHessian
 from .averaging import EMA, ScheduleFree
-from .base import Coverage, CurvatureOptimizer, build_optimizer, unwrap
+from .base import Coverage, CurvatureOptimizer, build_optimizer, consolidate, unwrap
 from .exact import ExactNaturalGradient
 from .fishleg import FishLeg
 from .kronecker import EKFAC, KFAC, KPSVD, Deflation, KFACCorrected, Lanczos
@@ -40,6 +40,7 @@ __all__ = [
     "TwoLevelKFAC",
     "Wrapper",
     "build_optimizer",
+    "consolidate",
     "innermost",
     "unwrap",
 ]

@@ -62,6 +62,8 @@ class Options:
         clock: wall, or cpu: this process's own time, on a machine that does other things, too (with threads=1).
         quantile: of a step's times that stands for them; a low one where other things disturb most steps.
         memory: measure peak memory, one process an optimizer.
+        ranks: processes; of more than one, each with one thread and a batch of its own, what is compared are the values
+            of ``assign``, instead of optimizers with SGD: see scripts/ranks/benchmark.py.
         only: (internal) run this one optimizer and print its peak memory.
         json: also write the rows to this file.
     """
@@ -81,6 +83,7 @@ class Options:
     clock: str = "wall"
     quantile: float = 0.5
     memory: bool = True
+    ranks: int = 1
     only: str | None = None
     json: str | None = None
 
@@ -298,6 +301,10 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
     if options.only is not None:
         print_peak_memory(options)
         return []
+    if options.ranks > 1:
+        from scripts.ranks.benchmark import compare
+
+        return written(options, compare(options))
     entries = list(dict.fromkeys(["sgd", *options.optimizers]))
     arms = []
     for entry in entries:
@@ -337,6 +344,11 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
             row["optimizer"], f"{row['ms']:.1f}", f"{row['ratio']:.3f}", *(f"{n:.1f}" for n in numbers), memory
         )
     Console(width=120).print(table)
+    return written(options, rows)
+
+
+def written(options: Options, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, written to a file if one is asked for."""
     if options.json:
         report = {"options": asdict(options), "machine": platform.processor() or platform.machine(), "rows": rows}
         Path(options.json).write_text(json.dumps(report, indent=2) + "\n")

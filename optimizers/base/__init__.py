@@ -1,6 +1,6 @@
 """What every curvature-aware optimizer shares, from the parts of an update to the verbs of training."""
 
-from .build import build_optimizer
+from .build import build_optimizer, consolidate
 from .coverage import Coverage
 from .encoding import adopted
 from .groups import OfGroups, Params
@@ -20,6 +20,7 @@ __all__ = [
     "adopted",
     "build_optimizer",
     "complete",
+    "consolidate",
     "descend",
     "descend_scaled",
     "known_rate",

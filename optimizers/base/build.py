@@ -14,6 +14,18 @@ from .groups import Params
 from .optimizer import CurvatureOptimizer
 
 
+def consolidate(optimizer: torch.optim.Optimizer) -> None:
+    """Bring what each process keeps of an optimizer's state to all of them, before ``state_dict()``.
+
+    Every process must call it; of an optimizer that is the same on all of them, and of one process, nothing happens.
+
+    Args:
+        optimizer: any, wrapped or not.
+    """
+    if (own := getattr(optimizer, "consolidate", None)) is not None:
+        own()
+
+
 def build_optimizer(
     target: Callable[..., torch.optim.Optimizer],
     model: nn.Module,

@@ -12,7 +12,7 @@ from ..curvature.approximations import statistics_dtype
 
 
 def adopted(tensors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Copies of a layer's tensors where its weight is.
+    """Copies of a layer's tensors where its weight is; what is absent stays so.
 
     Args:
         tensors: by name.
@@ -21,7 +21,8 @@ def adopted(tensors: Mapping[str, Tensor], weight: Tensor, dtype: torch.dtype | 
     """
     dtype = dtype or statistics_dtype(weight)
     return {
-        key: t.to(weight.device, dtype if t.is_floating_point() else None, copy=True) for key, t in tensors.items()
+        key: t.to("meta" if t.is_meta else weight.device, dtype if t.is_floating_point() else None, copy=True)
+        for key, t in tensors.items()
     }
 
 

@@ -237,10 +237,14 @@ class LayerwiseOptimizer(GroupedOptimizer):
                 reasons[name] = NOT_SEEN if self._recorder.ran_unseen(block.layer) else NOT_CALLED
         self._reasons = reasons
         self._tell()
+        self._assign()
         found: dict[str, dict[str, Tensor]] = {}
         for kind, members in kinds.items():
             found |= kind.estimate_all(members, *self._scaling())
         return self._exchanged({name: found[name] for name in self.blocks if name in found})
+
+    def _assign(self) -> None:
+        """Before the ranks bring their estimates together: settle who keeps which block. Here, every rank does."""
 
     def _forget(self, block: Approximation) -> None:
         """Drop what is kept of a layer whose curvature cannot be trusted."""
@@ -277,19 +281,35 @@ class LayerwiseOptimizer(GroupedOptimizer):
         return (float(examples) if self.loss_reduction == "mean" else 1.0), max(self._recorder.observed, 1)
 
     def _exchanged(self, estimates: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Estimates averaged over the ranks that have them, without those that are not finite."""
+        """Estimates averaged over the ranks that have them, without those that are not finite.
+
+        Every example counts alike, whatever rank it was on.
+        """
         if communication.world_size() > 1:
-            shared = [name for name in estimates if not self.blocks[name].gathers]
-            tensors = [t for name in shared for t in estimates[name].values()]
-            weights = [float(self.blocks[name].observed) for name in shared for _ in estimates[name]]
-            if tensors:
-                communication.average_(tensors, torch.tensor(weights, device=tensors[0].device))
-        if estimates:  # one synchronisation for all layers
-            sums = torch.stack([sum((t.sum() for t in f.values()), start=torch.zeros(())) for f in estimates.values()])
-            good = [name for name, finite in zip(estimates, sums.isfinite().tolist(), strict=True) if finite]
-            self.rejected += len(estimates) - len(good)
-            estimates = {name: estimates[name] for name in good}
-        return estimates
+            self._average_ranks(estimates)
+        finite = self._are_finite(estimates)
+        self.rejected += finite.count(False)
+        return {name: estimates[name] for name, good in zip(list(estimates), finite, strict=True) if good}
+
+    def _counted_examples(self, name: str) -> float:
+        """How much this rank's estimate of a layer counts beside those of others: by its examples."""
+        assert self._recorder is not None
+        return float(self._recorder.observed) if self.blocks[name].observed else 0.0
+
+    def _average_ranks(self, estimates: dict[str, dict[str, Tensor]]) -> None:
+        """Replace estimates, in place, by their means over ranks."""
+        shared = [name for name in estimates if not self.blocks[name].gathers]
+        tensors = [t for name in shared for t in estimates[name].values()]
+        weights = [self._counted_examples(name) for name in shared for _ in estimates[name]]
+        if tensors:
+            communication.average_(tensors, torch.tensor(weights, device=tensors[0].device))
+
+    def _are_finite(self, estimates: dict[str, dict[str, Tensor]]) -> list[bool]:
+        """Whether each estimate is: one synchronisation for all layers."""
+        if not estimates:
+            return []
+        sums = [sum((t.sum() for t in f.values()), start=torch.zeros(())) for f in estimates.values()]
+        return torch.stack(sums).isfinite().tolist()
 
     def _reset(self) -> None:
         for block in self.blocks.values():
@@ -304,7 +324,7 @@ class LayerwiseOptimizer(GroupedOptimizer):
     def coverage(self) -> Coverage:
         """The table module → method → factor sizes → bytes, and what falls back to a first-order rule, and why.
 
-        Which layers the model calls is known after the first step only.
+        Bytes are those of this process. Which layers the model calls is known after the first step only.
         """
         table = Coverage()
         for name, block in self.blocks.items():
@@ -316,7 +336,8 @@ class LayerwiseOptimizer(GroupedOptimizer):
                 reason = self._reasons.get(name, "the layer gave no statistics yet")
                 table.rows.append((name or "(root)", f"fallback: {reason}", "", count, 0))
                 continue
-            size = sum(item * torch.Size(shape).numel() for shape in shapes.values()) + self._cache_bytes(block)
+            here = [k for k in shapes if k not in block.factors or not block.factors[k].is_meta]  # not another rank's
+            size = sum(item * torch.Size(shapes[key]).numel() for key in here) + self._cache_bytes(block)
             table.rows.append((name or "(root)", type(block).__name__, described, count, size))
         named = dict(self.model.named_parameters()) if self.model is not None else {}
         for name, reason in self._uncovered.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
+from ..curvature import communication
 from ..curvature.losses import stated
 from .groups import Params
 from .layers import CURVATURE
@@ -94,6 +95,8 @@ class CurvatureOptimizer(StatefulOptimizer):
         """
         if self._recorder is not None and self._recorder.recording:
             self._announce(loss, outputs, targets, mask, retain_graph)
+        elif self._recorder is not None and not self._recorder.deferred and outputs is not None and self._due():
+            self._place(0)
         self._scale = float(scale)
         try:
             loss.backward(retain_graph=retain_graph)
@@ -108,11 +111,22 @@ class CurvatureOptimizer(StatefulOptimizer):
         if not isinstance(outputs, Tensor) or not outputs.dim() or not outputs.requires_grad:
             self._recorder.expect(retain_graph)
             return
-        self._recorder.settle(self._as_observations(outputs, targets), retain_graph)
+        self._place(len(self._recorder.settle(self._as_observations(outputs, targets), retain_graph)))
         counted = self._counted(loss, outputs, targets, mask)
         if counted is not None:
             arranged = self._recorder.arrange(counted)
             self._recorder.counts(arranged.view(len(arranged), -1).any(1))
+
+    def _place(self, examples: int) -> None:
+        """Find out where this rank's examples are in the batch of all ranks, if a share of these is to be chosen.
+
+        Args:
+            examples: how many this rank has; a rank without any must say so, too.
+        """
+        assert self._recorder is not None
+        if self._recorder.fraction < 1 and communication.world_size() > 1:
+            device = next(p.device for group in self.param_groups for p in group["params"])
+            self._recorder.place(communication.before(examples, device))
 
     def _as_observations(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """Outputs as ``[n, ..., features]``."""

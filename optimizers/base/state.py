@@ -30,7 +30,7 @@ def _first_trained(params: Sequence[Tensor]) -> Tensor:
 def _add_curvature(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """A hook on torch's state, before all others."""
     assert isinstance(optimizer, StatefulOptimizer)
-    curvature = optimizer._curvature()
+    curvature = optimizer._whole(optimizer._curvature())
     entries = optimizer._by_parameter(curvature)
     packed = {index: {k: v for k, v in entry.items() if k != ENTRY} for index, entry in state["state"].items()}
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
@@ -60,6 +60,10 @@ class StatefulOptimizer(LayerwiseOptimizer):
             "kinds": {name: type(block).__name__ for name, block in self.blocks.items() if block.factors},
             "rows": "" if self._recorder is None else self._recorder.state(),
         }
+
+    def _whole(self, curvature: dict[str, Any]) -> dict[str, Any]:
+        """Curvature as a state has it, of what ``_curvature`` found here: what other ranks keep included."""
+        return curvature
 
     def _check(self, saved: dict[str, Any]) -> None:
         """Raise ValueError with a sentence if this is the curvature of another method or of another model."""

@@ -7,13 +7,24 @@ of the *per-example* loss, the estimated Fisher block is ``E[(sum_t a_t (x) g_t)
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import communication
 from .layers import AffineLayer, ElementwiseLayer, Flow, Layer
+from .packing import Form
+
+
+def absent(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What a rank has in the place of a factor that another one keeps: its shape and dtype, and no numbers.
+
+    Whatever is worked out of it has no numbers, either, and cannot be read: nothing comes of it unnoticed.
+    """
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
@@ -27,15 +38,36 @@ class Approximation(ABC):
     Attributes:
         layer: the layer's adapter.
         factors: the running averages, by name; empty until the first update.
+        owner: the rank that keeps them and does the work on them; elsewhere they are ``absent``. None: every rank does.
     """
 
     #: Whether ``estimate_all`` brings the ranks' samples together itself, so that estimates need no averaging.
     gathers: bool = False
 
+    #: Names of factors that every rank has, whoever the owner is.
+    everywhere: tuple[str, ...] = ()
+
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.factors: dict[str, Tensor] = {}
+        self.owner: int | None = None
         self._sums: dict[str, Tensor] = {}
+
+    @property
+    def mine(self) -> bool:
+        """Whether this rank keeps the factors."""
+        return self.owner is None or self.owner == communication.rank()
+
+    def form(self, key: str) -> Form:
+        """What has to travel between ranks of a factor, or of what is worked out of factors, by its name."""
+        return "full"
+
+    def cost(self) -> float:
+        """Operations that one round of work on the factors takes, about, by which it is shared out among ranks.
+
+        A function of shapes alone; of a block that does not say otherwise, one an entry.
+        """
+        return float(sum(math.prod(shape) for shape in self.shapes().values()))
 
     @property
     def observed(self) -> bool:

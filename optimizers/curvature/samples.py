@@ -99,10 +99,12 @@ class Samples(Approximation):
             examples = int(ranks[0, :, -1].sum())
             plans = ranks.amax(1).tolist()
         scale = gradient_scale / examples**0.5
+        seen = [(block, plan) for block, plan in zip(members, plans, strict=True) if any(plan[:-1])]
+        kept = [block._joined(plan[0] == 1, plan[1 : 1 + DIMS], plan[1 + DIMS : -1], scale) for block, plan in seen]
+        gathered = iter(communication.gather([t.unsqueeze(0) for tensors in kept for t in tensors.values()]))
         return {
-            block.layer.name: block._joined(plan[0] == 1, plan[1 : 1 + DIMS], plan[1 + DIMS : -1], scale)
-            for block, plan in zip(members, plans, strict=True)
-            if any(plan[:-1])
+            block.layer.name: {key: next(gathered).squeeze(0) for key in tensors}
+            for (block, _), tensors in zip(seen, kept, strict=True)
         }
 
     def _plan(self) -> list[int]:
@@ -115,7 +117,7 @@ class Samples(Approximation):
         return [0] + [size for t in flow for size in (*t.shape[1:], *[0] * DIMS)[:DIMS]]
 
     def _joined(self, as_rows: bool, x_shape: list[int], g_shape: list[int], scale: float) -> dict[str, Tensor]:
-        """The step's passes one behind the other, and the ranks'."""
+        """The step's passes one behind the other."""
         device = self.layer.parameters[0].device
         shapes = [[sum(self._sizes)]] if as_rows else [[n for n in shape if n] for shape in (x_shape, g_shape)]
         dtypes = [self._dtype] if as_rows else [torch.int32 if self.layer.indexed else self._dtype, self._dtype]
@@ -135,7 +137,6 @@ class Samples(Approximation):
         joined = [torch.cat(column) for column in zip(*parts, strict=True)]  # a copy: nothing of the batch is held
         self._kept.clear()
         joined[-1].mul_(scale)
-        joined = [t.squeeze(0) for t in communication.gather([t.unsqueeze(0) for t in joined])]
         return {"V": joined[0]} if as_rows else {"x": joined[0], "g": joined[1]}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -48,8 +48,7 @@ class SampledFisher(NaturalGradient):
         damping = self._lambda(layer)
         if self.damping_unit == "absolute":
             return damping
-        block = self.blocks[layer.name]
-        units = block.mean_eigenvalue(block.factors)
+        units = self._unit(self.blocks[layer.name])
         return damping * float(units.clamp(min=torch.finfo(units.dtype).tiny).mean())
 
     def _curvature(self) -> dict[str, Any]:

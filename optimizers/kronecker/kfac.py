@@ -68,7 +68,6 @@ class EKFAC(KroneckerMethod):
         if rank is not None:
             check_range("rank", rank, 1)
         self.options = replace(self.options, rank=rank, basis=basis)
-        self._decompositions = 0  # up to the last time that a state was restored
         super().__init__(model, params, refresh_every=refresh_every, **with_fixed(EKFAC, self, shared))
 
     def affine_block(self, layer: AffineLayer) -> Approximation:
@@ -77,22 +76,11 @@ class EKFAC(KroneckerMethod):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def _decomposed(self) -> int:
-        blocks = [block for block in self.blocks.values() if isinstance(block, EigenFactors)]
-        return self._decompositions + sum(block.decompositions for block in blocks)
-
     def diagnostics(self) -> dict[str, float]:
         """Adds how often a factor's basis was made by a full decomposition."""
-        return super().diagnostics() | {"curvature/decompositions": float(self._decomposed())}
+        return super().diagnostics() | {"curvature/decompositions": float(self._counts.decomposed)}
 
     def _curvature(self) -> dict[str, Any]:
         """See NaturalGradient; also the count of decompositions."""
         saved = super()._curvature()
-        return saved | {"counters": saved["counters"] | {"decompositions": self._decomposed()}}
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        super()._restore(saved)
-        self._decompositions = int(saved["counters"].get("decompositions", 0))
-        for block in self.blocks.values():
-            if isinstance(block, EigenFactors):
-                block.decompositions = 0
+        return saved | {"counters": saved["counters"] | {"decompositions": self._counts.decomposed}}

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..base import Params
 from ..checks import check_choice, check_range
-from ..natural_gradient import NaturalGradient
+from ..natural_gradient import Assign, NaturalGradient
 
 SOLVE_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -27,6 +27,10 @@ class KroneckerMethod(NaturalGradient):
         max_factor_dim: a wider factor is kept as its diagonal; None: none is. 8192 leaves those of ResNets (4608) and
             Swin-L (6145) whole, and is where one alone takes 256 MiB and seconds a refresh; a vocabulary is wider.
         solve_dtype: of the products with the inverses; ``bfloat16`` where the processor multiplies it faster.
+        assign: where several processes train together, ``balanced``: each block has an owner among them, who alone
+            keeps its factors, fits, decomposes and inverts them, and sends the inverses round (see
+            ``natural_gradient.owners``); ``state_dict()`` then asks for ``consolidate()`` on every process first.
+            ``replicated``: every process does and keeps everything.
     """
 
     def __init__(
@@ -39,11 +43,14 @@ class KroneckerMethod(NaturalGradient):
         sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 8192,
         solve_dtype: Literal["float32", "bfloat16"] = "float32",
+        assign: Assign = "balanced",
         **shared: Any,
     ) -> None:
         check_choice("damping_mode", damping_mode, ("factored", "tikhonov"))
         check_choice("sharing", sharing, ("expand", "reduce"))
         check_choice("solve_dtype", solve_dtype, tuple(SOLVE_DTYPES))
+        check_choice("assign", assign, ("balanced", "replicated"))
+        self.assign = assign
         if max_factor_dim is not None:
             check_range("max_factor_dim", max_factor_dim, 1)
         self.options = replace(

@@ -5,9 +5,11 @@ from .kl_clip import KLClip, KLOf, KLUnit
 from .lengths import LengthRule
 from .moves import Moves
 from .optimizer import Auto, NaturalGradient
+from .owners import Assign
 from .stacks import Block, Stack, inner, reader, stacked
 
 __all__ = [
+    "Assign",
     "Auto",
     "Block",
     "Fisher",

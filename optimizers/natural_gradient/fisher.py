@@ -109,8 +109,29 @@ class FisherEstimate:
                     )
         return weights
 
+    @staticmethod
+    def multiplier(weights: Tensor, chosen: Tensor | None) -> Tensor:
+        """What turns weights into those with which a mean over the observed examples of all ranks is a weighted sum.
+
+        An example's weight in the batch of all ranks is its weight on its rank, times that rank's share of examples.
+        Where a share of them is observed, ranks compare what they have: each must ask, without weights if need be.
+
+        Args:
+            weights: of this rank's observations in its loss.
+            chosen: which of them are observed; None: all.
+        """
+        shown = weights if chosen is None else weights[chosen]
+        part, whole = shown.sum(), weights.sum()
+        if chosen is None or communication.world_size() == 1:
+            return len(shown) * (whole / part.where(part > 0, 1))
+        own = [t.double() * len(weights) for t in (part, whole)]
+        counts = weights.new_tensor([len(shown), len(weights)], dtype=torch.float64)
+        observed, examples, part, whole = communication.total(torch.cat([counts, torch.stack(own)]))
+        ratio = whole / part.where(part > 0, 1)
+        return (len(weights) * observed / examples.clamp(min=1) * ratio).to(weights.dtype)
+
     def gradients(
-        self, outputs: Tensor, weights: Tensor, chosen: Tensor | None, scale: float, step: int
+        self, outputs: Tensor, weights: Tensor, chosen: Tensor | None, multiplier: Tensor, scale: float, step: int
     ) -> Iterator[Tensor]:
         """What to send back: each observation's score of sampled targets, or the columns of a root of its Fisher.
 
@@ -120,6 +141,7 @@ class FisherEstimate:
             outputs: observations, ``[n, ..., features]``.
             weights: theirs in the loss.
             chosen: which of them are observed; None: all.
+            multiplier: of the weights.
             scale: a factor inside the loss.
             step: that is under way, of which sampled targets are a function.
 
@@ -129,8 +151,7 @@ class FisherEstimate:
         outputs = outputs.detach()
         chosen = None if chosen is None else chosen.to(outputs.device)
         seen, shares = (outputs, weights) if chosen is None else (outputs[chosen], weights[chosen])
-        shown = shares.sum()
-        unit = (len(seen) * shares * (weights.sum() / shown.where(shown > 0, 1))).sqrt().unsqueeze(-1) * scale
+        unit = (shares * multiplier.to(shares)).sqrt().unsqueeze(-1) * scale
 
         def placed(gradient: Tensor) -> Tensor:
             if chosen is None:

@@ -12,14 +12,15 @@ from torch.autograd.profiler import record_function
 
 from ..base import CURVATURE, LONG_AGO, CurvatureOptimizer, OfGroups, Params, adopted
 from ..checks import check_choice, check_range
-from ..curvature.approximations import Approximation
+from ..curvature.approximations import Approximation, statistics_dtype
 from ..curvature.damping import AdaptiveDamping
 from ..curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
 from ..curvature.layers import AffineLayer, Layer
+from .owners import OwnedBlocks
 from .stacks import Block, Stack, kind_of, stacked
 
 
-class BlockInverses(CurvatureOptimizer):
+class BlockInverses(OwnedBlocks):
     """An optimizer with a damped inverse of the curvature of each layer.
 
     Args:
@@ -73,9 +74,7 @@ class BlockInverses(CurvatureOptimizer):
         self._inverted_at = LONG_AGO  # when the inverses in use were last others than in the step before
         self._adapted = AdaptiveDamping(1.0 if damping_unit == "layer" else None) if adapts else None
         self._block_updates: dict[str, int] = {}
-        self._counts = Counts()
         self._stacks: list[Stack] = []
-        self.blocks: dict[str, Block]  # type: ignore[assignment]
 
     @abstractmethod
     def affine_block(self, layer: AffineLayer) -> Approximation:
@@ -115,9 +114,13 @@ class BlockInverses(CurvatureOptimizer):
         super()._forget(block)
 
     def _average(self, estimates: dict[str, Factors]) -> None:
+        self._units = None
         kinds: dict[type[Block], list[str]] = {}
-        for name in estimates:
-            kinds.setdefault(type(self.blocks[name]), []).append(name)
+        for name, estimate in estimates.items():
+            if self.blocks[name].mine:
+                kinds.setdefault(type(self.blocks[name]), []).append(name)
+            else:
+                self.blocks[name].factors |= estimate
         for kind, names in kinds.items():
             blocks, new = [self.blocks[name] for name in names], [estimates[name] for name in names]
             kind.average_all(blocks, new, [self._keep(name) for name in names])
@@ -139,7 +142,12 @@ class BlockInverses(CurvatureOptimizer):
     def _rebase(self) -> None:
         if self._rebased_at != self.steps:
             self._rebased_at = self.steps
-            self._counts.repaired += sum(block.rebase() for block in self.blocks.values() if block.factors)
+            self._units = None
+            with self._counting():
+                for block in self.blocks.values():
+                    if block.factors and block.mine:
+                        block.rebase(self._counts)
+            self._spread_bases()
 
     def _refresh(self, blocks: list[Block]) -> list[Stack]:
         """Invert blocks side by side. One whose inverse is not finite keeps its last good one, or has none."""
@@ -147,12 +155,16 @@ class BlockInverses(CurvatureOptimizer):
         alike: dict[Any, list[Block]] = {}
         for block in blocks:
             alike.setdefault(kind_of(block, block.factors), []).append(block)
+        if self.damping_unit == "layer" and blocks:
+            self._unit(blocks[0])  # which all ranks have to ask for
+        made: list[Stack | None] = []
+        with self._counting():
+            for members in alike.values():
+                known = [last[id(block)] for block in members] if all(id(block) in last for block in members) else None
+                mine = members[0].mine
+                made.append(Stack.build(members, self._dampings(members), self._counts, known) if mine else None)
         stacks = []
-        for members in alike.values():
-            damping = self._dampings(members)
-            known = [last[id(block)] for block in members] if all(id(block) in last for block in members) else None
-            stack = Stack.build(members, damping, self._counts, known)
-            good = stack.finite()
+        for stack, good in self._completed(list(alike.values()), made):
             if all(good):
                 stacks.append(stack)
                 continue
@@ -164,12 +176,12 @@ class BlockInverses(CurvatureOptimizer):
 
     def _dampings(self, blocks: list[Block]) -> Tensor:
         """Lambda of each stacked matrix of some blocks, ``[n]``."""
-        first = next(iter(blocks[0].factors.values()))
+        weight, groups = blocks[0].layer.parameters[0], len(next(iter(blocks[0].factors.values())))
         damping = [self._lambda(block.layer) for block in blocks]
-        scales = first.new_tensor(damping).repeat_interleave(len(first))
+        scales = weight.new_tensor(damping, dtype=statistics_dtype(weight)).repeat_interleave(groups)
         if self.damping_unit == "absolute":
             return scales
-        units = torch.cat([block.mean_eigenvalue(block.factors) for block in blocks])
+        units = torch.cat([self._unit(block) for block in blocks])
         return scales * units.clamp(min=torch.finfo(scales.dtype).tiny)
 
     def _lambda(self, layer: Layer) -> float:
@@ -181,13 +193,15 @@ class BlockInverses(CurvatureOptimizer):
         """Before inverses are made: whether all of them have to be, for another lambda."""
 
         def unit() -> float:
-            return float(torch.stack([block.mean_eigenvalue(block.factors).mean() for block in blocks]).mean())
+            return float(torch.stack([self._unit(block).mean() for block in blocks]).mean())
 
         return bool(blocks) and self._adapted is not None and self._adapted.renew(refreshing, unit)
 
     def _renew_inverses(self) -> None:
         """Invert what is due."""
         usable = [block for block in self.blocks.values() if block.factors]
+        if any(block.owner is None for block in usable):  # of a state that was loaded before there were ranks
+            self._assign()
         self._stacks = self._stacks if usable else []
         whole = bool(usable) and self._must_refresh()
         follow = [block for block in usable if block.inverts_on_update and self._updated_at == self.steps]
@@ -229,11 +243,15 @@ class BlockInverses(CurvatureOptimizer):
 
     def _squared(self, tensors: list[Tensor]) -> list[Tensor]:
         """``xᵀ (F + damping) x`` of each group's layers, for x in the shape of the stacks' gradients."""
-        found = []
-        for stack, x in zip(self._stacks, tensors, strict=True):
-            factors, damping = stack.factors(), self._dampings(stack.blocks)
-            found.append(stack.blocks[0].squared(factors, stack.cache, damping, x))
-        return self._by_group(found)
+        stacks = self._stacks
+        if self.damping_unit == "layer" and stacks:
+            self._unit(stacks[0].blocks[0])  # which all ranks have to ask for
+
+        def compute(k: int) -> Tensor:
+            first, damping = stacks[k].blocks[0], self._dampings(stacks[k].blocks)
+            return first.squared(stacks[k].factors(), stacks[k].cache, damping, tensors[k])
+
+        return self._by_group(self._summed(stacks, compute))
 
     def _by_group(self, numbers: list[Tensor]) -> list[Tensor]:
         """Sums over each group's layers of numbers ``[n]`` a stack."""
@@ -295,7 +313,8 @@ class BlockInverses(CurvatureOptimizer):
         if self._adapted is not None and "damping" in saved:
             self._adapted.restore(saved["damping"])
         self._rebased_at = self._inverted_at = LONG_AGO  # the step that it is of may come again
-        self._counts = Counts(int(counters["repaired"]), int(counters["floored"]))
+        decomposed = int(counters.get("decompositions", 0))
+        self._counts = Counts(int(counters["repaired"]), int(counters["floored"]), decomposed)
         self._block_updates = {name: int(count) for name, count in saved["block_updates"].items()}
         alike: dict[Any, list[tuple[Block, Factors]]] = {}
         for name, block in self.blocks.items():

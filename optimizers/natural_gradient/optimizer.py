@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
@@ -260,11 +261,18 @@ class NaturalGradient(RegulatedSteps):
                     told = targets_of(self.likelihood, loss, outputs) if targets is None else targets
                     seen = recorder.settle(self.likelihood.observations(outputs, told), retain_graph)
                     weights = recorder.arrange(self._estimate.weights(loss, outputs, told, mask, told is not None))
+                    self._place(len(seen))
                     chosen = recorder.choose(len(seen))
-                    gradients = self._estimate.gradients(seen, weights, chosen, scale, self.steps)
+                    multiplier = self._estimate.multiplier(weights, chosen)
+                    gradients = self._estimate.gradients(seen, weights, chosen, multiplier, scale, self.steps)
                     recorder.differentiate(seen, gradients)
             finally:
                 self._scale = 1.0
+        elif recorder is not None and recorder.deferred and self._due():  # other ranks have something to choose from
+            assert self._estimate is not None
+            self._place(0)
+            nothing = torch.zeros(0, device=loss.device)
+            self._estimate.multiplier(nothing, recorder.choose(0))
         if self._replay is not None and self._replay.inputs.calls and outputs is not None:
             assert self.likelihood is not None and self._estimate is not None
             told = targets_of(self.likelihood, loss, check_outputs(outputs)) if targets is None else targets

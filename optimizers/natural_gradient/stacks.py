@@ -55,6 +55,26 @@ class Stack:
                     block.factors[key] = part
         return cls(blocks, cache)
 
+    @classmethod
+    def received(cls, blocks: list[Block], cache: Factors) -> Stack:
+        """A stack whose inverses another rank has made.
+
+        Args:
+            blocks: its members.
+            cache: what ``build`` made there, but for the factors that are everywhere.
+        """
+        dtype = blocks[0].options.solve_dtype
+        shared: Factors = {}
+        for key in blocks[0].everywhere:
+            if key in blocks[0].factors:
+                shared[key] = whole = stacked([block.factors[key] for block in blocks])
+                if dtype is not None:
+                    shared[key] = whole.to(dtype)
+                    continue
+                for block, part in zip(blocks, whole.chunk(len(blocks)), strict=True):
+                    block.factors[key] = part
+        return cls(blocks, shared | cache)
+
     def factors(self) -> Factors:
         """Its blocks' factors, stacked."""
         return {key: stacked([block.factors[key] for block in self.blocks]) for key in self.blocks[0].factors}
@@ -94,7 +114,8 @@ def reader(entries: Mapping[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
 def kind_of(block: Block, tensors: Factors) -> Any:
     """What blocks must have in common to share a stack; large ones gain nothing by it and go alone."""
     alone = block.layer.name if max(size for t in tensors.values() for size in t.shape) > LARGE else ""
-    return (type(block), alone, *((key, t.shape, t.dtype, t.device) for key, t in tensors.items()))
+    shapes = ((key, t.shape, t.dtype) for key, t in sorted(tensors.items()))
+    return (type(block), alone, block.owner, block.layer.parameters[0].device, *shapes)
 
 
 def gradients_of(block: Block) -> list[Tensor]:

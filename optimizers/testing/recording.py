@@ -86,7 +86,7 @@ def recorded_gradients(
     recording = Recording({name: block.layer for name, block in optimizer.blocks.items()}, examples)
     recorder = optimizer._recorder
     assert recorder is not None
-    recorder._fraction = 1.0
+    recorder.fraction = 1.0
     for name, block in optimizer.blocks.items():
         shown = recording.shown[name]
 
@@ -103,7 +103,7 @@ def recorded_gradients(
             shown.clear()
         outputs = call(batch)
         value = loss(outputs)
-        if recorder._deferred:
+        if recorder.deferred:
             (seed,) = torch.autograd.grad(value, outputs, retain_graph=True)
             unit = examples if optimizer.loss_reduction == "mean" else 1
             seen = recorder.settle(optimizer._as_observations(outputs, None))

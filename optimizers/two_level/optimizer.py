@@ -180,7 +180,8 @@ class TwoLevelKFAC(SampledMetric, KFAC):
     def _vectors(self, like: list[Tensor]) -> list[list[Tensor]]:
         """What spans the space: ``[k][stack]``, the k-th vector of each layer in the shape of a stacked gradient."""
         if self.coarse == "spectral":
-            return [[smoothest(stack).view_as(t) for stack, t in zip(self._stacks, like, strict=True)]]
+            found = self._from_owners(self._stacks, like, smoothest)
+            return [[vector.view_as(t) for vector, t in zip(found, like, strict=True)]]
         ones = [torch.ones_like(t) for t in like]
         if not self.krylov:
             return [ones]

@@ -32,13 +32,14 @@ def torchrun(work: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_folder_and_a_resumed_run(work: Path) -> None:
-    done = torchrun(work, "logger=default", "optimizer=sgd", "resume=auto")
+    """Of a method whose curvature is shared out among the processes: checkpoints hold all of it."""
+    done = torchrun(work, "logger=default", "optimizer=kfac", "resume=auto")
     assert done.returncode == 0, done.stderr
     (run,) = runs(work)
     assert summary(run)["status"] == "finished" and summary(run)["hardware"]["processes"] == 2
     assert done.stdout.count("run folder:") == 1 and done.stdout.count("no run of this configuration") == 1
     assert len(list((run / "tensorboard").iterdir())) == 1, "rank 0 alone writes"
-    done = torchrun(work, "logger=default", "optimizer=sgd", "resume=auto", "trainer.max_epochs=2")
+    done = torchrun(work, "logger=default", "optimizer=kfac", "resume=auto", "trainer.max_epochs=2")
     assert done.returncode == 0, done.stderr
     assert runs(work) == [run] and summary(run)["epochs"] == 2
     assert [event["epoch"] for event in metrics(run) if event["event"] == "eval"] == [1, 2]

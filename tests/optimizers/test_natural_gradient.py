@@ -532,7 +532,7 @@ def test_ekfac_keeps_its_moments_when_the_basis_turns() -> None:
     block = optimizer.blocks["1"]
     old = block.to_dense()
     block.factors["A"] += torch.diag(torch.linspace(0, 1, 5))
-    block.rebase()
+    block.rebase(optimizer._counts)
     basis = torch.kron(block.factors["U_G"][0], block.factors["U_A"][0])
     torch.testing.assert_close(block.factors["S"].flatten(), (basis.T @ old @ basis).diagonal())
 

@@ -24,6 +24,7 @@ VOLATILE = (
     "paths", "logger", "resume", "name", "verify", "trainer.device", "trainer.profile", "trainer.log_every_steps",
     "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps",
     "trainer.checkpoint_every_minutes", "trainer.keep_checkpoints",
+    *(f"{name}.assign" for name in ("optimizer", *PLAYERS)),
 )  # fmt: skip
 # What `choices` may hold: a group, of a player perhaps, and a file of it.
 _GROUP = re.compile(r"(?!hydra)\w+(@\w+)?")
@@ -92,7 +93,7 @@ def identity(values: Mapping[str, Any], budget: bool = False) -> str:
     kept = as_lists(values)
     for key in (*VOLATILE, *(() if budget else (f"trainer.{name}" for name in BUDGETS))):
         group, _, name = key.rpartition(".")
-        (kept.get(group, {}) if group else kept).pop(name, None)
+        ((kept.get(group) or {}) if group else kept).pop(name, None)
     for group, nothing in AROUND.items():  # which leaves a run what it is
         if kept.get(group, {}).get(TARGET) == nothing:
             del kept[group]

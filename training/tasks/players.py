@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from optimizers import consolidate
+
 
 class Players(Optimizer):
     """A generator's and a critic's optimizer: groups and state of both, in this order; they step one by one.
@@ -56,6 +58,11 @@ class Players(Optimizer):
         """Both players' step."""
         for player in self.players.values():
             player.step(closure)
+
+    def consolidate(self) -> None:
+        """Bring what each process keeps of the players' state to all of them: every process must call it."""
+        for player in self.players.values():
+            consolidate(player)
 
     def state_dict(self) -> dict[str, Any]:
         """{"generator": ..., "critic": ...}."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import linalg
 from ..layers import AffineLayer, Flow
 from ..linalg import product as _product
+from .factored import DECOMPOSED
 from .kfac import KroneckerFactors
 from .options import Counts, Factors, Options
 
@@ -25,16 +26,15 @@ class EigenFactors(KroneckerFactors):
     along: the new diagonal of the old approximation is ``(P_G∘P_G) S (P_A∘P_A)ᵀ`` with ``P`` the products of old and
     new bases.
 
-    Attributes:
-        decompositions: how often a factor was decomposed in full.
+    Of several ranks, one keeps factors and moments; the bases are everywhere, as each takes its moments in them.
     """
 
     inverts_on_update = True
+    everywhere = ("U_A", "U_G")
 
     def __init__(self, layer: AffineLayer, options: Options) -> None:
         super().__init__(layer, options)
         self._kept: list[Flow] = []
-        self.decompositions = 0
         kept = options.rank
         self._ranks = {key: dim if kept is None or 2 * kept >= dim else kept for key, dim in self.dims.items()}
 
@@ -62,34 +62,34 @@ class EigenFactors(KroneckerFactors):
         """See Approximation."""
         return {key: value for key, value in super().zeros().items() if key in ("A", "G")}
 
-    def rebase(self) -> int:
+    def rebase(self, counts: Counts) -> None:
         """See Invertible."""
         for key in ("A", "G"):
             if not self.full[key]:
                 continue
             old = self.factors.get(f"U_{key}")
-            new = self._renewed(key, old)
+            new = self._renewed(key, old, counts)
             if not bool(new.isfinite().all()):
-                return 1  # the old basis will do
+                counts.repaired += 1
+                return  # the old basis will do
             self.factors[f"U_{key}"] = new
             if old is not None and "S" in self.factors:
                 mixing = linalg.overlaps(new, old).square_()
                 s = self.factors["S"]
                 self.factors["S"] = _product(mixing, s) if key == "G" else _product(s, mixing.mT)
-        return 0
 
     def mean_eigenvalue(self, factors: Factors) -> Tensor:
         """See Invertible."""
         return factors["S"].mean((1, 2))
 
-    def _renewed(self, key: str, old: Tensor | None) -> Tensor:
+    def _renewed(self, key: str, old: Tensor | None, counts: Counts) -> Tensor:
         """The basis that follows the last one, or, where there is none or it has lost its factor, a fresh one."""
         factor = self.factors[key]
         if old is not None and self.options.basis == "iterate":
             new, off = linalg.iterated(factor, old)
             if bool((off < DRIFTED).all() & new.isfinite().all()):
                 return new
-        self.decompositions += 1
+        counts.decomposed += 1
         return linalg.eigenbasis(factor, self._ranks[key])
 
     def basis(self, key: str) -> Tensor:
@@ -147,6 +147,18 @@ class EigenFactors(KroneckerFactors):
             if (basis := cache.get(f"U_{key}")) is not None:
                 matrix = linalg.turned(matrix.to(basis.dtype), basis, left=left, back=back)
         return matrix
+
+    def cost(self) -> float:
+        """See Approximation."""
+        steps = 0.0
+        for key, d in self.dims.items():
+            if not self.full[key]:
+                continue
+            rank = self._ranks[key]
+            # Images, their orthonormal factor, and its products with the old basis; or a decomposition.
+            iterated = 2 * d * d * rank + 4 * d * rank * rank + 4 * d * d * min(rank, d)
+            steps += iterated if self.options.basis == "iterate" else DECOMPOSED * d**3
+        return self.layer.groups * (steps + 4 * self.dims["A"] * self.dims["G"] * sum(self._ranks.values()))
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See Invertible."""

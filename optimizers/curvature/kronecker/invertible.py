@@ -40,9 +40,12 @@ class Invertible:
                 else:
                     block.factors[key] = value
 
-    def rebase(self) -> int:
-        """On a refresh, before inverting: renew what the factors are expressed in. Returns how many were repaired."""
-        return 0
+    def rebase(self, counts: Counts) -> None:
+        """On a refresh, before inverting: renew what the factors are expressed in.
+
+        Args:
+            counts: where repairs are counted.
+        """
 
     def moments(self, gradient_scale: float, examples: int) -> Factors:
         """Factors that could only be estimated once the basis was known; arguments as of ``estimate``."""
@@ -81,6 +84,10 @@ class Invertible:
     @abstractmethod
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of the cache of this one block."""
+
+    def optional_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of what the cache has beside ``cache_shapes`` where the factors ask for it."""
+        return {}
 
     @abstractmethod
     def to_matrix(self, tensors: Sequence[Tensor]) -> Tensor:

@@ -45,7 +45,14 @@ class Options:
 
 @dataclass
 class Counts:
-    """What went wrong and was mended: matrices repaired, eigenvalues floored (a tensor: reading it would wait)."""
+    """What went wrong and was mended, and what it took.
+
+    Attributes:
+        repaired: matrices that had to be.
+        floored: eigenvalues (a tensor: reading it would wait).
+        decomposed: factors that were decomposed in full for an eigenbasis.
+    """
 
     repaired: int = 0
     floored: Tensor | int = 0
+    decomposed: int = 0

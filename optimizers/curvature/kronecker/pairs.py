@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from .. import communication
-from ..approximations import Approximation
+from ..approximations import Approximation, absent
 from ..layers import AffineLayer, Flow
 from ..rearranged import Pairs, Terms, compress_many, leading_pairs_many, location_mask
 from .invertible import Invertible
 from .options import Factors, Options
 from .two_terms import TwoTerms
+
+#: Operations of a fit for each entry of the factors, about.
+FIT = 2000.0
+
+#: In the place of the sides of a grid, where positions lie on none.
+SCATTERED = 2**30
 
 
 class KroneckerPairs(TwoTerms):
@@ -57,15 +63,21 @@ class KroneckerPairs(TwoTerms):
         """See Approximation. All layers in one fit, over the samples of all ranks."""
         assert all(isinstance(block, KroneckerPairs) for block in blocks)
         members: list[KroneckerPairs] = list(blocks)  # type: ignore[arg-type]
-        samples = [block._gathered(gradient_scale, examples) for block in members]
+        kept = [tensor for block in members for tensor in block._rows(gradient_scale, examples)]
+        owners = [block.owner for block in members for _ in range(2) if block.owner is not None]
+        gathered = iter(communication.gather_to(kept, owners) if owners else communication.gather(kept))
         options = members[0].options
-        masks = [
-            None
-            if options.radius is None or block._grid is None
-            else location_mask(*block._grid, options.radius).to(a.device)
-            for block, (a, _) in zip(members, samples, strict=True)
-        ]
-        starts = [block.factors.get("G") for block in members]
+        if options.radius is not None:
+            cls._share_grids(members)
+        found: dict[str, Factors] = {}
+        mine, samples, masks = [], [], []
+        for block, a, g in zip(members, gathered, gathered, strict=True):
+            found[block.layer.name] = {k: absent(shape, block._dtype) for k, shape in block.shapes().items()}
+            if a is not None and g is not None:
+                mine.append(block)
+                samples.append((a, g))
+                masks.append(block._mask(options.radius, a.device))
+        starts = [block.factors.get("G") for block in mine]
         fits = leading_pairs_many(
             samples,
             cls.terms - cls.corrected,
@@ -74,13 +86,24 @@ class KroneckerPairs(TwoTerms):
             masks=masks,
             starts=starts,
         )
-        return {
-            block.layer.name: block._named(pairs, a, g)
-            for block, pairs, (a, g) in zip(members, fits, samples, strict=True)
-        }
+        for block, pairs, (a, g) in zip(mine, fits, samples, strict=True):
+            found[block.layer.name] = block._named(pairs, a, g)
+        return found
 
-    def _gathered(self, gradient_scale: float, examples: int) -> tuple[Tensor, Tensor]:
-        """Inputs and output gradients of this step's examples on all ranks; F is their mean."""
+    def _mask(self, radius: int | None, device: torch.device) -> Tensor | None:
+        """Which pairs of positions count; None: all."""
+        return None if radius is None or self._grid is None else location_mask(*self._grid, radius).to(device)
+
+    @staticmethod
+    def _share_grids(members: Sequence[KroneckerPairs]) -> None:
+        """Tell ranks without examples of a layer how its positions lie."""
+        weight = members[0].layer.parameters[0]
+        own = [[SCATTERED, SCATTERED] if block._grid is None else list(block._grid) for block in members]
+        for block, (rows, columns) in zip(members, communication.largest(own, weight.device), strict=True):
+            block._grid = None if rows == SCATTERED else (rows, columns)
+
+    def _rows(self, gradient_scale: float, examples: int) -> tuple[Tensor, Tensor]:
+        """Inputs and output gradients of this step's examples; F is their mean over all ranks."""
         if self._kept:
             a = torch.cat([a for a, _ in self._kept], dim=1)
             g = torch.cat([g for _, g in self._kept], dim=1) * gradient_scale
@@ -90,7 +113,6 @@ class KroneckerPairs(TwoTerms):
             a = torch.zeros(self.layer.groups, 0, 1, self.layer.columns, dtype=self._dtype, device=weight.device)
             g = torch.zeros(self.layer.groups, 0, 1, self.layer.d_out, dtype=self._dtype, device=weight.device)
         self._kept.clear()
-        a, g = communication.gather([a, g])
         return a, g
 
     def _named(self, pairs: Pairs, a: Tensor, g: Tensor) -> Factors:
@@ -116,6 +138,10 @@ class KroneckerPairs(TwoTerms):
             averaged, compress_many([terms for _, terms in averaged], cls.terms - cls.corrected), strict=True
         ):
             block.factors = block._recompressed(pairs, terms)
+
+    def cost(self) -> float:
+        """See Approximation. Of the fit, whose length data tell, a guess."""
+        return super().cost() + FIT * self.layer.groups * sum(d * d for d in self.dims.values())
 
     def _averaged_terms(self, new: Factors, keep: float) -> Terms:
         """Lefts, rights and weights of ``keep * factors + (1 - keep) * new``."""

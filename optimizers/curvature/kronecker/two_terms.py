@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..linalg import product as _product
-from .factored import Kronecker
+from .factored import DECOMPOSED, PASSES, Kronecker
 from .options import Counts, Factors
 
 
@@ -146,3 +146,20 @@ class TwoTerms(Kronecker):
         bases = {f"K_{key}": ((groups, self.dims[key], kept[key]), dtype) for key in ("A", "G")}
         weights = {"W": ((groups, kept["G"], kept["A"]), self._dtype)}
         return (shapes if self._truncated else {}) | bases | weights
+
+    def optional_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See Invertible: the odd part, where a second pair is antisymmetric."""
+        if self.terms == 1:
+            return {}
+        shapes = self.cache_shapes()
+        return {"J_A": shapes["K_A"], "J_G": shapes["K_G"], "W_odd": shapes["W"]}
+
+    def cost(self) -> float:
+        """See Approximation."""
+        if self.terms == 1:
+            return super().cost()
+        steps = 0.0
+        for key, d in self.dims.items():
+            rank = self._kept_dims[key]
+            steps += d**3 + (10 * d * d * rank if self._truncated else (DECOMPOSED + 3) * d**3) + PASSES * d * d
+        return self.layer.groups * steps

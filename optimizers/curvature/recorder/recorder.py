@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .. import probe
+from .. import communication, probe
 from ..layers import Flow, Layer
 from ..probe import Layout
 from .hooks import set_aside
@@ -41,7 +41,8 @@ class Recorder(Watcher):
         due: asked at each forward pass.
         observe: called with the ``Flow`` of a layer in a backward pass, without gradients.
         deferred: wait for ``differentiate``.
-        fraction: share of the examples to show, spread evenly over a batch, the first one always among them.
+        fraction: share of the examples to show, spread evenly over the batch of all ranks together, its first one
+            always among them.
 
     Attributes:
         examples: how many examples were in the passes since the last ``reset``.
@@ -61,7 +62,8 @@ class Recorder(Watcher):
     ) -> None:
         lenient = any(isinstance(m, nn.SyncBatchNorm) for m in root.modules())
         self._rows = Rows(layers, lenient)
-        self._fraction = fraction
+        self.fraction = fraction
+        self._before: int | None = None
         self._observe = observe
         self._serial = 0
         self.examples = self.observed = 0
@@ -100,6 +102,7 @@ class Recorder(Watcher):
         Returns:
             The outputs, ``[examples, ...]``: a view.
         """
+        self._before = None
         if not self._open:
             return outputs
         gone_through = [before for before in self._open if before.started]
@@ -150,11 +153,20 @@ class Recorder(Watcher):
 
     # -- showing -------------------------------------------------------------------------------------------------------
 
+    def place(self, before: int) -> None:
+        """Say how many examples of the batch the lower ranks have; without it, as many as this one has, each."""
+        self._before = before
+
     def choose(self, examples: int) -> Tensor | None:
-        """Indices of the examples of a batch that are shown, int64; None: all."""
-        if self._fraction >= 1:
+        """Indices of this rank's examples that are shown, int64; None: all.
+
+        Which they are follows from their places in the batch of all ranks, one behind the other, not from how many
+        ranks there are.
+        """
+        if self.fraction >= 1:
             return None
-        marks = (torch.arange(examples + 1, dtype=torch.float64) * self._fraction).ceil()
+        before = communication.rank() * examples if self._before is None else self._before
+        marks = (torch.arange(before, before + examples + 1, dtype=torch.float64) * self.fraction).ceil()
         return marks.diff().nonzero().flatten()
 
     def counts(self, counted: Tensor) -> None:
@@ -206,7 +218,7 @@ class Recorder(Watcher):
 
     def finish(self) -> None:
         """Show what has not been: calls whose outputs were not used, or passes that others were to follow."""
-        if not self._deferred:
+        if not self.deferred:
             for now in self._open:
                 self._finish(now)
 
@@ -218,13 +230,13 @@ class Recorder(Watcher):
     @torch.no_grad()
     def _show(self, now: Pass, layer: Layer, index: int = 0) -> None:
         """Show one layer's records, which have their gradients; those without have zero ones."""
-        records = now.records[layer] if self._deferred else now.records.pop(layer)
+        records = now.records[layer] if self.deferred else now.records.pop(layer)
         now.shown.add(layer)
         layouts = self._rows.layouts(layer, records)
         if layouts is None:
             return
         self._count(now)
-        if not now.examples:
+        if not now.examples or (now.chosen is not None and not len(now.chosen)):
             return
         calls: list[tuple[Tensor, Tensor]] = []
         for record, layout in zip(records, layouts, strict=True):
@@ -239,12 +251,12 @@ class Recorder(Watcher):
     @property
     def waiting(self) -> bool:
         """Whether a pass was recorded that ``differentiate`` has not been through."""
-        return self._deferred and any(now.records or now.unseen for now in self._open)
+        return self.deferred and any(now.records or now.unseen for now in self._open)
 
     @property
     def recording(self) -> bool:
         """Whether a pass was recorded whose layers are shown as its backward pass goes through."""
-        return not self._deferred and any(now.records or now.unseen for now in self._open)
+        return not self.deferred and any(now.records or now.unseen for now in self._open)
 
     def differentiate(self, outputs: Tensor, gradients: Iterable[Tensor]) -> None:
         """Show the observer what flows back from ``outputs`` in the pass that was settled, and forget it.

@@ -44,7 +44,7 @@ class Watcher(ABC):
     def __init__(self, root: nn.Module, layers: Sequence[Layer], due: Callable[[], bool], deferred: bool) -> None:
         self._root = root
         self._layers = list(layers)
-        self._deferred = deferred
+        self.deferred = deferred
         self._due = due
         self._open: list[Pass] = []
         self._unseen: set[Layer] = set()  # layers of this step's passes that ran without gradients
@@ -95,7 +95,7 @@ class Watcher(ABC):
 
     def _begin(self, now: Pass) -> None:
         """Record in another pass from here on. Those that a backward pass has been through are done with."""
-        if not self._deferred:
+        if not self.deferred:
             for before in [p for p in self._open if p.started and not p.keep]:
                 self._finish(before)
                 self._open.remove(before)
@@ -119,7 +119,7 @@ class Watcher(ABC):
         if not (torch.is_grad_enabled() and self._root.training and self._due()) or aside():
             return
         recomputing = self._recomputing()
-        if recomputing and (self._deferred or not self._open or not self._open[-1].unseen):
+        if recomputing and (self.deferred or not self._open or not self._open[-1].unseen):
             return
         quieten(self._root)
         if whole and not recomputing:
@@ -169,7 +169,7 @@ class Watcher(ABC):
         self._watch.release()
         self._calls.clear()
         self._weights = {}
-        if whole and not self._deferred and not self._recomputing() and self._open:
+        if whole and not self.deferred and not self._recomputing() and self._open:
             now = self._open[-1]
             if now.unseen and not self._doors:  # a checkpoint may call the layers once more, in the backward pass
                 self._doors = self._layer_doors()
@@ -220,7 +220,7 @@ class Watcher(ABC):
             x, shape = x.unflatten(0, self._folded), torch.Size([*self._folded, *shape[1:]])
         record = Record(layer, x, shape, get_gradient_edge(made), rows)
         now.records.setdefault(layer, []).append(record)
-        if not self._deferred:
+        if not self.deferred:
             made.register_hook(_Arrival(self, now, record))
 
     def _hold_statistics(self, x: Tensor, weight: Tensor | None, output: Tensor) -> None:

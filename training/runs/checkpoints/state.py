@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from optimizers import consolidate
 from optimizers.wrapper import check_wrappers
 from training.loop import rng
 from training.loop.distributed import broadcast_object, gather_objects
@@ -46,6 +47,7 @@ def capture(run: Run) -> dict[str, Any]:
     """
     for logger in run.loggers:
         logger.flush()
+    consolidate(run.optimizer)
     # Of averaged weights: what is evaluated is the checkpoint's model, and its optimizer has the weights of training.
     aside = {} if run.training_buffers is None else {"training_buffers": run.training_buffers}
     mine = {"rng": rng.get_state(run.world.device), "window": run.window.state_dict()}
