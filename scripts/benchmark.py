@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -41,6 +41,8 @@ from torch.profiler import ProfilerActivity, profile
 import models
 from optimizers import Bernoulli, Categorical, CurvatureOptimizer, Likelihood, build_optimizer
 from optimizers.base import CURVATURE
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -62,8 +64,6 @@ class Options:
         clock: wall, or cpu: this process's own time, on a machine that does other things, too (with threads=1).
         quantile: of a step's times that stands for them; a low one where other things disturb most steps.
         memory: measure peak memory, one process an optimizer.
-        ranks: processes; of more than one, each with one thread and a batch of its own, what is compared are the values
-            of ``assign``, instead of optimizers with SGD: see scripts/ranks/benchmark.py.
         only: (internal) run this one optimizer and print its peak memory.
         json: also write the rows to this file.
     """
@@ -83,7 +83,6 @@ class Options:
     clock: str = "wall"
     quantile: float = 0.5
     memory: bool = True
-    ranks: int = 1
     only: str | None = None
     json: str | None = None
 
@@ -287,13 +286,18 @@ def print_peak_memory(options: Options) -> None:
         print(peak_rss() - before)
 
 
+def parsed(kind: type[T], arguments: list[str]) -> T:
+    """Options of a kind from ``key=value`` arguments; those that are none are an error in a sentence."""
+    try:
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_cli(arguments)))
+    except OmegaConfBaseException as error:
+        raise SystemExit(f"error: {str(error).splitlines()[0]} (options: {', '.join(kind().__dict__)})") from error
+    return cast("T", options)
+
+
 def main(arguments: list[str]) -> list[dict[str, Any]]:
     """Run the benchmark and print its table; returns the rows."""
-    try:
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_cli(arguments)))
-    except OmegaConfBaseException as error:
-        raise SystemExit(f"error: {str(error).splitlines()[0]} (options: {', '.join(Options().__dict__)})") from error
-    assert isinstance(options, Options)
+    options = parsed(Options, arguments)
     if options.clock not in ("wall", "cpu"):
         raise SystemExit(f"error: clock must be wall or cpu, got {options.clock!r}")
     torch.set_num_threads(options.threads)
@@ -301,10 +305,6 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
     if options.only is not None:
         print_peak_memory(options)
         return []
-    if options.ranks > 1:
-        from scripts.ranks.benchmark import compare
-
-        return written(options, compare(options))
     entries = list(dict.fromkeys(["sgd", *options.optimizers]))
     arms = []
     for entry in entries:

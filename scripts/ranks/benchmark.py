@@ -1,6 +1,6 @@
 """What shared-out second-order work saves: the same optimizers on several processes, with owners and without.
 
-    python scripts/benchmark.py ranks=2 model=resnet18 batch_size=8 rounds=4 optimizers=[kfac,ekfac,kpsvd]
+    python scripts/ranks/benchmark.py model=resnet18 batch_size=8 rounds=4 optimizers=[kfac,ekfac,kpsvd]
 
 Processes with one thread each train ResNet-18 together (gloo, DistributedDataParallel). In one run the two values of
 ``assign`` take turns: a step that gathers curvature and refreshes the inverses, then an ordinary one, each started
@@ -12,11 +12,16 @@ bytes that it holds.
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.distributed as dist
@@ -26,9 +31,24 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from optimizers import CurvatureOptimizer
-from scripts.benchmark import Options, make_model, make_optimizer
+from scripts.benchmark import Options, make_model, make_optimizer, parsed, written
 
 ASSIGNS = ("replicated", "balanced")
+
+
+@dataclass
+class Shared(Options):
+    """Command-line options: those of scripts/benchmark.py that say what is trained, and ``rounds``.
+
+    Attributes:
+        ranks: processes, each with one thread and a batch of its own.
+        optimizers: what to compare with itself.
+    """
+
+    ranks: int = 2
+    rounds: int = 4
+    batch_size: int = 8
+    optimizers: list[str] = field(default_factory=lambda: ["kfac", "ekfac", "kpsvd"])
 
 
 class Arm:
@@ -76,7 +96,7 @@ class Arm:
         return sum(storages.values())
 
 
-def work(rank: int, options: Options, folder: str) -> None:
+def work(rank: int, options: Shared, folder: str) -> None:
     """What each process does.
 
     Args:
@@ -123,7 +143,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, float]:
     return found | {"held_most": max(held), "held_least": min(held)}
 
 
-def compare(options: Options) -> list[dict[str, Any]]:
+def compare(options: Shared) -> list[dict[str, Any]]:
     """Run the benchmark and print its table.
 
     Args:
@@ -157,3 +177,8 @@ def compare(options: Options) -> list[dict[str, Any]]:
         table.add_row(f"{entry}: ratio", *ratios, "", "", f"{pair[0]['held_most'] / pair[1]['held_most']:.2f}")
     Console(width=140).print(table)
     return [{"optimizer": name} | row for name, row in rows.items()]
+
+
+if __name__ == "__main__":
+    given = parsed(Shared, sys.argv[1:])
+    written(given, compare(given))

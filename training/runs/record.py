@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from training.errors import UserError
-from training.names import AROUND, PLAYERS, TARGET
+from training.names import AROUND, PLAYERS, SHARING, TARGET
 from training.runs.folder import exists
 
 BUDGETS = ("max_epochs", "max_steps", "max_time")
@@ -24,7 +24,7 @@ VOLATILE = (
     "paths", "logger", "resume", "name", "verify", "trainer.device", "trainer.profile", "trainer.log_every_steps",
     "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps",
     "trainer.checkpoint_every_minutes", "trainer.keep_checkpoints",
-    *(f"{name}.assign" for name in ("optimizer", *PLAYERS)),
+    *(f"{name}.{SHARING}" for name in ("optimizer", *PLAYERS)),
 )  # fmt: skip
 # What `choices` may hold: a group, of a player perhaps, and a file of it.
 _GROUP = re.compile(r"(?!hydra)\w+(@\w+)?")

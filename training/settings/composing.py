@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.errors import UserError
-from training.names import RESTORED
+from training.names import RESTORED, SHARING
 from training.runs.record import RunConfig, find, load, replace_folder
 from training.settings.faults import PRESET, diagnose, fault_of_choice
 from training.settings.files import NOTHING, compose_files, known_choices, resolve, without_hydra
@@ -91,7 +91,8 @@ def _take_up(composed: DictConfig, chosen: dict[str, str], command: Sequence[str
     values.paths, values.resume = paths, composed.resume
     for key in (name_of(parse(text)) for text in command):
         before, now = (OmegaConf.select(cfg, key) for cfg in (values, composed))
-        if key.split(".")[0] in RESTORED and key not in choices and before != now:
+        belongs = key.split(".")[0] in RESTORED and key.split(".")[1:] != [SHARING]
+        if belongs and key not in choices and before != now:
             raise UserError(
                 f"{key} is {before} in the checkpoint of resume={folder} and cannot change: leave it out, or start a "
                 "new run with init_from"

@@ -11,7 +11,7 @@ from optimizers import consolidate
 from optimizers.wrapper import check_wrappers
 from training.loop import rng
 from training.loop.distributed import broadcast_object, gather_objects
-from training.names import AROUND, RESTORED, TARGET
+from training.names import AROUND, PLAYERS, RESTORED, SHARING, TARGET
 from training.runs.averaging import leave
 from training.runs.checkpoints.files import (
     FORMAT,
@@ -102,6 +102,9 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that a checkpoint belongs to: it cannot be resumed with another one."""
     kept = {key: config[key] for key in RESTORED if config.get(key) is not None}
+    for name in ("optimizer", *PLAYERS):  # how processes share its work out changes with their number
+        if isinstance(kept.get(name), Mapping):
+            kept[name] = {key: value for key, value in kept[name].items() if key != SHARING}
     if target := (config.get("dataset") or {}).get(TARGET):
         kept["dataset"] = {TARGET: target}
     for group, nothing in AROUND.items():  # which runs of earlier versions do not have
