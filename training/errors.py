@@ -14,6 +14,18 @@ class UserError(Exception):
     """
 
 
+class ProcessLost(UserError):
+    """Another process ended without a word, or answers no more: there is nothing left to do together.
+
+    Attributes:
+        first: whether this process was the first of those that are left to notice, and speaks for them.
+    """
+
+    def __init__(self, message: str, first: bool = True) -> None:
+        super().__init__(message)
+        self.first = first
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A clause such as ` (did you mean 'momentum'?)`, or an empty string when nothing known is close."""
     by_lower = {name.lower(): name for name in known}

@@ -20,7 +20,7 @@ from training import schedules
 from training.callbacks import Callback, Profiler
 from training.errors import UserError
 from training.loggers import Logger, log_file
-from training.loop import rng
+from training.loop import rng, watch
 from training.loop.budgets import Alarm, Budget, Every
 from training.loop.distributed import World, barrier, maximum
 from training.loop.precision import Precision
@@ -315,7 +315,7 @@ class Trainer:
                 refused = resume is not None and not (run and run.resumed)
                 if world.is_main and not refused:  # what was refused leaves the run as it found it
                     with suppress(WriteError):  # what went wrong first is what is told
-                        self._fail(folder, run, error)
+                        self._fail(folder, run, watch.explained(error))
                 raise
 
     def _start(self, run: Run, resume: dict[str, Any] | None, stack: ExitStack) -> None:

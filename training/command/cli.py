@@ -21,6 +21,8 @@ from training.settings.composition import Sweep, prepare
 
 # Hydra would print exceptions in its own way and exit; with this they reach `main`.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+# And torch's C++ would fill the screen about a process that is lost, which is told of in a sentence.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __all__ = ["main", "on_main", "run_job", "say"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training.command.words import complain, is_mendable, say
-from training.errors import UserError
+from training.errors import ProcessLost, UserError
 from training.loop.launch import is_main
 from training.loop.signals import Interrupted
 from training.runs.claims import release, turn
@@ -67,13 +67,13 @@ def attempt(train: Train, run: RunConfig) -> dict[str, Any]:
 
     Raises:
         Interrupted: a signal asked to stop.
-        UserError: nothing can be written where the sweep is.
+        UserError: nothing can be written where the sweep is; or a process is lost (ProcessLost).
     """
     from training.runs.resume import job_name, sweep_folder  # with torch, for which help does not wait
 
     try:
         summary, _ = train(run)
-    except Interrupted:
+    except (Interrupted, ProcessLost):  # what is left of several processes could not train the next job either
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded and said
         summary = record_failure(run, error)

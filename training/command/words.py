@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from training.errors import UserError
+from training.errors import ProcessLost, UserError
 from training.loop.launch import is_main
 from training.loop.signals import Interrupted, requested
 from training.show import report
@@ -36,8 +36,8 @@ def complain(error: Exception) -> None:
     """One line on stderr for what a user can mend, the trace of anything else; `CURVLAB_DEBUG=1` shows it always."""
     if not is_mendable(error) or os.environ.get("CURVLAB_DEBUG") == "1":
         traceback.print_exception(error)
-    if is_mendable(error):
-        mutter(f"error: {as_started(' '.join(str(error).split()))}")
+    if is_mendable(error) and (error.first if isinstance(error, ProcessLost) else is_main()):
+        sys.stderr.write(f"error: {as_started(' '.join(str(error).split()))}\n")
 
 
 def mutter(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from training.errors import UserError
+from training.errors import ProcessLost, UserError
+from training.loop import watch
 from training.loop.launch import Place, place
 
 # How many times this process has joined the others; the same on every rank.
@@ -55,7 +57,9 @@ def session(device: str = "auto") -> Iterator[World]:
 
     Raises:
         ValueError: for a device name torch does not know.
-        UserError: for a device this machine lacks, or an environment that says too little of the other processes.
+        UserError: for a device this machine lacks, an environment that says too little of the other processes, or what
+            another process failed with.
+        ProcessLost: another process ended without a word, or gives no answer.
     """
     here = place()
     world = World(here.rank, here.world_size, here.local_rank, _choose(device, here))
@@ -67,13 +71,34 @@ def session(device: str = "auto") -> Iterator[World]:
     # Control messages are tensors on the CPU and go over gloo: they never wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     # A sweep joins once a job, over one store: without a prefix of its own, a job may read the addresses of the last.
-    store = dist.PrefixStore(f"session-{next(_sessions)}", _store(here))
-    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size)
+    # So may the processes that torchrun has started again, in whose store are the addresses of the dead.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    watch.die_with_launcher()
+    try:
+        with watch.meeting():
+            store = dist.PrefixStore(f"attempt-{attempt}/session-{next(_sessions)}", _store(here))
+            dist.init_process_group(
+                backend, store=store, rank=here.rank, world_size=here.world_size, timeout=watch.timeout()
+            )
+    except (dist.DistError, RuntimeError) as error:
+        raise ProcessLost(
+            f"only some of {here.world_size} processes came within {watch.timeout().total_seconds():g} s "
+            f"({watch.TIMEOUT}), or one of them ended: start them anew"
+        ) from error
+    with watch.Watch(store, here.rank, here.world_size):
+        yield from _joined(world)
+
+
+def _joined(world: World) -> Iterator[World]:
     try:
         if world.device.type == "cuda":
             gpu = torch.cuda.get_device_properties(world.device)
             refuse_sharing(gather_objects(f"{socket.gethostname()} {gpu.uuid}", world))
         yield world
+    except Exception as error:
+        if (reason := watch.explained(error)) is not error:
+            raise reason from error
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -82,7 +107,7 @@ def session(device: str = "auto") -> Iterator[World]:
 def _store(here: Place) -> dist.Store:
     """Where the processes meet. One for as long as the process lives: rank 0 of srun's would else close a sweep's."""
     url = "env://" if here.address is None else f"tcp://{here.address}"
-    return next(dist.rendezvous(url, here.rank, here.world_size))[0]
+    return next(dist.rendezvous(url, here.rank, here.world_size, timeout=watch.timeout()))[0]
 
 
 def refuse_sharing(gpus: Sequence[str]) -> None:
@@ -134,7 +159,8 @@ def broadcast_object(value: Any, world: World) -> Any:
     if world.world_size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with watch.exchange():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -143,7 +169,8 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     if world.world_size == 1:
         return [value]
     values: list[Any] = [None] * world.world_size
-    dist.all_gather_object(values, value)
+    with watch.exchange():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -152,7 +179,8 @@ def maximum(values: list[float], world: World) -> list[float]:
     if world.world_size == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    with watch.exchange():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
@@ -165,5 +193,6 @@ def barrier(world: World) -> None:
 def broadcast_buffers(model: nn.Module, world: World) -> None:
     """Give every rank the buffers of rank 0 (BatchNorm's running statistics), as DDP does before a forward pass."""
     if world.world_size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        with watch.exchange():
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)

@@ -110,7 +110,7 @@ class StopSignals:
         while came := os.read(pipe, 1):  # the number of a signal; nothing once the other end is closed
             if came[0] not in _CODES:
                 continue
-            code = code or _CODES[came[0]]
+            self.exit_code = code = code or _CODES[came[0]]  # the handler waits for an exchange, which may not end
             if self._is_second():
                 if is_main():
                     os.write(2, b"\nStopped at once by a second signal: the last checkpoint is what can be resumed.\n")

@@ -28,6 +28,7 @@ def store(run: Run, keep: int) -> None:
         else:
             save(step_file(folder, run.step), state)
         rotate(folder, keep, newest=run.step, best=run.best["step"] if run.best else None)
+    watch.saved(step_file(folder, run.step))
 
 
 def store_best(run: Run, before: Mapping[str, Any] | None) -> None:
