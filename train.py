@@ -40,7 +40,7 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
     with ExitStack() as stack:
         with refusals("trainer", config["trainer"]):
             world = stack.enter_context(distributed.session(config["trainer"]["device"]))
-        start = cli.on_main(world, partial(resume.plan, run))
+        start = cli.on_main(world, partial(resume.plan, run, distributed.recall("folder")))
         cli.say(start.note)
         if start.summary is not None:
             return start.summary, start.folder
@@ -73,6 +73,7 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
         state = resume.load_state(start)
 
         folder = cli.on_main(world, partial(resume.enter, start, run))
+        distributed.remember("folder", str(folder.path))
         summary = trainer.fit(
             model, optimizer, data, task, folder=folder, schedule=schedule, scalars=scalars, world=world,
             callbacks=callbacks, loggers=loggers, resume=state, config=run.record(), config_id=run.id,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -70,9 +71,11 @@ class Forks:
         *argv: str,
         cwd: Path,
         after: float | None = None,
+        when: str | None = None,
         number: int = signal.SIGKILL,
         ranks: Sequence[dict[str, str]] = ({},),
         victims: Sequence[int] | None = None,
+        then: Sequence[tuple[int, int, float]] = (),
         limit: float = LIMIT,
     ) -> Ended:
         """Give a command, `train.py argv`, and wait for its end.
@@ -81,15 +84,18 @@ class Forks:
             argv: its arguments.
             cwd: where it is given.
             after: seconds after which a signal is sent; None: never.
+            when: a pattern of files below ``cwd``; the signal is sent once there is one. None: see ``after``.
             number: of that signal.
             ranks: what is set in the environment of each of its processes.
             victims: ranks that are sent the signal; None: all.
+            then: rank, signal and seconds after the first signal, of further ones.
             limit: seconds after which all that is left is killed.
         """
         self._count += 1
         logs = [str(self._folder / f"{self._count}-{rank}.txt") for rank in range(len(ranks))]
-        asked = {"argv": argv, "cwd": str(cwd), "after": after, "number": int(number), "ranks": [*ranks]}
-        asked |= {"victims": [*(range(len(ranks)) if victims is None else victims)], "logs": logs, "limit": limit}
+        asked = {"argv": argv, "cwd": str(cwd), "after": after, "when": when, "number": int(number), "ranks": [*ranks]}
+        asked |= {"victims": [*(range(len(ranks)) if victims is None else victims)], "logs": logs}
+        asked |= {"then": [*then], "limit": limit}
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(asked) + "\n")
         self._server.stdin.flush()
@@ -128,15 +134,19 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
             _child(asked["argv"], asked["cwd"], environment, log)
         children.append(child)
     codes: dict[int, int] = {}
-    told = asked["after"] is None
+    rest = [[rank, asked["number"], 0.0] for rank in asked["victims"]] + asked["then"]
+    told = None if asked["after"] is not None or asked["when"] else math.inf  # when the first signal was sent
     while len(codes) < len(children):
         now = time.monotonic() - begun
-        if not told and now >= asked["after"]:
-            told = True
-            for rank in asked["victims"]:
+        if told is None and (any(Path(asked["cwd"]).glob(asked["when"])) if asked["when"] else now >= asked["after"]):
+            told = now
+        for rank, number, later in [*rest]:
+            if told is not None and now >= told + later:
+                rest.remove([rank, number, later])
                 if children[rank] not in codes:
-                    os.kill(children[rank], asked["number"])
-        if now > asked["limit"]:
+                    os.kill(children[rank], number)
+        held = asked["victims"] if asked["number"] == signal.SIGSTOP else []
+        if now > asked["limit"] or all(child in codes for rank, child in enumerate(children) if rank not in held):
             for child in children:
                 if child not in codes:
                     os.kill(child, signal.SIGKILL)
@@ -147,7 +157,7 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
                     codes[child] = os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     seconds = time.monotonic() - begun
-    if asked["after"] is None and (imported := Path(asked["logs"][0] + MODULES)).exists():
+    if told == math.inf and (imported := Path(asked["logs"][0] + MODULES)).exists():
         for name in json.loads(imported.read_text()):  # what a command imports the next ones have imported
             with contextlib.suppress(Exception):
                 importlib.import_module(name)

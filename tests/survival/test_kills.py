@@ -10,14 +10,13 @@ import json
 import os
 import random
 import re
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.survival.conftest import places
 from tests.survival.forks import Ended, Forks
 from tests.training.small_run import differences, events
 
@@ -61,12 +60,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 TIMES = re.compile(r"^(seconds|time/.*|peak_memory_bytes|git_commit|clocks|loggers)$")  # and file offsets
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("output")) as started:
-        yield started
-
-
 def timeless(value: Any) -> Any:
     """Without what differs between two runs of the same."""
     if isinstance(value, dict):
@@ -93,14 +86,8 @@ def left_by(work: Path, pattern: str) -> dict[str, Any]:
 
 
 def ranks(family: str) -> list[dict[str, str]]:
-    """What a launcher would set for each process: one, or two that meet at a port that is free."""
-    if family != "two":
-        return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    """What a launcher would set for each process of a family."""
+    return places(CURVLAB_TIMEOUT="10") if family == "two" else [{}]
 
 
 FORMS = {

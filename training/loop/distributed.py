@@ -103,6 +103,20 @@ def _joined(world: World) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def remember(name: str, value: str) -> None:
+    """Keep a word for the processes that torchrun starts in place of these, if one of them fails (--max-restarts)."""
+    if (here := place()).world_size > 1:
+        _store(here).set(name, value)
+
+
+def recall(name: str) -> str | None:
+    """What these processes' predecessors have kept under a name; None where there were none, or they kept nothing."""
+    here = place()
+    if here.world_size == 1 or not _store(here).check([name]):
+        return None
+    return _store(here).get(name).decode()
+
+
 @lru_cache(maxsize=1)
 def _store(here: Place) -> dist.Store:
     """Where the processes meet. One for as long as the process lives: rank 0 of srun's would else close a sweep's."""

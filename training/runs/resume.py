@@ -50,8 +50,12 @@ class Start:
     again: bool = False
 
 
-def plan(run: RunConfig) -> Start:
+def plan(run: RunConfig, begun: str | None = None) -> Start:
     """Decide where a run begins, and claim the folder if it exists, or is to: what was seen stays so until `release`.
+
+    Args:
+        run: its configuration.
+        begun: folder in which a launcher that starts processes again has had this very run begun; None: it has not.
 
     Raises:
         UserError: `resume` names something that cannot be resumed, or another process trains there.
@@ -59,11 +63,11 @@ def plan(run: RunConfig) -> Start:
     if run.sweep is not None:
         return _in_sweep(*claim_job(run))
     resume = run.values["resume"]
-    if resume is None:
+    if begun is None and resume is None:
         return Start(_fresh(run))
-    if resume != "auto":
+    if begun is None and resume != "auto":
         return _from(run, *find(resume))
-    newest = next(iter(_runs_like(run)), None)
+    newest = Path(begun) if begun is not None else next(iter(_runs_like(run)), None)
     if newest is None:
         return Start(_fresh(run), note="resume=auto: no run of this configuration to resume, starting a new one")
     start = _from(run, newest, None, auto=True)

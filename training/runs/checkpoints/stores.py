@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from training.loop import watch
 from training.runs.checkpoints.files import best_file, link, rotate, save, step_file, steps
 from training.runs.checkpoints.state import capture
 from training.runs.run import Run
