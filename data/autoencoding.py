@@ -22,7 +22,7 @@ from data.sources.downloads import UNREACHABLE, alone, fetch_file, reason
 from data.sources.synthetic import CURVE_SIZE, FACE_SIZE, draw_curves, kept, turn_faces
 from data.tasks.reproduced import Images, Reproducing, reproduced_set, unlabelled
 
-PUBLISHED = "http://www.cs.toronto.edu/~jmartens/"
+PUBLISHED = "https://www.cs.toronto.edu/~jmartens/"  # without checksums
 CURVES_FILE, CURVES_TRAIN, CURVES_TEST = "digs3pts_1.mat", 20_000, 10_000
 FACES_FILE, OLIVETTI_FILE = "newfaces_rot_single.mat", "olivettifaces.mat"
 # Faces are split by person: of 40 people, the first 25 to train, the next 5 to validate, the last 10 to test.
@@ -60,7 +60,7 @@ def curves(
     if source == "original" or (source == "auto" and (download or original.exists())):
         from data.sources.mat import read_mat, unit_bytes  # SciPy takes half a second to import
 
-        fetch_file(original, PUBLISHED, download, "dataset.source=generated")
+        fetch_file(original, PUBLISHED + CURVES_FILE, download, "dataset.source=generated")
         shapes = {"bdata": (CURVES_TRAIN, CURVE_SIZE**2), "bdatatest": (CURVES_TEST, CURVE_SIZE**2)}
         train, test = (unit_bytes(original, array) for array in read_mat(original, shapes))
     else:
@@ -107,7 +107,7 @@ def faces(
     folder = Path(root).expanduser()
     original = folder / FACES_FILE
     if source == "original" or (source == "auto" and original.exists()):
-        fetch_file(original, PUBLISHED, download, "dataset.source=olivetti")
+        fetch_file(original, PUBLISHED + FACES_FILE, download, "dataset.source=olivetti")
         train, val, test = _original_faces(original, train_images)
     else:
         photographs = _photographs(folder, download)

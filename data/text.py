@@ -7,7 +7,6 @@ for all. The vocabulary is that of the training text; elsewhere, what it lacks i
 from __future__ import annotations
 
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 from data.base import DataError, DataModule
 from data.memory import ImageStore, InMemoryLoader
 from data.options import Loading, served
-from data.sources.downloads import UNLOADABLE, alone, reason
+from data.sources.downloads import UNREACHABLE, alone, reason, retrieve_archive
 from data.sources.reading import read_lines
 from data.splits import limited
 
@@ -262,8 +261,8 @@ def _obtain(name: str, root: Path, files: dict[str, str], archive: str, md5: str
         try:
             with alone(root):
                 if None in _find(root, archive, files).values():  # no other rank or run has fetched it meanwhile
-                    reasons = _download([f"{mirror}{archive}-v1.zip" for mirror in MIRRORS], root, md5)
-        except OSError as error:
+                    retrieve_archive(root, [f"{mirror}{archive}-v1.zip" for mirror in MIRRORS], f"md5:{md5}")
+        except UNREACHABLE as error:
             reasons = reason(error)
         found = _find(root, archive, files)
     paths = {split: path for split, path in found.items() if path is not None}
@@ -277,20 +276,6 @@ def _obtain(name: str, root: Path, files: dict[str, str], archive: str, md5: str
             "own, dataset=text_file"
         )
     return paths
-
-
-def _download(urls: Sequence[str], root: Path, md5: str) -> str:
-    """Fetch and unpack an archive from the first place that has it; "", or why none has."""
-    from torchvision.datasets.utils import download_and_extract_archive  # takes a second to import
-
-    why = ""
-    for url in urls:
-        try:
-            download_and_extract_archive(url, str(root), md5=md5, remove_finished=True)
-            return ""
-        except (*UNLOADABLE, zipfile.BadZipFile) as error:
-            why = reason(error)
-    return why
 
 
 # -- splits ----------------------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ class Forks:
         asked = {"argv": argv, "cwd": str(cwd), "after": after, "when": when, "number": int(number), "ranks": [*ranks]}
         asked |= {"victims": [*(range(len(ranks)) if victims is None else victims)], "logs": logs}
         asked |= {"then": [*then], "limit": limit}
+        for log in logs:
+            Path(log).touch()  # one may be killed before its first instruction
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(asked) + "\n")
         self._server.stdin.flush()

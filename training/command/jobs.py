@@ -67,7 +67,8 @@ def attempt(train: Train, run: RunConfig) -> dict[str, Any]:
 
     Raises:
         Interrupted: a signal asked to stop.
-        UserError: nothing can be written where the sweep is; or a process is lost (ProcessLost).
+        ProcessLost: another of several processes has ended, or gives no answer.
+        UserError: nothing can be written where the sweep is.
     """
     from training.runs.resume import job_name, sweep_folder  # with torch, for which help does not wait
 
