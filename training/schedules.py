@@ -11,6 +11,7 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from torch.optim import Optimizer
@@ -209,7 +210,7 @@ class Scalars:
         self.values: dict[str, float] = {}
         self._optimizer = innermost(optimizer)
         self._schedules = dict(schedules)
-        self._hints = _constructor_hints(self._optimizer)
+        self._hints = _constructor_hints(type(self._optimizer))
         self._firsts = {name: self._first(name, schedule) for name, schedule in schedules.items()}
 
     def set(self, progress: float) -> None:
@@ -262,9 +263,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _constructor_hints(optimizer: Optimizer) -> dict[str, Any]:
+@cache  # a sweep asks of every job
+def _constructor_hints(kind: type[Optimizer]) -> dict[str, Any]:
     """Parameters of an optimizer's constructor with their type hints, as far as these can be resolved."""
-    constructor = type(optimizer).__init__
+    constructor = kind.__init__
     hints: dict[str, Any] = dict.fromkeys(inspect.signature(constructor).parameters, Any)
     try:
         return hints | typing.get_type_hints(constructor)

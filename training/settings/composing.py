@@ -38,10 +38,14 @@ def checked(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
     """
     from training.settings import schema  # with what it checks, and so with torch
 
-    command = [text for text in overrides if text not in NOTHING and not text.startswith("hydra")]
-    run = settle(without_hydra(cfg), cfg.hydra.runtime.choices, command)
+    run = settle(without_hydra(cfg), cfg.hydra.runtime.choices, command_of(overrides))
     schema.rehearse(run.values)
     return run
+
+
+def command_of(overrides: Sequence[str]) -> list[str]:
+    """What a run's record says of the overrides that led to it: what is not Hydra's own, nor nothing."""
+    return [text.removeprefix("++") for text in overrides if text not in NOTHING and not text.startswith("hydra")]
 
 
 def composition_of(overrides: Sequence[str]) -> DictConfig:

@@ -15,7 +15,7 @@ import typing
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def locate(target: Any, where: str) -> Callable[..., Any]:
 def parameters(function: Callable[..., Any], group: str = "") -> dict[str, inspect.Parameter]:
     """The parameters of `function` that a configuration may set: all but the injected ones of its group."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found = {name: p for name, p in inspect.signature(function).parameters.items() if p.kind not in variadic}
+    found = {name: p for name, p in _signature(function).items() if p.kind not in variadic}
     if group == "optimizer":  # its first parameter takes the model or its tensors, whatever the name
         found.pop(next(iter(found)), None)
     injected = INJECTED.get(group, frozenset())
@@ -114,7 +114,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
     known = parameters(function, group)
     # An optimizer that takes whatever it is given would drop a typo in silence.
     open_ended = group != "optimizer" and any(
-        parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values()
+        parameter.kind is parameter.VAR_KEYWORD for parameter in _signature(function).values()
     )
     names = list(known)
     hints = _hints(function)
@@ -385,6 +385,12 @@ def _choices(hint: Any) -> list[Any]:
     return [choice for arm in args for choice in _choices(arm)]
 
 
+@cache  # a sweep asks of every job
+def _signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+@cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Resolved type hints of a function, or of a class's constructor; {} where a foreign one cannot be resolved."""
     described = function.__init__ if inspect.isclass(function) else function

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from training.errors import UserError
 from training.loop.launch import place
 from training.runs.folder import shortened
 from training.runs.record import RunConfig
-from training.settings.composing import checked, compose, composition_of
-from training.settings.files import known_choices, without_hydra
-from training.settings.overrides import due, jobs, name_of, parse, values_of
+from training.settings.composer import Composer
+from training.settings.overrides import due, jobs, name_of, values_of
 
 #: The one key of a command that is a sweep's and no job's.
 WORKERS = "workers"
@@ -52,6 +49,7 @@ class Sweep:
         native: whether this program launches them; else a plugin of Hydra's does.
         workers: how many jobs run at a time.
         due: numbers of the jobs that this launch is to run.
+        composer: composes them.
     """
 
     folder: Path
@@ -59,6 +57,7 @@ class Sweep:
     due: list[int]
     shared: frozenset[str]
     arguments: list[str]
+    composer: Composer
     native: bool = True
     workers: int = 1
 
@@ -77,7 +76,7 @@ class Sweep:
             UserError: something is wrong with it that its values alone did not tell.
         """
         command = self.commands[index]
-        return replace(compose(command), sweep=self.folder, label=self._label(command))
+        return replace(self.composer.run(command), sweep=self.folder, label=self._label(command))
 
 
 def taken_out(given: Sequence[str], multirun: bool) -> tuple[list[str], int]:
@@ -124,7 +123,9 @@ def prepare_sweep(
     discrete = all(override.is_discrete_sweep() for override in overrides if override.is_sweep_override())
     # A sweeper plugin will draw other values: what is fixed is checked.
     lists = values_of([o for o in overrides if discrete or not o.is_sweep_override()])
-    cfg, found = _look_at(lists, tell)
+    composer = Composer(overrides)
+    found = _look_at(composer, lists, tell)
+    cfg = composer.cfg
     if len({one.id for one in found}) < len(found):
         raise UserError("two jobs of this sweep are the same run: remove the value that is given twice")
     # Hydra leaves keys out of a run's name without a look at packages: optimizer would be optimizer@critic, too.
@@ -151,6 +152,7 @@ def prepare_sweep(
         due=numbers,
         shared=frozenset(shared),
         arguments=[*flags, *told, *extra],
+        composer=composer,
         native=native,
         workers=workers,
     )
@@ -183,63 +185,15 @@ class _Seen:
         return cls(run.job_id, run.values["name"], run.parts)
 
 
-def _look_at(lists: Mapping[str, list[str]], tell: Callable[[str], None]) -> tuple[DictConfig, list[_Seen]]:
-    """The first job as it was composed; and of it, and of those that differ from it in one value, what they tell."""
+def _look_at(composer: Composer, lists: Mapping[str, list[str]], tell: Callable[[str], None]) -> list[_Seen]:
+    """What the first job tells, and what those do that differ from it in one value."""
     first = {key: values[0] for key, values in lists.items()}
-    cfg = composition_of([*first.values()])
-    base = checked(cfg, [*first.values()])
-    others = [(key, parse(text)) for key, values in lists.items() for text in values[1:]]
-    plain = _plain_keys(cfg, base.values, [override for _, override in others])
-    slow = sum(key not in plain for key, _ in others)
+    others = [(key, text) for key, values in lists.items() for text in values[1:]]
+    slow = sum(key not in composer.plain for key, _ in others)
     if slow > SILENT:
         tell(f"checking {slow} choices before the first run")
-    found = [_Seen.of(base)]
-    for key, override in others:
-        if key in plain:
-            found.append(_Seen.of(_with(base, override)))
-        else:
-            found.append(_Seen.of(compose([*(first | {key: override.input_line or ""}).values()])))
-    return cfg, found
-
-
-def _plain_keys(cfg: DictConfig, values: Mapping[str, Any], overrides: Sequence[Override]) -> set[str]:
-    """Keys whose values only take each other's place: they choose no file, add nothing, and nothing refers to them."""
-    texts = OmegaConf.to_yaml(without_hydra(cfg), resolve=False)
-    referred = set(re.findall(r"\$\{([\w.]+)\}", texts))
-    groups = known_choices(overrides)
-    keys: dict[str, bool] = {}
-    for override in overrides:
-        key, value = override.key_or_group, override.value()
-        plain = not (override.is_add() or override.is_force_add() or override.is_delete() or override.package)
-        plain = plain and name_of(override) not in groups and key != "resume" and not key.startswith("hydra")
-        plain = plain and not isinstance(value, dict) and "${" not in (override.input_line or "")
-        plain = plain and not any(f"{key}.".startswith(f"{r}.") or f"{r}.".startswith(f"{key}.") for r in referred)
-        plain = plain and _home(values, key) is not None
-        keys[override.get_key_element()] = keys.get(override.get_key_element(), True) and plain
-    return {key for key, plain in keys.items() if plain}
-
-
-def _home(values: Mapping[str, Any], key: str) -> Any:
-    """The group that holds a dotted key; None if there is no such key."""
-    *groups, leaf = key.split(".")
-    for group in groups:
-        values = values.get(group)  # type: ignore[assignment]
-        if not isinstance(values, dict):
-            return None
-    return values if leaf in values else None
-
-
-def _with(run: RunConfig, override: Override) -> RunConfig:
-    """A checked configuration with another value of a plain key, checked again."""
-    from training.settings import schema  # with what it checks, and so with torch
-    from training.settings.validation import validate
-
-    values = copy.deepcopy(run.values)
-    key = override.key_or_group
-    _home(values, key)[key.rpartition(".")[2]] = override.value()
-    values = validate(values)
-    schema.rehearse(values)
-    return replace(run, values=values)
+    commands = [first, *(first | {key: text} for key, text in others)]
+    return [_Seen.of(composer.run([*command.values()])) for command in commands]
 
 
 def _folder(cfg: DictConfig, found: Sequence[_Seen]) -> Path:
