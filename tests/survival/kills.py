@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -18,8 +19,6 @@ from models import build_model  # noqa: F401 - all that a command imports as it 
 from training import loggers, tasks  # noqa: F401
 from training.command import verification  # noqa: F401
 from training.show import curves, reconstructions  # noqa: F401
-
-NOBODY = 65534
 
 
 @dataclass
@@ -59,28 +58,31 @@ def forked(body: Callable[[], int], folder: Path) -> Ended:
     return Ended(os.waitstatus_to_exitcode(status), *(log.read_text() for log in logs))
 
 
-def command(*argv: str, cwd: Path, before: Callable[[], None] = lambda: None) -> Ended:
-    """Give a command, `train.py argv`; `before` is called first, in its process."""
+def command(*argv: str, cwd: Path, before: Callable[[], None] = lambda: None, logs: Path | None = None) -> Ended:
+    """Give a command, `train.py argv`; `before` is called first, in its process. What it prints lies in `logs`."""
 
     def body() -> int:
         os.chdir(cwd)
         before()
         return train.main(argv)
 
-    return forked(body, cwd)
+    return forked(body, logs or cwd)
 
 
-def at_file(name: str, number: int = signal.SIGKILL, count: int = 1) -> Callable[[], None]:
-    """Before a command: send its process a signal when a whole file of this name is to be put in its place."""
+def at_file(name: str, action: int | Callable[[], object] = signal.SIGKILL) -> Callable[[], None]:
+    """Before a command: do something, or send its process a signal, when a file of this name is put in its place."""
 
     def arm() -> None:
-        replace, seen = Path.replace, [0]
+        replace, done = Path.replace, []
 
         def hit(self: Path, target: Path) -> Path:
-            if Path(target).name == name:
-                seen[0] += 1
-                if seen[0] == count:
-                    os.kill(os.getpid(), number)
+            if Path(target).name == name and not done:
+                done.append(name)
+                if callable(action):
+                    replace(self, target)
+                    action()
+                    return Path(target)
+                os.kill(os.getpid(), action)
             return replace(self, target)
 
         Path.replace = hit  # type: ignore[assignment, method-assign]
@@ -88,7 +90,17 @@ def at_file(name: str, number: int = signal.SIGKILL, count: int = 1) -> Callable
     return arm
 
 
-def as_nobody() -> None:
-    """Before a command: without root's rights, which no permission binds."""
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
+def bound() -> None:
+    """Before a command: root without its power over permissions, which bind it from now on."""
+
+    class Header(ctypes.Structure):
+        _fields_ = (("version", ctypes.c_uint32), ("process", ctypes.c_int))
+
+    class Sets(ctypes.Structure):
+        _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+    libc, header, sets = ctypes.CDLL(None, use_errno=True), Header(0x20080522, 0), (Sets * 2)()
+    assert libc.capget(ctypes.byref(header), sets) == 0
+    for kind in ("effective", "permitted"):
+        setattr(sets[0], kind, getattr(sets[0], kind) & ~0b1110)  # DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER
+    assert libc.capset(ctypes.byref(header), sets) == 0

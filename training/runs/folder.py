@@ -306,9 +306,10 @@ class RunFolder:
         Raises:
             WriteError: into one of its folders, or one of its files, it cannot.
         """
-        for place in (self.path, self.checkpoints):
+        with writing(self.checkpoints):
+            self.checkpoints.mkdir(exist_ok=True)
+        for place in filter(Path.is_dir, (self.path, self.checkpoints, self.tensorboard)):
             with writing(place):
-                place.mkdir(exist_ok=True)
                 probe = place / f".writable.{os.getpid()}.tmp"
                 try:
                     probe.write_bytes(b".")
