@@ -96,8 +96,8 @@ class Averaging(Wrapper):
         averages = self._averages(params)
         for p, copy in zip(params, _copies(params), strict=True):
             self._own[p]["training"] = copy
-        if params:
-            torch._foreach_copy_(params, averages)
+        for p, average in zip(params, averages, strict=True):  # one by one, which sharded ones know
+            p.copy_(average)
         self._evaluating = True
 
     @torch.no_grad()
@@ -177,6 +177,7 @@ class EMA(Averaging):
     """
 
     entry = "ema"
+    of_pieces = True
     _kept: ClassVar[Mapping[str, bool]] = {"average": True}
 
     def __init__(self, optimizer: Optimizer, decay: float = 0.999, warmup: float = 10.0, calibrate: int = 20) -> None:

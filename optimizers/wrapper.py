@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checks import refuse_sharded
+
 #: Where a state says which wrappers were around the optimizer, from the outermost on.
 WRAPPERS = "wrappers"
 
@@ -99,7 +101,7 @@ class Wrapper(Optimizer):
         optimizer: any that steps on gradients.
 
     Raises:
-        TypeError: it is no optimizer.
+        TypeError: it is no optimizer, or of weights that are sharded over processes where the wrapper needs whole ones.
         ValueError: it needs a closure, or there is a wrapper of this kind around it already.
     """
 
@@ -108,6 +110,9 @@ class Wrapper(Optimizer):
 
     #: Attributes that copies and pickles do without.
     _transient: ClassVar[frozenset[str]] = frozenset()
+
+    #: Whether each parameter is for itself, so that pieces of them do as well (see ``checks.are_sharded``).
+    of_pieces: ClassVar[bool] = False
 
     inner: Optimizer
 
@@ -123,6 +128,8 @@ class Wrapper(Optimizer):
             )
         if self.entry in wrappers(optimizer):
             raise ValueError(f"there is {self.entry} around this optimizer already: once is enough.")
+        if not self.of_pieces:
+            refuse_sharded(type(self).__name__, [p for group in optimizer.param_groups for p in group["params"]])
         self.inner = optimizer
         self._prepare()
 

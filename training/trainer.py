@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from optimizers.checks import are_sharded
 from optimizers.wrapper import innermost
 from training import schedules
 from training.callbacks import Callback, Profiler
@@ -178,8 +179,17 @@ class Trainer:
         for callback in callbacks:
             callback.check(task)
         if model is not None:
+            self._check_weights(model)
             self._check_outputs(model, data, task)
         (schedule or schedules.none)(torch.optim.SGD([torch.zeros(1)], lr=1.0), ticks=self._budget(data).ticks)
+
+    @staticmethod
+    def _check_weights(model: nn.Module) -> None:
+        if are_sharded(model.parameters()):
+            raise UserError(
+                "the model's weights are sharded over processes (fully_shard), and this loop trains whole ones: "
+                "docs/processes.md has a loop for them"
+            )
 
     @staticmethod
     def _check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
@@ -296,6 +306,7 @@ class Trainer:
         """
         world, callbacks = world or World(), list(callbacks or [])
         callbacks += [Profiler()] if self.profile else []
+        self._check_weights(model)
         self.check(data, task, world, callbacks, optimizer=optimizer, schedule=schedule, scalars=scalars)
         with ExitStack() as stack:
             if world.is_main:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ..checks import check_range
+from ..checks import check_range, refuse_sharded
 from .model import unwrap
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -86,10 +86,15 @@ class GroupedOptimizer(Optimizer):
                     )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer. What is the whole optimizer's, such as ``update_every``, cannot differ."""
+        """See torch.optim.Optimizer. What is the whole optimizer's, such as ``update_every``, cannot differ.
+
+        Raises:
+            TypeError: parameters are sharded over processes.
+        """
         if "loss_reduction" in self.__dict__ and self.__dict__.get("param_groups"):  # else _attach checks them all
             self._check_group(param_group)
         super().add_param_group(param_group)
+        refuse_sharded(type(self).__name__, self.param_groups[-1]["params"])
         self._complete(self.param_groups[-1])
 
     def _complete(self, group: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from ..checks import check_range
+from ..checks import check_range, refuse_sharded
 from ..curvature import communication
 from ..curvature.approximations import Approximation, statistics_dtype
 from ..curvature.layers import COMPUTED, Flow, Layer, adapt, layer_kinds
@@ -210,6 +210,8 @@ class LayerwiseOptimizer(GroupedOptimizer):
         if not any(p.requires_grad for block in self.blocks.values() for p in block.layer.parameters):
             self._saw = True  # there is nothing to see
             return {}
+        assert self.model is not None
+        refuse_sharded(type(self).__name__, self.model.parameters())  # by now
         self._recorder.finish()
         blocks = list(self.blocks.values())
         reasons = self._recorder.reasons() | {b.layer.name: COMPUTED for b in blocks if _is_replaced(b.layer)}
