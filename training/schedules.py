@@ -264,7 +264,7 @@ def _is_number(value: Any) -> bool:
 
 
 @cache  # a sweep asks of every job
-def _constructor_hints(kind: type[Optimizer]) -> dict[str, Any]:
+def _constructor_hints(kind: Any) -> dict[str, Any]:
     """Parameters of an optimizer's constructor with their type hints, as far as these can be resolved."""
     constructor = kind.__init__
     hints: dict[str, Any] = dict.fromkeys(inspect.signature(constructor).parameters, Any)
