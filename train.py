@@ -72,7 +72,7 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
             return verification.verify(config, model, optimizer, data, task, world), Path(config["paths"]["runs"])
         state = resume.load_state(start)
 
-        folder = cli.on_main(world, partial(resume.enter, start, run))
+        folder = cli.on_main(world, partial(resume.enter, start, run, world))
         distributed.remember("folder", str(folder.path))
         summary = trainer.fit(
             model, optimizer, data, task, folder=folder, schedule=schedule, scalars=scalars, world=world,

@@ -210,7 +210,8 @@ class Scalars:
         self.values: dict[str, float] = {}
         self._optimizer = innermost(optimizer)
         self._schedules = dict(schedules)
-        self._hints = _constructor_hints(type(self._optimizer))
+        kind: Any = type(self._optimizer)
+        self._hints = _constructor_hints(kind)
         self._firsts = {name: self._first(name, schedule) for name, schedule in schedules.items()}
 
     def set(self, progress: float) -> None:

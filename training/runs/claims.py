@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 if sys.platform == "win32":
     import msvcrt
@@ -17,6 +21,9 @@ else:
     import fcntl
 
 NAME = ".lock"
+#: Beside the lock, which only processes of this machine or of a good network file system see: who holds it, touched
+#: every so many seconds as long as that process lives.
+SIGN, BEAT = ".status.json", 10.0
 #: Seconds between two looks at a lock that another process holds for a moment.
 PAUSE = 0.01
 
@@ -24,6 +31,9 @@ log = logging.getLogger(__name__)
 
 # Folders that this process has claimed, with the descriptors of their locks; None where they cannot be locked.
 _held: dict[Path, int | None] = {}
+# What their signs say.
+_facts: dict[str, Any] = {}
+_heart: threading.Thread | None = None
 
 
 def claim(folder: Path) -> bool:
@@ -43,6 +53,7 @@ def claim(folder: Path) -> bool:
     except OSError as error:
         log.warning("%s cannot be locked (%s): see to it that one process at a time trains in it.", folder, error)
         _held[folder] = None
+        _show()
         return True
     if descriptor is None:
         return False
@@ -50,13 +61,33 @@ def claim(folder: Path) -> bool:
     for place in (folder, folder / "checkpoints"):
         for left in place.glob(".*.tmp"):
             left.unlink(missing_ok=True)
+    _show()
     return True
+
+
+def describe(**facts: Any) -> None:
+    """Say more of who has claimed a folder: on which device, with how many processes.
+
+    Args:
+        facts: plain values.
+    """
+    _facts.update(facts)
+    _show()
+
+
+def namespace() -> str:
+    """What process ids are ids of: this machine, or a container on it."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
 
 
 def release() -> None:
     """Let others have every folder that this process has claimed; one that stayed empty goes with its claim."""
     while _held:
         folder, descriptor = _held.popitem()
+        with suppress(OSError):
+            (folder / SIGN).unlink()
         if descriptor is None:
             continue
         lock = folder / NAME
@@ -65,6 +96,29 @@ def release() -> None:
         with suppress(OSError):  # whatever a run left in it
             folder.rmdir()
         os.close(descriptor)
+    _facts.clear()
+
+
+def _show() -> None:
+    """Write the signs of what is held, and keep them alive. Where that cannot be, training says so, not this."""
+    global _heart
+    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "namespace": namespace(), **_facts})
+    for folder in _held:
+        with suppress(OSError):
+            temporary = folder / f".sign.{os.getpid()}.tmp"
+            temporary.write_text(text + "\n")
+            temporary.replace(folder / SIGN)
+    if _heart is None or not _heart.is_alive():
+        _heart = threading.Thread(target=_beat, name="heartbeat", daemon=True)
+        _heart.start()
+
+
+def _beat() -> None:
+    while True:
+        time.sleep(BEAT)
+        for folder in [*_held]:
+            with suppress(OSError):
+                os.utime(folder / SIGN)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
+from training.loop.distributed import World
 from training.runs import checkpoints
-from training.runs.claims import NAME, claim, release, turn
+from training.runs.claims import NAME, claim, describe, release, turn
 from training.runs.folder import LONGEST, RunFolder, atomic_file, file_name, unwritable
 from training.runs.record import RunConfig, find, load
 
@@ -105,12 +107,24 @@ def job_name(run: RunConfig) -> str:
     return f"{file_name(run.label[:120], LONGEST - 9)}_{run.job_id}" if run.label else run.job_id
 
 
-def enter(start: Start, run: RunConfig) -> RunFolder:
+def enter(start: Start, run: RunConfig, world: World | None = None) -> RunFolder:
     """Make the folder of a fresh run, or open the one to continue in and bring its `config.yaml` up to date.
+
+    Args:
+        start: where the run begins.
+        run: its configuration.
+        world: who trains, for those who watch; None: this process alone, on the CPU.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    folder = _enter(start, run)
+    world = world or World()
+    describe(device=str(world.device), processes=world.world_size, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return folder
+
+
+def _enter(start: Start, run: RunConfig) -> RunFolder:
     if start.checkpoint is None:
         if not start.again:
             path = RunFolder.make(start.folder)
