@@ -8,6 +8,9 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
+#: What `hydra/launcher=slurm` needs besides.
+SLURM = ["submitit>=1.5"]
+
 
 class Requirements(MetadataHookInterface):
     """The lines of requirements.txt: torch for the optimizers, all of them for the program."""
@@ -17,7 +20,8 @@ class Requirements(MetadataHookInterface):
         text = (Path(self.root) / "requirements.txt").read_text()
         lines = [line for line in (line.partition("#")[0].strip() for line in text.splitlines()) if line]
         metadata["dependencies"] = [line for line in lines if line.startswith("torch>")]
-        metadata["optional-dependencies"] = {"train": [line for line in lines if not line.startswith("torch>")]}
+        train = [line for line in lines if not line.startswith("torch>")]
+        metadata["optional-dependencies"] = {"train": train, "slurm": SLURM}
 
 
 class Train(BuildHookInterface[Any]):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 
 from scripts.cluster import systems
-from scripts.cluster.systems import System, quote
-from training.settings.cluster import Job
+from scripts.cluster.systems import System
+from training.settings.cluster import Job, quoted
 
 WIDTH = 116
 
@@ -51,17 +50,8 @@ def _comment(text: str) -> list[str]:
 
 
 def _environment(job: Job, system: System) -> str:
-    cores = job.cpus
-    lines = ["# The environment. What fails here ends the job.", "set -eo pipefail", f'cd "${system.here}"']
-    lines += ["module purge", f"module load {shlex.join(job.modules)}"] if job.modules else []
-    lines += job.setup
-    lines += [f"export OMP_NUM_THREADS={cores}"]
-    if job.offline:
-        lines += ["export HF_HUB_OFFLINE=1 WANDB_MODE=offline  # python -m data.fetch NAME brings data beforehand"]
-    if job.scratch:
-        lines += [f'export CURVLAB_DATA="{job.scratch}/datasets"']
-    lines += [f"export {name}={quote([str(value)])[0]}" for name, value in job.environment.items()]
-    return "\n".join(lines)
+    head = ["# The environment. What fails here ends the job.", "set -eo pipefail", f'cd "${system.here}"']
+    return "\n".join([*head, *job.environment_lines()])
 
 
 def _end(job: Job) -> str:
@@ -84,7 +74,10 @@ def _end(job: Job) -> str:
             echo "stopped and saved, and not queued again after ${{SLURM_RESTART_COUNT:-0}} restarts" >&2
             exit 75
           fi
-          scontrol requeue "${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_}}${{SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}}" ||
+          job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_}}${{SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}}
+          # What scancel ends is to stay so.
+          scontrol --oneliner show job "$job" | grep -q "JobState=RUNNING" || exit 75
+          scontrol requeue "$job" ||
             echo "could not be queued again: submit this script again to continue" >&2
           exit 75
         }}"""
@@ -147,9 +140,9 @@ def _arguments(job: Job) -> list[str]:
     sweeps = [f"paths.sweeps={job.scratch}/multirun"] if job.scratch and "paths.sweeps" not in given else []
     plain = [text for text in job.overrides if text not in ("-m", "--multirun")]
     if job.array or job.side or len(plain) < len(job.overrides):
-        return ["-m", *quote([*plain, *sweeps])]
+        return ["-m", *map(quoted, [*plain, *sweeps])]
     own = [] if {"resume", "paths.runs"} & given else [f"paths.runs={runs}/job_$SLURM_JOB_ID", "resume=auto"]
-    return quote([*plain, *own])
+    return [*map(quoted, [*plain, *own])]
 
 
 def _wrapped(words: list[str], end: str) -> str:

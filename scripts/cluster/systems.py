@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from training.errors import UserError, did_you_mean
@@ -138,8 +136,3 @@ def _msub(job: Job) -> list[tuple[str, list[str]]]:
 
 def _why(job: Job) -> list[str]:
     return [why.strip(". ") for why, flags in _raw(job) if flags and why != "further flags"]
-
-
-def quote(words: Sequence[str]) -> list[str]:
-    """Arguments as the shell is to read them; what refers to variables of its own stays open to it."""
-    return [f'"{word}"' if "$" in word and "'" not in word and '"' not in word else shlex.quote(word) for word in words]

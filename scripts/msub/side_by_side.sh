@@ -41,7 +41,10 @@ finish() {
     echo "stopped and saved, and not queued again after ${SLURM_RESTART_COUNT:-0} restarts" >&2
     exit 75
   fi
-  scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}" ||
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+  # What scancel ends is to stay so.
+  scontrol --oneliner show job "$job" | grep -q "JobState=RUNNING" || exit 75
+  scontrol requeue "$job" ||
     echo "could not be queued again: submit this script again to continue" >&2
   exit 75
 }

@@ -110,7 +110,9 @@ def test_metadata(built: Path) -> None:
     lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert [text for text in required if ";" not in text] == [lines[0]] and lines[0].startswith("torch>=")
     extra = {text.partition(";")[0].strip().replace("_", "-") for text in required if "extra == 'train'" in text}
-    assert extra == {line.replace("_", "-") for line in lines[1:]} and len(required) == len(lines)
+    assert extra == {line.replace("_", "-") for line in lines[1:]}
+    assert [text for text in required if "extra == 'slurm'" in text] == ["submitit>=1.5; extra == 'slurm'"]
+    assert len(required) == len(lines) + 1
     assert b"curvlab = curvlab.command:main" in zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt")
 
 

@@ -30,6 +30,7 @@ def jobs(slurm: Slurm) -> dict[str, str]:
     submit("taken", "partition=low", train=(*SLOW, "trainer.max_steps=300"))
     submit("srun", "nodes=2", train=(*SLOW, "trainer.max_steps=300", "seed=1"))
     submit("torchrun", "nodes=2", "launcher=torchrun", train=(*SLOW, "trainer.max_steps=300", "seed=2"))
+    submit("gone", train=(*SLOW, "trainer.max_steps=300", "seed=4"))
     submit("array", "array=2", train=(*FAST, "init_from=null,missing.pt", "name=array"))
     submit("side", "side=4", "nodes=2", "gpus=2", train=(*FAST, "seed=0,1,2,3", "name=side", "trainer.device=cpu"))
     submit("msub", "nodes=2", train=(*FAST, "seed=3"), cluster="bridge")
@@ -38,6 +39,7 @@ def jobs(slurm: Slurm) -> dict[str, str]:
         "taken": ("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"),
         "srun": ("scontrol", "requeue", given["srun"]),
         "torchrun": ("scancel", "--signal=USR1", given["torchrun"]),
+        "gone": ("scancel", given["gone"]),
     }
     while acts:  # each is stopped once it has saved for the first time
         name = until(lambda: next((n for n in acts if started(folder(slurm, given[n]))), None), "a start", slurm.log)
@@ -73,6 +75,12 @@ def test_asked_to_stop_with_two_processes_of_torchrun(slurm: Slurm, jobs: dict[s
     ends(slurm, jobs["torchrun"], 300, restarts=1, processes=2)
 
 
+def test_cancelled_it_stays_so(slurm: Slurm, jobs: dict[str, str]) -> None:
+    assert slurm.wait(jobs["gone"]) == "CANCELLED" and slurm.restarts(jobs["gone"]) == 0
+    (run,) = runs(folder(slurm, jobs["gone"]))
+    assert summary(run)["status"] == "interrupted"
+
+
 def test_a_sweep_as_an_array_one_of_which_fails(slurm: Slurm, jobs: dict[str, str]) -> None:
     states = [slurm.wait(f"{jobs['array']}_{element}") for element in (0, 1)]
     assert states == ["COMPLETED", "FAILED"], slurm.log()
@@ -103,4 +111,5 @@ def test_out_of_time(slurm: Slurm, jobs: dict[str, str]) -> None:
 
 
 def test_nothing_is_left_beside_the_runs(slurm: Slurm, jobs: dict[str, str]) -> None:
-    assert not list(slurm.work.glob(".stopped*"))
+    kept = {path.name for path in slurm.work.glob(".stopped*")}
+    assert kept <= {f".stopped_{jobs['gone']}"}, "scancel ends the script before it has tidied up"

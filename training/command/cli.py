@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
-from training.command import jobs, workers
+from training.command import jobs, slurm, workers
 from training.command.jobs import Row, Train
 from training.command.words import as_started, complain, mutter, on_main, say
 from training.loop.launch import leave_word
@@ -70,6 +70,9 @@ def _run(train: Train, job: Callable[[], Any], given: list[str]) -> None:
             train(asked)
         finally:
             release()
+        return
+    if isinstance(asked, Sweep) and asked.queue is not None:
+        slurm.launch(given, asked, _rows)
         return
     if isinstance(asked, Sweep) and asked.native:
         say(f"sweep of {len(asked.commands)} in {asked.folder}")

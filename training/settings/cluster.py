@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -110,6 +111,21 @@ class Job:
         if not found or not int(found[1]):
             raise UserError(f"memory={self.memory} cannot be read: write 64G, or 500M.")
         return int(found[1]) * GIGABYTES[found[2].upper()]
+
+    def environment_lines(self) -> list[str]:
+        """What is done in a job before anything starts."""
+        lines = ["module purge", f"module load {shlex.join(self.modules)}"] if self.modules else []
+        lines += [*self.setup, f"export OMP_NUM_THREADS={self.cpus}"]
+        if self.offline:
+            lines += ["export HF_HUB_OFFLINE=1 WANDB_MODE=offline  # python -m data.fetch NAME brings data beforehand"]
+        if self.scratch:
+            lines += [f'export CURVLAB_DATA="{self.scratch}/datasets"']
+        return [*lines, *(f"export {name}={quoted(str(value))}" for name, value in self.environment.items())]
+
+
+def quoted(word: str) -> str:
+    """A word as the shell is to read it; what refers to variables of its own stays open to it."""
+    return f'"{word}"' if "$" in word and "'" not in word and '"' not in word else shlex.quote(word)
 
 
 def read_time(text: str) -> int:

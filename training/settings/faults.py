@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from training.errors import UserError, did_you_mean
 from training.names import PLAYERS, TARGET
-from training.settings.files import NOTHING, all_keys, choosing, known_choices, tree_of
+from training.settings.files import CLUSTER, NOTHING, all_keys, choosing, known_choices, tree_of
 from training.settings.overrides import GRAFTED, OPEN, RATES, name_of
 
 # A group that follows from the others: hyper-parameters that a study has for an optimizer, if it has some.
@@ -60,6 +60,11 @@ def fault_of_choice(override: Override, options: Mapping[str, list[str]]) -> str
 def fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
     """A sentence if the key is not in the tree, with what it may have been meant to be."""
     key = override.key_or_group
+    if key == CLUSTER:
+        return (
+            f"{override.input_line} is for scripts/submit.py, in front of --; a sweep's runs are sent to a cluster by "
+            "hydra/launcher=slurm hydra.launcher.cluster=NAME"
+        )
     if tree is None or key.startswith(("hydra", RATES, GRAFTED)) or key.split(".")[0] == OPEN:
         return None
     known = all_keys(tree)

@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from training.errors import UserError
 from training.loop.launch import place
@@ -20,6 +21,8 @@ from training.settings.overrides import due, jobs, name_of, values_of
 
 #: The one key of a command that is a sweep's and no job's.
 WORKERS = "workers"
+#: The launcher that is this program's own.
+SLURM = "slurm"
 #: Hydra's own settings that say what a sweep is, not who launches it.
 OURS = ("hydra.searchpath", "hydra.sweep.dir")
 #: Who else may launch jobs or draw values, and the package that brings it.
@@ -27,6 +30,7 @@ PLUGINS = {
     "hydra/launcher=joblib": "hydra-joblib-launcher",
     "hydra/launcher=ray": "hydra-ray-launcher",
     "hydra/launcher=rq": "hydra-rq-launcher",
+    "hydra/launcher=slurm": "submitit",
     "hydra/launcher=submitit_local": "hydra-submitit-launcher",
     "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
     "hydra/sweeper=ax": "hydra-ax-sweeper",
@@ -46,7 +50,8 @@ class Sweep:
         commands: the overrides of each job, in order; none where a sweeper plugin draws the values.
         shared: names of what all jobs have in common, which their labels leave out.
         arguments: what Hydra is to be told where it launches the jobs.
-        native: whether this program launches them; else a plugin of Hydra's does.
+        native: whether this program runs them; else a plugin of Hydra's does, or SLURM.
+        queue: what `hydra/launcher=slurm` asks SLURM for; None where it is not asked.
         workers: how many jobs run at a time.
         due: numbers of the jobs that this launch is to run.
         composer: composes them.
@@ -60,6 +65,7 @@ class Sweep:
     composer: Composer
     native: bool = True
     workers: int = 1
+    queue: dict[str, Any] | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -155,6 +161,7 @@ def prepare_sweep(
         composer=composer,
         native=native,
         workers=workers,
+        queue=_queue(cfg, discrete),
     )
 
 
@@ -210,6 +217,18 @@ def _is_native(cfg: DictConfig, overrides: Sequence[Override]) -> bool:
     chosen = cfg.hydra.runtime.choices
     basic = chosen["hydra/launcher"] == chosen["hydra/sweeper"] == "basic"
     return basic and not asked and not cfg.hydra.sweeper.get("params") and not cfg.hydra.get("callbacks")
+
+
+def _queue(cfg: DictConfig, discrete: bool) -> dict[str, Any] | None:
+    """What SLURM is asked for, if it is to run the jobs."""
+    if cfg.hydra.runtime.choices["hydra/launcher"] != SLURM:
+        return None
+    if not discrete or cfg.hydra.runtime.choices["hydra/sweeper"] != "basic":
+        raise UserError(
+            f"hydra/launcher={SLURM} is for lists of values: a sweeper that draws them takes "
+            "hydra/launcher=submitit_slurm, of the package hydra-submitit-launcher"
+        )
+    return OmegaConf.to_container(cfg.hydra.launcher, resolve=True)  # type: ignore[return-value]
 
 
 def _require_package(override: Override) -> None:
