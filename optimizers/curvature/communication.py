@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .packing import Form, pack, packed_size, unpack_
+from .packing import Form, mirror_, pack_, packed_size, unpack_
 
 #: Dimensions of what ``gather`` takes, at most.
 DIMS = 8
@@ -114,7 +114,11 @@ def _buckets(tensors: Sequence[Tensor], owners: Sequence[int]) -> Iterator[tuple
 
 
 def _split(flat: Tensor, tensors: Sequence[Tensor], forms: Sequence[Form]) -> Sequence[Tensor]:
-    return flat.split([packed_size(t.shape, form) for t, form in zip(tensors, forms, strict=True)])
+    return flat.split(_sizes(tensors, forms))
+
+
+def _sizes(tensors: Sequence[Tensor], forms: Sequence[Form]) -> list[int]:
+    return [packed_size(t.shape, form) for t, form in zip(tensors, forms, strict=True)]
 
 
 def collect_(tensors: Sequence[Tensor], owners: Sequence[int], forms: Sequence[Form], weights: Sequence[float]) -> None:
@@ -129,15 +133,16 @@ def collect_(tensors: Sequence[Tensor], owners: Sequence[int], forms: Sequence[F
     here = rank()
     for owner, dtype, indices in _buckets(tensors, owners):
         own, kinds = [tensors[i] for i in indices], [forms[i] for i in indices]
-        counts = torch.tensor([weights[i] for i in indices], dtype=dtype, device=own[0].device)
-        parts = [pack(t, form) for t, form in zip(own, kinds, strict=True)]
-        flat = torch.cat([*(part * weights[i] for part, i in zip(parts, indices, strict=True)), counts])
+        flat = own[0].new_empty(sum(_sizes(own, kinds)) + len(own))
+        flat[-len(own) :] = torch.tensor([weights[i] for i in indices], dtype=dtype)
+        for part, tensor, form, i in zip(_split(flat[: -len(own)], own, kinds), own, kinds, indices, strict=True):
+            pack_(part, tensor, form).mul_(weights[i])
         dist.reduce(flat, owner)
         if owner == here:
             means = _split(flat[: -len(own)], own, kinds)
             sums = flat[-len(own) :].clamp(min=torch.finfo(dtype).tiny)
             for tensor, mean, count, form in zip(own, means, sums, kinds, strict=True):
-                unpack_(tensor, mean / count, form)
+                unpack_(tensor, mean.div_(count), form)
 
 
 def spread_(tensors: Sequence[Tensor], owners: Sequence[int], forms: Sequence[Form]) -> None:
@@ -149,17 +154,18 @@ def spread_(tensors: Sequence[Tensor], owners: Sequence[int], forms: Sequence[Fo
         forms: what of each has to travel; the owner's own becomes exactly so symmetric.
     """
     here = rank()
-    for owner, dtype, indices in _buckets(tensors, owners):
+    for owner, _, indices in _buckets(tensors, owners):
         own, kinds = [tensors[i] for i in indices], [forms[i] for i in indices]
-        if owner == here:
-            flat = torch.cat([pack(t, form) for t, form in zip(own, kinds, strict=True)])
-        else:
-            size = sum(packed_size(t.shape, form) for t, form in zip(own, kinds, strict=True))
-            flat = torch.empty(size, dtype=dtype, device=own[0].device)
+        flat = own[0].new_empty(sum(_sizes(own, kinds)))
+        parts = list(zip(own, _split(flat, own, kinds), kinds, strict=True))
+        for tensor, part, form in parts if owner == here else ():
+            pack_(part, tensor, form)
         dist.broadcast(flat, owner)
-        for tensor, part, form in zip(own, _split(flat, own, kinds), kinds, strict=True):
-            if owner != here or form == "symmetric":
+        for tensor, part, form in parts:
+            if owner != here:
                 unpack_(tensor, part, form)
+            elif form == "symmetric":
+                mirror_(tensor)
 
 
 class _Lengths:

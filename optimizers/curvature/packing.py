@@ -1,78 +1,92 @@
-"""Matrices without what is said twice: a symmetric or triangular ``[n, d, d]`` in a little more than half of it.
+"""Matrices without what is said twice: a symmetric or triangular ``[n, d, d]`` in little more than half of it.
 
-The two triangles on the diagonal of ``[[P, .], [Q, R]]`` fit into one rectangle, the transposed R above P, and Q is a
-second one (as LAPACK's rectangular full packed format has it): a few copies of whole blocks, and no index.
+Bands of rows travel from their first entry to the diagonal's block, which is whole: a copy a band, and no index.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-import torch
-from torch import Tensor
+from torch import Size, Tensor
 
-#: How much of a tensor has to be known: all; of matrices, the lower triangle, which the upper one mirrors or is zero.
-Form = Literal["full", "symmetric", "lower"]
+#: How much of a tensor has to be known: all; of matrices, the lower triangle, which the upper one mirrors, or beside
+#: which there are zeros; or the upper one, likewise.
+Form = Literal["full", "symmetric", "lower", "upper"]
 
-
-def _rectangle(shape: tuple[int, ...] | torch.Size) -> tuple[int, int, int]:
-    """Sizes of P, of R, and the width of the rectangle that holds both."""
-    second = shape[-1] // 2
-    first = shape[-1] - second
-    return first, second, first + (first == second)
+#: Bands of a matrix, and rows of a band at least: copies of less cost more than what they leave out.
+BANDS, ROWS = 16, 32
 
 
-def packed_size(shape: tuple[int, ...] | torch.Size, form: Form) -> int:
-    """How many numbers ``pack`` makes of a tensor.
+def _bands(d: int, form: Form) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of each band, the columns of it that are kept, and those that are not."""
+    rows = max(ROWS, -(-d // BANDS))
+    for start in range(0, d, rows):
+        stop = min(start + rows, d)
+        if form == "upper":
+            yield slice(start, stop), slice(start, d), slice(0, start)
+        else:
+            yield slice(start, stop), slice(0, stop), slice(stop, d)
+
+
+def packed_size(shape: tuple[int, ...] | Size, form: Form) -> int:
+    """How many numbers ``pack_`` makes of a tensor.
 
     Args:
         shape: the tensor's.
         form: see ``Form``.
     """
     if form == "full":
-        return torch.Size(shape).numel()
-    first, second, width = _rectangle(shape)
-    return shape[0] * first * (width + second)
+        return Size(shape).numel()
+    sizes = ((rows.stop - rows.start) * (kept.stop - kept.start) for rows, kept, _ in _bands(shape[-1], form))
+    return shape[0] * sum(sizes)
 
 
-def pack(tensor: Tensor, form: Form) -> Tensor:
-    """A tensor's numbers as a vector, those that another one tells left out.
+def _parts(tensor: Tensor, packed: Tensor, form: Form) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    offset, n = 0, len(tensor)
+    for rows, kept, rest in _bands(tensor.shape[-1], form):
+        height, width = rows.stop - rows.start, kept.stop - kept.start
+        yield rows, kept, rest, packed[offset : offset + n * height * width].view(n, height, width)
+        offset += n * height * width
+
+
+def pack_(packed: Tensor, tensor: Tensor, form: Form) -> Tensor:
+    """Write a tensor's numbers into a vector, those that another one tells left out.
 
     Args:
+        packed: of ``packed_size``; filled.
         tensor: ``[n, d, d]`` where the form is not ``full``.
         form: see ``Form``.
     """
     if form == "full":
-        return tensor.reshape(-1)
-    first, second, width = _rectangle(tensor.shape)
-    rectangle = tensor.new_zeros(len(tensor), first, width)
-    rectangle[..., :first] = tensor[:, :first, :first].tril()
-    rectangle[:, :second, 1 : 1 + second] += tensor[:, first:, first:].mT.triu()
-    return torch.cat([rectangle.reshape(-1), tensor[:, first:, :first].reshape(-1)])
+        packed.view(tensor.shape).copy_(tensor)
+    else:
+        for rows, kept, _, part in _parts(tensor, packed, form):
+            part.copy_(tensor[:, rows, kept])
+    return packed
 
 
 def unpack_(tensor: Tensor, packed: Tensor, form: Form) -> Tensor:
-    """Inverse of ``pack``, in place.
+    """Inverse of ``pack_``, in place.
 
     Args:
         tensor: to be filled.
-        packed: what ``pack`` made of another one of this shape.
+        packed: what ``pack_`` made of another one of this shape.
         form: see ``Form``.
     """
     if form == "full":
-        return tensor.copy_(packed.view_as(tensor))
-    n = len(tensor)
-    first, second, width = _rectangle(tensor.shape)
-    rectangle, below = packed.split([n * first * width, n * first * second])
-    rectangle, below = rectangle.view(n, first, width), below.view(n, second, first)
-    upper = rectangle[:, :second, 1 : 1 + second]
-    tensor[:, :first, :first] = rectangle[..., :first].tril()
-    tensor[:, first:, :first] = below
-    tensor[:, first:, first:] = upper.triu().mT
-    if form == "lower":
-        tensor[:, :first, first:] = 0
-    else:
-        tensor[:, :first, :first] += rectangle[..., :first].tril(-1).mT
-        tensor[:, :first, first:] = below.mT
-        tensor[:, first:, first:] += upper.triu(1)
+        return tensor.copy_(packed.view(tensor.shape))
+    for rows, kept, rest, part in _parts(tensor, packed, form):
+        tensor[:, rows, kept] = part
+        if form == "symmetric":
+            tensor[:, : rows.start, rows] = part[..., : rows.start].mT
+        else:
+            tensor[:, rows, rest] = 0
+    return tensor
+
+
+def mirror_(tensor: Tensor) -> Tensor:
+    """Make a matrix exactly as symmetric as ``unpack_`` makes it of what ``pack_`` has left of it, in place."""
+    for rows, kept, _ in _bands(tensor.shape[-1], "symmetric"):
+        tensor[:, : rows.start, rows] = tensor[:, rows, kept][..., : rows.start].mT
     return tensor

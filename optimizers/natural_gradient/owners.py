@@ -23,7 +23,7 @@ from ..base import CurvatureOptimizer
 from ..curvature import communication
 from ..curvature.approximations import Approximation, absent, statistics_dtype
 from ..curvature.kronecker import Counts, Factors
-from ..curvature.packing import pack, unpack_
+from ..curvature.packing import Form, mirror_
 from .stacks import Block, Stack
 
 Assign = Literal["balanced", "replicated"]
@@ -42,6 +42,19 @@ def shared_out(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
         found[name] = min(range(ranks), key=loads.__getitem__)
         loads[found[name]] += costs[name]
     return {name: found[name] for name in costs}
+
+
+def _by_columns(tensor: Tensor) -> bool:
+    """Whether matrices are laid out as LAPACK does it, column by column."""
+    return tensor.dim() == 3 and not tensor.is_contiguous() and tensor.mT.is_contiguous()
+
+
+def _room(blocks: Sequence[Block], shape: tuple[int, ...], dtype: torch.dtype, by_columns: bool) -> Tensor:
+    """Where some blocks' share of a cache comes to lie."""
+    sizes = [len(blocks) * shape[0], *shape[1:]]
+    sizes = [*sizes[:-2], sizes[-1], sizes[-2]] if by_columns else sizes
+    tensor = torch.empty(sizes, dtype=dtype, device=blocks[0].layer.parameters[0].device)
+    return tensor.mT if by_columns else tensor
 
 
 class OwnedBlocks(CurvatureOptimizer):
@@ -95,9 +108,8 @@ class OwnedBlocks(CurvatureOptimizer):
         for key, factor in block.factors.items():
             if not block.mine and key not in block.everywhere:
                 block.factors[key] = absent(factor.shape, factor.dtype)
-            elif block.form(key) != "full" and not factor.is_meta:
-                form = block.form(key)
-                unpack_(factor, pack(factor, form), form)
+            elif block.form(key) == "symmetric" and not factor.is_meta:
+                mirror_(factor)
 
     def _spread(self, entries: Sequence[tuple[Block, str]]) -> None:
         """Give every rank some factors of blocks that have owners."""
@@ -234,35 +246,33 @@ class OwnedBlocks(CurvatureOptimizer):
         good = [None if stack is None else stack.finite() for stack in made]
         if not self._sharing:
             return [(s, g) for s, g in zip(made, good, strict=True) if s is not None and g is not None]
-        told: list[bool] = []  # of each stack: which members are finite, and what its cache has beside the usual
-        optional = [list(members[0].optional_shapes()) for members in groups]
-        for members, stack, finite, keys in zip(groups, made, good, optional, strict=True):
+        # Of each stack: which members are finite, what its cache has, and which of it is laid out by columns.
+        told: list[bool] = []
+        layouts = [{**members[0].cache_shapes(), **members[0].optional_shapes()} for members in groups]
+        for members, stack, finite, shapes in zip(groups, made, good, layouts, strict=True):
             told += [False] * len(members) if finite is None else finite
-            told += [stack is not None and key in stack.cache for key in keys]
+            cache = {} if stack is None else stack.cache
+            told += [flag for key in shapes for flag in (key in cache, key in cache and _by_columns(cache[key]))]
         answers = iter(communication.anywhere(told, self._device()))
         stacks: list[tuple[Stack, list[bool]]] = []
-        sent: list[tuple[Stack, str]] = []
-        for members, stack, keys in zip(groups, made, optional, strict=True):
-            finite = [next(answers) for _ in members]
-            extra = [key for key in keys if next(answers)]
-            first = members[0]
-            shapes = first.cache_shapes() | {key: first.optional_shapes()[key] for key in extra}
-            names = [key for key in shapes if key not in first.everywhere]
+        tensors: list[Tensor] = []
+        forms: list[Form] = []
+        owners: list[int] = []
+        for members, stack, shapes in zip(groups, made, layouts, strict=True):
+            finite, first = [next(answers) for _ in members], members[0]
+            flags = {key: (next(answers), next(answers)) for key in shapes}
+            sent = {key: turned for key, (there, turned) in flags.items() if there and key not in first.everywhere}
             if stack is None:
-                device = first.layer.parameters[0].device
-                cache = {
-                    key: torch.empty(len(members) * shape[0], *shape[1:], dtype=dtype, device=device)
-                    for key, (shape, dtype) in shapes.items()
-                    if key in names
-                }
-                stack = Stack.received(members, cache)
-            else:  # laid out as at the others: products round by it
-                stack.cache |= {key: stack.cache[key].contiguous() for key in names}
+                stack = Stack.received(members, {key: _room(members, *shapes[key], sent[key]) for key in sent})
+            for key, turned in sent.items():
+                # Laid out alike everywhere: products round by it.
+                tensor = stack.cache[key] = stack.cache[key] if turned else stack.cache[key].contiguous()
+                form = first.form(key)
+                tensors.append(tensor.mT if turned else tensor)
+                forms.append("upper" if turned and form == "lower" else form)
+                owners += [] if first.owner is None else [first.owner]
             stacks.append((stack, finite))
-            sent += [(stack, key) for key in names]
-        tensors = [stack.cache[key] for stack, key in sent]
-        owners = [owner for stack, _ in sent if (owner := stack.blocks[0].owner) is not None]
-        communication.spread_(tensors, owners, [stack.blocks[0].form(key) for stack, key in sent])
+        communication.spread_(tensors, owners, forms)
         return stacks
 
     # -- state ---------------------------------------------------------------------------------------------------------

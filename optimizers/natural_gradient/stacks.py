@@ -86,8 +86,9 @@ class Stack:
 
     def finite(self) -> list[bool]:
         """Whether each block's cache is; waits for the device."""
-        sums = torch.stack([t.flatten(1).sum(1, dtype=torch.float32) for t in self.cache.values()]).sum(0)
-        return [bool(part.isfinite().all()) for part in sums.cpu().chunk(len(self.blocks))]
+        # Not of t.flatten(1), which would transpose what LAPACK has laid out by columns.
+        sums = [t.sum(tuple(range(1, t.dim())), dtype=torch.float32) for t in self.cache.values()]
+        return [bool(part.isfinite().all()) for part in torch.stack(sums).sum(0).cpu().chunk(len(self.blocks))]
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
