@@ -15,6 +15,7 @@ from tests.cli.conftest import Outcome, runs, summary
 from tests.conftest import ROOT
 from training.settings.composition import CONFIG_FOLDER, compose
 from training.settings.schema import locate, parameters
+from training.settings.sweeps import taken_out
 
 FILES = sorted(CONFIG_FOLDER.rglob("*.yaml"))
 OURS = ("data", "models", "optimizers", "training")
@@ -113,6 +114,7 @@ def test_commands_of_the_readme_and_the_help_are_valid(command: Callable[..., Ou
         words = shlex.split(line.split("   ")[0])
         overrides = [word for word in words if "=" in word and not re.search(r"=[A-Z_]+$", word)]
         single = [re.sub(r",.*", "", word) if "-m" in words else word for word in overrides]
+        single, _ = taken_out(single, "-m" in words)
         compose([*single, *photos(single)])
 
 

@@ -101,7 +101,7 @@ def record_failure(run: RunConfig, error: Exception) -> dict[str, Any]:
     Raises:
         UserError: nothing can be written there.
     """
-    from training.runs.resume import claim_job  # see attempt
+    from training.runs.resume import ENDED, claim_job  # see attempt
 
     text = str(error) if is_mendable(error) else "".join(traceback.format_exception(error))
     failed = {"status": "failed", "config_id": run.id}
@@ -112,9 +112,13 @@ def record_failure(run: RunConfig, error: Exception) -> dict[str, Any]:
         return failed | {"error": text}
     folder = RunFolder(path) if RunFolder(path).config_file.exists() else RunFolder.fill(path, run.to_yaml())
     summary = folder.read_summary() or {}
-    if summary.get("status") not in ("diverged", "failed"):
+    if summary.get("status") == "diverged":  # which the trainer has said
+        return summary
+    if summary.get("status") in ENDED:  # what failed now is not the run
+        return failed | {"error": text}
+    if summary.get("status") != "failed":
         summary |= failed
-    summary |= {} if summary["status"] == "diverged" else {"error": text}
+    summary |= {"error": text}
     folder.write_summary(summary)
     return summary
 

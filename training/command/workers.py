@@ -29,6 +29,8 @@ PATIENCE = 0.2
 FORKED = sys.platform == "linux"
 #: The first word of a worker.
 READY = "ready"
+# What stdout and stderr were before: whoever lets go of them may close the descriptors that took their place.
+_KEPT: list[Any] = []
 #: What tells a process which GPUs it may see.
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -292,6 +294,7 @@ def _speak_through(errors: Connection) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(errors.fileno(), 2)
+    _KEPT.extend([sys.stdout, sys.stderr])
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
