@@ -359,9 +359,9 @@ class Trainer:
         run.model.train()
         batches = run.batches()
         with run.clock.count("training"):
-            if run.resumed and eval_due(run.step) and run.evaluated != run.step:
-                evaluation.validate(run)  # the signal that stopped the run would not wait for it
-            while not (run.done or run.stop_reason):
+            late = run.resumed and eval_due(run.step) and run.evaluated != run.step
+            signal = evaluation.validate(run) if late else 0  # that which stopped the run did not wait for it
+            while not (run.done or run.stop_reason or signal):
                 step.take(run, batches, self.clip_norm)
                 signal = run.advance(signals.exit_code)
                 for callback in run.callbacks:
@@ -371,11 +371,11 @@ class Trainer:
                 if log_due(run.step):
                     self._log(run)
                 if eval_due(run.step) and not signal:
-                    evaluation.validate(run)
+                    signal = evaluation.validate(run)
                 if save_due(run.step) or run.overdue or run.done or run.stop_reason or signal:
                     self._save(run)
-                if signal:
-                    raise Interrupted(f"Interrupted after step {run.step}: resume={run.folder.path} goes on.", signal)
+            if signal:
+                raise Interrupted(f"Interrupted after step {run.step}: resume={run.folder.path} goes on.", signal)
 
     # -- what happens now and then -------------------------------------------------------------------------------------
 

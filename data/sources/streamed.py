@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,13 @@ class ImageFiles(Dataset):
         return torch.stack(images), self.targets[plan[0]]
 
 
+def _leave_stopping_to_parent(worker: int) -> None:
+    """Ignore, in a worker, what a queue sends to all processes of a job: the step under way needs its batches."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        if number := getattr(signal, name, None):  # Windows lacks two
+            signal.signal(number, signal.SIG_IGN)
+
+
 class FileLoader(InMemoryLoader):
     """Serves images that are decoded by worker processes ahead of time; otherwise as an InMemoryLoader does.
 
@@ -76,6 +84,7 @@ class FileLoader(InMemoryLoader):
             batch_size=None,  # each of these is a whole batch's
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # torch's own stays as it is
+            worker_init_fn=_leave_stopping_to_parent,
             **self._options,
         )
         for batch in served:

@@ -75,6 +75,7 @@ class Forks:
         number: int = signal.SIGKILL,
         ranks: Sequence[dict[str, str]] = ({},),
         victims: Sequence[int] | None = None,
+        launched: bool = False,
         then: Sequence[tuple[int, int, float]] = (),
         limit: float = LIMIT,
     ) -> Ended:
@@ -88,13 +89,14 @@ class Forks:
             number: of that signal.
             ranks: what is set in the environment of each of its processes.
             victims: ranks that are sent the signal; None: all.
+            launched: whether, as by torchrun, all others get SIGTERM when a process has ended by anything but 0.
             then: rank, signal and seconds after the first signal, of further ones.
             limit: seconds after which all that is left is killed.
         """
         self._count += 1
         logs = [str(self._folder / f"{self._count}-{rank}.txt") for rank in range(len(ranks))]
         asked = {"argv": argv, "cwd": str(cwd), "after": after, "when": when, "number": int(number), "ranks": [*ranks]}
-        asked |= {"victims": [*(range(len(ranks)) if victims is None else victims)], "logs": logs}
+        asked |= {"launched": launched, "victims": [*(range(len(ranks)) if victims is None else victims)], "logs": logs}
         asked |= {"then": [*then], "limit": limit}
         for log in logs:
             Path(log).touch()  # one may be killed before its first instruction
@@ -157,6 +159,9 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     codes[child] = os.waitstatus_to_exitcode(status)
+                    if asked["launched"] and codes[child]:
+                        asked["launched"] = False
+                        rest += [[rank, int(signal.SIGTERM), 0.0] for rank in range(len(children))]
         time.sleep(0.002)
     seconds = time.monotonic() - begun
     if told == math.inf and (imported := Path(asked["logs"][0] + MODULES)).exists():

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
+import data
 from tests.conftest import ROOT
+from tests.training.small_run import differences, events, final_state, fit
+from training.callbacks import Callback
 from training.loop.signals import CODES, Interrupted, StopSignals, requested
+from training.runs.run import Run
 
 BUSY = "import hashlib; print('busy', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # no end, no Python
 
@@ -42,6 +51,32 @@ def test_the_first_is_noted_with_its_code(name: str) -> None:
             signal.raise_signal(signal.SIGINT)
         assert signals.exit_code == CODES[name], "that of the first"
     assert requested() == 0 and signal.getsignal(getattr(signal, name)) is before
+
+
+@pytest.mark.parametrize("at", [1, 3])  # the first evaluation, at step 5, or a later one
+def test_one_in_an_evaluation_does_not_wait_for_its_end(tmp_path: Path, at: int) -> None:
+    """What a queue gives a run to end in is shorter than some evaluations: the step is saved, and evaluated later."""
+    entered = []
+
+    class Enter(Callback):
+        def on_fit_start(self, run: Run) -> None:
+            run.model.register_forward_pre_hook(self.count)
+
+        def count(self, model: torch.nn.Module, inputs: object) -> None:
+            if not model.training:
+                entered.append(model)
+                if len(entered) == 3 * at - 1:  # in the second of three batches
+                    signal.raise_signal(signal.SIGTERM)
+
+    options: dict[str, Any] = {"data": {"eval_batch_size": 10, "val_fraction": 0.02}, "max_steps": 20}
+    fit(tmp_path / "whole", **options)
+    with pytest.raises(Interrupted, match=f"after step {5 * at}:") as stopped:
+        fit(tmp_path / "parts", callbacks=[Enter()], **options)
+    assert stopped.value.exit_code == 75 and len(entered) == 3 * at - 1, "and no batch more"
+    assert [e["step"] for e in events(tmp_path / "parts") if e["event"] == "eval"] == [5 * i for i in range(1, at)]
+    fit(tmp_path / "parts", resume=True, **options)
+    assert list(differences(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))) == []
+    assert events(tmp_path / "whole") == events(tmp_path / "parts")
 
 
 def test_outside_the_main_thread_nothing_is_installed() -> None:
@@ -78,6 +113,26 @@ def test_an_echo_of_a_launcher_is_no_second() -> None:
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=10)
     assert (process.returncode, out, errors) == (0, "saved\n", "")
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_workers_of_a_loader_serve_on(tmp_path: Path, name: str) -> None:
+    """A queue sends to all processes of a job, and the step under way needs its batches."""
+    for split in ("train", "val"):
+        for index in range(12):
+            path = tmp_path / split / f"class{index % 2}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
+    sets = data.imagenet(
+        str(tmp_path), image_size=8, resize=8, workers=1, batch_size=2, eval_batch_size=2, val_fraction=0.2
+    )
+    served = 0
+    for _ in sets.test.epoch(0):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, getattr(signal, name))
+        time.sleep(0.05)
+        served += 1
+    assert served == 6 and not multiprocessing.active_children()
 
 
 def test_forked_children_leave_it_to_their_parent() -> None:

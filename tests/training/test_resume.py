@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import ROOT
 from tests.training.small_run import OPTIMIZERS, SignalAt, differences, events, final_state, fit
 from training import Interrupted
 from training.callbacks import Callback, EarlyStopping
@@ -102,30 +95,6 @@ def test_a_longer_budget_stretches_the_schedule(tmp_path: Path, caplog: pytest.L
     rates = [{e["step"]: e["lr"] for e in events(tmp_path / n) if e["event"] == "train"} for n in ("run", "whole")]
     assert rates[0][12] == rates[1][12] and rates[0][18] == rates[1][18]
     assert rates[0][9] != rates[1][9]
-
-
-def start(folder: Path, **arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.training.small_run", json.dumps({"folder": str(folder), **arguments})]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adafisher", "adahessian", "ekfac"])  # one of each kind of state
-def test_kill_9_at_any_moment(tmp_path: Path, optimizer: str) -> None:
-    options = {"max_steps": 60, "optimizer": optimizer}
-    fit(tmp_path / "whole", **options)
-    chance = random.Random(time.time_ns())
-    for _ in range(2):
-        process = start(tmp_path / "parts", slow=True, resume=True, **options)
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.readline()  # from here on it trains
-        time.sleep(chance.uniform(0.02, 0.25))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    assert not (tmp_path / "parts" / "summary.json").exists()
-    fit(tmp_path / "parts", resume=True, **options)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    assert list((tmp_path / "parts").rglob("*.tmp")) == []
 
 
 def test_a_damaged_newest_checkpoint_falls_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

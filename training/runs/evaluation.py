@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch.distributed as dist
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 
 from training.errors import UserError
 from training.loop import rng
-from training.loop.distributed import broadcast_buffers
+from training.loop.distributed import World, broadcast_buffers, maximum
 from training.loop.precision import Precision
+from training.loop.signals import Interrupted, requested
 from training.runs import checkpoints
 from training.runs.averaging import averaged
 from training.runs.finite import require_finite, require_finite_loss
@@ -45,21 +48,62 @@ def evaluate(model: nn.Module, loader: BatchLoader, task: Task, precision: Preci
     return meters.compute()
 
 
-def validate(run: Run) -> None:
+@dataclass
+class Heeding:
+    """A set that is served until a signal asks to stop, which may come long before its end; all ranks leave then.
+
+    Attributes:
+        loader: the set.
+        world: this process among the others.
+    """
+
+    loader: BatchLoader
+    world: World
+
+    def __post_init__(self) -> None:
+        self.num_examples = self.loader.num_examples
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """See BatchLoader.
+
+        Yields:
+            The batches, until a signal comes.
+
+        Raises:
+            Interrupted: a signal asked a rank to stop.
+        """
+        for batch in self.loader.epoch(epoch, start):
+            if requested():
+                break
+            yield batch
+        if code := int(maximum([float(requested())], self.world)[0]):
+            raise Interrupted("Interrupted in an evaluation: it is made anew when the run is resumed.", code)
+
+
+def validate(run: Run) -> int:
     """Measure on the validation set, tell whoever looks on, and keep the weights if they are the best so far.
 
     Args:
         run: that is under way, or has ended.
+
+    Returns:
+        0, or the exit code that a signal asked for meanwhile; then nothing was measured.
 
     Raises:
         Diverged: the loss or a weight is no longer finite.
     """
     require_finite(run)
     with averaged(run):
-        values = measure(run, "val")
+        try:
+            values = measure(run, "val")
+        except Interrupted as stop:
+            return stop.exit_code
         run.evaluated = run.step
         if not values:  # a data set without validation examples
-            return
+            return 0
         require_finite_loss(run, values["val/loss"], "validation")
         with run.clock.count("other"):
             run.emit("eval", values)
@@ -71,13 +115,18 @@ def validate(run: Run) -> None:
                 callback.on_evaluation(run, values)
             if improved:
                 checkpoints.store_best(run, before)
+    return 0
 
 
 def measure(run: Run, split: Literal["val", "test"]) -> dict[str, float]:
-    """Metrics on a set, by their names in events ("val/loss", ...). Every rank must call it."""
+    """Metrics on a set, by their names in events ("val/loss", ...). Every rank must call it.
+
+    Raises:
+        Interrupted: a signal asked to stop meanwhile.
+    """
     with run.clock.count("evaluation"):
         broadcast_buffers(run.model, run.world)
-        values = evaluate(run.model, getattr(run.data, split), run.task, run.precision)
+        values = evaluate(run.model, Heeding(getattr(run.data, split), run.world), run.task, run.precision)
     return {f"{split}/{name}": value for name, value in values.items()}
 
 
