@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from training.runs.folder import RunFolder, WriteError
 from training.runs.provenance import summarise
 from training.runs.run import Run
 from training.schedules import Scalars, ScalarSchedule
-from training.tasks.players import Players
+from training.tasks import suited
 from training.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -174,13 +173,13 @@ class Trainer:
         if self.monitor is not None and self.monitor not in known:
             raise ValueError(f"monitor must be one of {', '.join(known)}, got {self.monitor!r}")
         if optimizer is not None:
-            self._check_optimizer(optimizer, task)
+            suited.check_optimizer(optimizer, task, compiled=self.compile, clipped=self.clip_norm is not None)
             Scalars(optimizer, scalars or {})
         for callback in callbacks:
             callback.check(task)
         if model is not None:
             self._check_weights(model)
-            self._check_outputs(model, data, task)
+            suited.check_outputs(model, data, task)
         (schedule or schedules.none)(torch.optim.SGD([torch.zeros(1)], lr=1.0), ticks=self._budget(data).ticks)
 
     @staticmethod
@@ -190,35 +189,6 @@ class Trainer:
                 "the model's weights are sharded over processes (fully_shard), and this loop trains whole ones: "
                 "docs/processes.md has a loop for them"
             )
-
-    @staticmethod
-    def _check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
-        """One example through the model, as in evaluation: tasks refuse models that are none of theirs."""
-        inputs, targets = next(iter(data.train.epoch(0)))
-        with rng.observed(model, inputs.device):
-            task.check(model, inputs[:1], targets[:1])
-
-    def _check_optimizer(self, optimizer: Optimizer, task: Task) -> None:
-        if isinstance(optimizer, Players):
-            for player in optimizer.players.values():
-                self._check_optimizer(player, task)
-        name = type(innermost(optimizer)).__name__
-        if self.compile and getattr(optimizer, "needs_graph", False):
-            raise ValueError(f"compile must be false for {name}: compiled models have no second derivatives")
-        if getattr(optimizer, "needs_targets", False):
-            if not task.whole:
-                raise UserError(
-                    f"damping must be a number for {task.name}: auto compares likelihoods of targets before and after "
-                    "steps, and this loss is none"
-                )
-            if self.clip_norm is not None:
-                raise ValueError(
-                    "clip_norm must be null where damping is auto, which expects of a step what its gradient says: "
-                    "kl_clip bounds steps"
-                )
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise ValueError(f"optimizer {name} calls the model itself, which this loop does not offer: choose another")
 
     def _budget(self, data: DataModule) -> Budget:
         return Budget(len(data.train) / self.accumulate, self.max_epochs, self.max_steps, self.max_time)

@@ -1,0 +1,66 @@
+"""Whether a model and an optimizer go with a task and with the loop, found out before a run begins."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.optim import Optimizer
+
+from optimizers.wrapper import innermost
+from training.errors import UserError
+from training.loop import rng
+from training.tasks.players import Players
+from training.tasks.task import Task
+
+if TYPE_CHECKING:
+    from data import DataModule
+
+
+def check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
+    """One example through the model, as in evaluation: tasks refuse models that are none of theirs.
+
+    Args:
+        model: on its device.
+        data: whose first example is taken.
+        task: what is to be learned.
+    """
+    inputs, targets = next(iter(data.train.epoch(0)))
+    with rng.observed(model, inputs.device):
+        task.check(model, inputs[:1], targets[:1])
+
+
+def check_optimizer(optimizer: Optimizer, task: Task, *, compiled: bool, clipped: bool) -> None:
+    """Refuse an optimizer that does not go with the task, or with what the loop does around it.
+
+    Args:
+        optimizer: one, or those of two players.
+        task: what is to be learned.
+        compiled: whether the model's training pass is.
+        clipped: whether gradients are.
+
+    Raises:
+        ValueError: it does not go with the loop.
+        UserError: it does not go with the task.
+    """
+    if isinstance(optimizer, Players):
+        for player in optimizer.players.values():
+            check_optimizer(player, task, compiled=compiled, clipped=clipped)
+    name = type(innermost(optimizer)).__name__
+    if compiled and getattr(optimizer, "needs_graph", False):
+        raise ValueError(f"compile must be false for {name}: compiled models have no second derivatives")
+    if getattr(optimizer, "needs_targets", False):
+        if not task.whole:
+            raise UserError(
+                f"damping must be a number for {task.name}: auto compares likelihoods of targets before and after "
+                "steps, and this loss is none"
+            )
+        if clipped:
+            raise ValueError(
+                "clip_norm must be null where damping is auto, which expects of a step what its gradient says: "
+                "kl_clip bounds steps"
+            )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(f"optimizer {name} calls the model itself, which this loop does not offer: choose another")
