@@ -25,6 +25,12 @@ PATIENCE = 300
 #: A small net on the embedded digits.
 QUICK = ("model=mlp", "model.hidden=[16]", "optimizer=sgd", "logger=quiet", "trainer.max_epochs=null")
 
+#: Steps for which a minute is too short: the signal comes half a minute before the end, or later.
+LONG = 1100
+SLOW = (*QUICK, "callbacks=slow", "trainer.checkpoint_every_steps=10")
+#: What is written of runs that end at once.
+FAST = (*QUICK, "callbacks=none", "trainer.max_steps=6")
+
 
 @dataclass
 class Slurm:
@@ -101,6 +107,20 @@ def started(folder: Path) -> bool:
     return any(folder.rglob("step_*.pt"))
 
 
+def folder(slurm: Slurm, number: str) -> Path:
+    """Where a job's run is."""
+    return slurm.work / "runs" / f"job_{number}"
+
+
+def ends(slurm: Slurm, number: str, steps: int, restarts: int = 0, processes: int = 1) -> None:
+    """Assert how a job of one run ends: in one folder, with so many steps, whatever happened on the way."""
+    assert slurm.wait(number) == "COMPLETED", slurm.log()
+    (run,) = runs(folder(slurm, number))
+    found = summary(run)
+    assert (found["status"], found["steps"], found["hardware"]["processes"]) == ("finished", steps, processes)
+    assert slurm.restarts(number) >= restarts, slurm.log()
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """A SLURM of three pretend machines, ended with the tests, whatever becomes of them."""
@@ -153,3 +173,33 @@ def _resolves(host: str) -> bool:
     except OSError:
         return False
     return True
+
+
+@pytest.fixture(scope="session")
+def jobs(slurm: Slurm) -> dict[str, str]:
+    """All jobs, submitted at once, so that they wait for their ends together; the longest one starts first."""
+    given: dict[str, str] = {}
+
+    def submit(name: str, *options: str, train: tuple[str, ...], cluster: str = "toy") -> None:
+        given[name] = slurm.submit(name, *options, train=train, cluster=cluster)
+
+    submit("limit", "time=60s", "signal=3", train=(*SLOW, f"trainer.max_steps={LONG}"))
+    until(lambda: started(folder(slurm, given["limit"])), "the first checkpoint", slurm.log)
+    submit("taken", "partition=low", train=(*SLOW, "trainer.max_steps=300"))
+    submit("srun", "nodes=2", train=(*SLOW, "trainer.max_steps=300", "seed=1"))
+    submit("torchrun", "nodes=2", "launcher=torchrun", train=(*SLOW, "trainer.max_steps=300", "seed=2"))
+    submit("gone", train=(*SLOW, "trainer.max_steps=300", "seed=4"))
+    submit("array", "array=2", train=(*FAST, "init_from=null,missing.pt", "name=array"))
+    submit("side", "side=4", "nodes=2", "gpus=2", train=(*FAST, "seed=0,1,2,3", "name=side", "trainer.device=cpu"))
+    submit("msub", "nodes=2", train=(*FAST, "seed=3"), cluster="bridge")
+    submit("beside", "side=2", train=(*FAST, "init_from=null,missing.pt", "name=beside"), cluster="bridge")
+    acts = {
+        "taken": ("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"),
+        "srun": ("scontrol", "requeue", given["srun"]),
+        "torchrun": ("scancel", "--signal=USR1", given["torchrun"]),
+        "gone": ("scancel", given["gone"]),
+    }
+    while acts:  # each is stopped once it has saved for the first time
+        name = until(lambda: next((n for n in acts if started(folder(slurm, given[n]))), None), "a start", slurm.log)
+        assert slurm.run(*acts.pop(name)).returncode == 0
+    return given

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("slurm")
 
 
 @pytest.mark.slow
-def test_a_sweep(slurm: Slurm) -> None:
+def test_a_sweep(slurm: Slurm, jobs: dict[str, str]) -> None:  # while those jobs run
     sweep = slurm.work / "multirun" / "queued"
     given = [
         sys.executable, "train.py", "--config-dir", str(slurm.work / "site"), "-m", "hydra/launcher=slurm",

@@ -81,7 +81,7 @@ stop() {
     # The number may be another's by now: ours has this folder in its command line or environment.
     cat "/proc/$pid/cmdline" "/proc/$pid/environ" 2>/dev/null | tr '\0' '\n' | grep -qF "$dir/" || continue
     kill "$pid"
-    for _ in $(seq 25); do
+    for _ in $(seq 5); do
       kill -0 "$pid" 2>/dev/null || break
       sleep 0.2
     done
