@@ -28,7 +28,7 @@ from training.loop.signals import Interrupted, StopSignals
 from training.runs import checkpoints, evaluation, provenance, step
 from training.runs.averaging import averaged, averages, enter
 from training.runs.finite import Diverged, require_finite, require_finite_loss
-from training.runs.folder import RunFolder, WriteError
+from training.runs.folder import RunFolder, WriteError, writing
 from training.runs.provenance import summarise
 from training.runs.run import Run
 from training.schedules import Scalars, ScalarSchedule
@@ -310,7 +310,8 @@ class Trainer:
             run.scalars.set(run.budget.progress(max(run.step - 1, 0), run.seconds))
             log.info("resumed at step %d", run.step)
         if run.world.is_main:
-            run.folder.summary_file.unlink(missing_ok=True)  # of an earlier session: a summary speaks of the end
+            with writing(run.folder.summary_file):  # of an earlier session: a summary speaks of the end
+                run.folder.summary_file.unlink(missing_ok=True)
         log.info("configuration %s, %s", run.config_id, provenance.hardware(run.world.device, run.world.world_size))
         if coverage := getattr(run.optimizer, "coverage", None):
             log.info("curvature of %s:\n%s", type(innermost(run.optimizer)).__name__, coverage())

@@ -221,7 +221,7 @@ class RunFolder:
         summary_file: how the run ended; absent while it runs.
         log_file: what happened, in words.
         tensorboard: folder of event files.
-        checkpoints: folder of ``step_*.pt`` and ``best.pt``.
+        checkpoints: folder of ``step_*.pt``, of ``best.pt``, and of ``best_*.pt``, the best by an earlier step.
     """
 
     def __init__(self, path: Path) -> None:

@@ -16,6 +16,7 @@ from training.runs.averaging import leave
 from training.runs.checkpoints.files import (
     FORMAT,
     CheckpointError,
+    UnreadableError,
     best_file,
     link,
     load,
@@ -123,6 +124,8 @@ def _refuse_another(run: Run, state: Mapping[str, Any]) -> None:
             log.warning("The checkpoint is of configuration %s, not of %s.", state.get("config_id"), run.config_id)
         return
     for key, was, now in _differing(there, here):
+        if key in AROUND and "null" in (was, now):
+            continue  # of what is around an optimizer, or is not, its own check speaks
         raise CheckpointError(
             f"The checkpoint is of another {key.split('.')[0]} ({key} is {was} in it and {now} here): resume it with "
             "its own settings, or start a new run from its weights with init_from."
@@ -190,6 +193,8 @@ def _recall_best(run: Run, recorded: dict[str, Any] | None) -> dict[str, Any] | 
         for path in (best, best_file(folder, step), step_file(folder, step)):
             try:
                 found = load(path)["best"] if path.exists() else None
+            except UnreadableError:  # it may well be whole: nothing is to take its place
+                raise
             except CheckpointError as error:
                 log.warning("%s Looking for the best weights elsewhere.", error)
                 continue

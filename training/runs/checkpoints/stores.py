@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,8 @@ from training.loop import watch
 from training.runs.checkpoints.files import best_file, link, rotate, save, step_file, steps
 from training.runs.checkpoints.state import capture
 from training.runs.run import Run
+
+log = logging.getLogger(__name__)
 
 
 def store(run: Run, keep: int) -> None:
@@ -21,13 +25,16 @@ def store(run: Run, keep: int) -> None:
     Raises:
         WriteError: it cannot be written; those before it stay.
     """
-    folder = run.folder.checkpoints
+    folder, began = run.folder.checkpoints, time.perf_counter()
+    path = step_file(folder, run.step)
     state = capture(run) if run.best_written != run.step else None
     if run.world.is_main:
         if state is None:  # it was written a moment ago
-            link(best_file(folder), step_file(folder, run.step))
+            link(best_file(folder), path)
         else:
-            save(step_file(folder, run.step), state)
+            save(path, state)
+            took, size = time.perf_counter() - began, path.stat().st_size
+            log.info("%s: %.1f MB written in %.2f s", path.name, size / 1e6, took)
         rotate(folder, keep, newest=run.step, best=run.best["step"] if run.best else None)
     watch.saved(step_file(folder, run.step))
 
