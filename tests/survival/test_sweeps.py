@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import torch._dynamo  # every command would import it anew
 
 import train
 from analysis import status
-from tests.cli.conftest import QUICK
+from tests.cli.conftest import QUICK, metrics
 
 Launch = Callable[..., BaseProcess]
 
@@ -166,8 +167,8 @@ def test_a_sweep_that_is_killed_three_times_and_then_launched_twice_at_once(
     assert len(table) == 24 and table.count("failed") >= 2
 
 
-def test_workers_give_what_one_process_gives_and_a_dead_one_is_replaced(launch: Launch, tmp_path: Path) -> None:
-    argv = ("-m", *QUICK, "optimizer=sgd", "seed=0,1,2,3", "trainer.max_epochs=200")
+def test_a_worker_that_is_killed_is_replaced_and_all_stop_together(launch: Launch, tmp_path: Path) -> None:
+    argv = ("-m", *QUICK, "optimizer=sgd", "seed=0,1,2,3", "trainer.max_epochs=2000")
     process = launch(*argv, "workers=2")
     until(lambda: len([one for one in status.look(tmp_path) if (one.step or 0) > 20]) == 2)
     first, second = [one for one in status.look(tmp_path) if (one.step or 0) > 20]
@@ -177,15 +178,17 @@ def test_workers_give_what_one_process_gives_and_a_dead_one_is_replaced(launch: 
     lost = tmp_path / first.run / "summary.json"
     until(lost.exists)
     assert "was ended by signal 9 (SIGKILL)" in json.loads(lost.read_text())["error"]
-    # The others go on; then all are stopped by what a terminal sends to the command.
-    until(lambda: len([one for one in status.look(tmp_path) if one.state == "running" and (one.step or 0) > 20]) == 2)
+    # The others go on, in a new worker too; then all are stopped by what a terminal sends to the command.
+    def others() -> list[status.Status]:
+        return [one for one in status.look(tmp_path) if one.run != first.run and one.state == "running"]
+
+    until(lambda: len([one for one in others() if (one.step or 0) > 20]) == 2)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     (said,) = outputs(tmp_path)
     assert process.exitcode == 130 and "what ran is saved, and the same command goes on" in said
-    states = sorted(one.state for one in status.look(tmp_path))
-    assert states in (["failed", "interrupted", "interrupted", "waiting"], ["failed", "interrupted", "interrupted"])
+    assert sorted(one.state for one in status.look(tmp_path)) == ["failed", "interrupted", "interrupted", "waiting"]
     assert litter(tmp_path) == [] and "Traceback" not in said
 
 
@@ -210,3 +213,21 @@ def test_a_signal_is_heeded_at_any_moment(launch: Launch, tmp_path: Path, moment
     again = launch(*argv)
     again.join(60)
     assert again.exitcode == 0 and sorted(one.state for one in status.look(tmp_path)) == ["finished"] * 2
+
+
+def test_two_workers_and_joblib_give_what_one_process_gives(launch: Launch, tmp_path: Path) -> None:
+    argv = ("-m", *QUICK, "optimizer=sgd,adam", "seed=0", "dataset.batch_size=32,6000")
+    ways = {"one": (), "two": ("workers=2",), "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")}
+    if importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None:
+        del ways["joblib"]
+    for name, way in ways.items():
+        process = launch(*argv, *way, f"paths.sweeps=multirun/{name}")
+        process.join(120)
+        table = re.findall(r"│ (finished|failed) +│", outputs(tmp_path)[-1])
+        assert process.exitcode == 1 and sorted(table) == ["failed", "failed", "finished", "finished"]
+    found = {
+        name: {path.parent.name: metrics(path.parent) for path in tmp_path.glob(f"multirun/{name}/*/*/metrics.jsonl")}
+        for name in ways
+    }
+    assert len(found["one"]) == 2 and all(one == found["one"] for one in found.values())
+    assert litter(tmp_path) == []

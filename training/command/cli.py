@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from training.command import jobs, slurm, workers
 from training.command.jobs import Row, Train
 from training.command.words import as_started, complain, mutter, on_main, say
+from training.command.workers import relayed
 from training.loop.launch import leave_word
 from training.loop.signals import CTRL_C, REQUEUE, Interrupted, StopSignals
 from training.runs.claims import release
@@ -80,8 +83,12 @@ def _run(train: Train, job: Callable[[], Any], given: list[str]) -> None:
         start(train, asked, _rows)
         return
     sys.argv = [sys.argv[0], *(asked.arguments if isinstance(asked, Sweep) else asked)]
-    with _wrapped() if {"-h", "--help"} & set(given) else nullcontext():
+    began = time.time()
+    around = _wrapped if {"-h", "--help"} & set(given) else relayed if isinstance(asked, Sweep) else nullcontext
+    with around():
         job()
+    if isinstance(asked, Sweep) and not _rows:  # they were run elsewhere
+        _rows.extend(jobs.collect(asked, began))
 
 
 def _stopped(stop: Interrupted) -> int:
@@ -117,6 +124,8 @@ def run_job(train: Train, run: RunConfig) -> float:
     Raises:
         SystemExit: a signal stopped the run.
     """
+    if multiprocessing.current_process().name != "MainProcess":
+        os.environ["TTY_COMPATIBLE"] = "0"  # to rich: several bars on one terminal are none
     say(f"\nrun {len(_rows) + 1}: {run.label}")
     try:
         summary = jobs.attempt(train, run)

@@ -86,6 +86,26 @@ def attempt(train: Train, run: RunConfig) -> dict[str, Any]:
     return summary
 
 
+def collect(sweep: Sweep, since: float) -> list[Row]:
+    """What became of the jobs of a sweep that were run in other processes, from their folders.
+
+    Args:
+        sweep: that a plugin of Hydra's has launched.
+        since: when, in seconds of the clock; of values that a sweeper has drawn, the folders tell which were new.
+    """
+    from training.runs.resume import sweep_folder  # see attempt
+
+    if not sweep.commands:
+        ended = [path for path in sweep.folder.glob("*/summary.json") if path.stat().st_mtime >= since]
+        return [(path.parent.name, RunFolder(path.parent).read_summary() or {}) for path in sorted(ended)]
+    rows = []
+    for index in sweep.due:
+        run = sweep.job(index)
+        summary = RunFolder(sweep_folder(run)).read_summary()
+        rows.append((run.label or run.job_id, summary or {"status": "unfinished"}))
+    return rows
+
+
 def record_failure(run: RunConfig, error: Exception) -> dict[str, Any]:
     """Write that a job of a sweep failed into its `summary.json`, unless the trainer has said how it ended.
 

@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -237,6 +238,31 @@ def _gpus() -> list[str]:
     if given is not None:
         return [name for name in given.split(",") if name.strip()]
     return [str(index) for index in range(torch.cuda.device_count())]
+
+
+@contextmanager
+def relayed() -> Iterator[None]:
+    """Within it, SIGTERM and its like reach the processes that a launcher of Hydra's has started on this machine.
+
+    Ctrl-C they hear of themselves: a terminal sends it to all.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(PATIENCE):
+            if requested() == REQUEUE:
+                for child in multiprocessing.active_children():
+                    if child.pid is not None:
+                        os.kill(child.pid, signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=watch, name="relay", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 # -- in the worker -----------------------------------------------------------------------------------------------------
