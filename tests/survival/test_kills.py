@@ -10,6 +10,8 @@ import json
 import os
 import random
 import re
+import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 from tests.survival.conftest import places
-from tests.survival.forks import Ended, Forks
+from tests.survival.forks import Forks
 from tests.training.small_run import differences, events
 
 SEED = os.environ.get("CURVLAB_KILLS_SEED", "0")
@@ -96,36 +98,59 @@ FORMS = {
 }
 
 
+def uninterrupted(forks: Forks, tmp_path: Path, family: str) -> tuple[dict[str, Any], float]:
+    """What a run leaves that nothing happens to, and the seconds it takes."""
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 37} the" for i in range(1500)))
+    (tmp_path / "whole").mkdir()
+    whole = forks.run(*RUN, *FAMILIES[family], cwd=tmp_path / "whole", ranks=ranks(family))
+    assert set(whole.codes) == {0}, whole.output
+    return left_by(tmp_path / "whole", "runs/*/*"), whole.seconds
+
+
+def chain(forks: Forks, work: Path, family: str, form: str, blows: Iterable[dict[str, Any]]) -> tuple[int, list[str]]:
+    """A run in one of its forms, taken up again after each blow until it has finished; how many hit it, and a story."""
+    words, _ = FORMS[form]
+    work.mkdir()
+    hits, story = 0, [f"seed {SEED}, {family}, {form}"]
+    for blow in blows:
+        ended = forks.run(*words, *RUN, *FAMILIES[family], cwd=work, ranks=ranks(family), launched=True, **blow)
+        story.append(f"{blow}: {ended.codes}")
+        if not any(ended.codes):
+            return hits, story
+        hits += 1
+        if blow.get("number") == signal.SIGTERM:
+            assert set(ended.codes) <= {0, 75} and "Traceback" not in "".join(ended.output), [*story, *ended.output]
+    ended = forks.run(*words, *RUN, *FAMILIES[family], cwd=work, ranks=ranks(family))
+    story.append(f"finished: {ended.codes} {ended.output}")
+    assert not any(ended.codes), story
+    return hits, story
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_killed_run_is_an_uninterrupted_one(forks: Forks, tmp_path: Path, family: str) -> None:
-    command = (*RUN, *FAMILIES[family])
-    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 37} the" for i in range(1500)))
-    (tmp_path / "whole").mkdir()
-    whole = forks.run(*command, cwd=tmp_path / "whole", ranks=ranks(family))
-    assert set(whole.codes) == {0}, whole.output
-    wanted = left_by(tmp_path / "whole", "runs/*/*")
-    chance, kills, chain = random.Random(f"{SEED} {family}"), 0, 0
+    wanted, seconds = uninterrupted(forks, tmp_path, family)
+    chance, kills, count = random.Random(f"{SEED} {family}"), 0, 0
     while kills < KILLS:
-        form = [*FORMS][chain % len(FORMS)]
-        words, pattern = FORMS[form]
-        (work := tmp_path / f"chain{chain}").mkdir()
-        story = [f"seed {SEED}, {family}, {form}, {whole.seconds:.2f} s"]
-        ended: Ended | None = None
-        for _ in range(PER_CHAIN):
-            moment = chance.uniform(0, whole.seconds)
-            victims = chance.choice([None, [0], [1]]) if family == "two" else None
-            ended = forks.run(
-                *words, *command, cwd=work, after=moment, ranks=ranks(family), victims=victims, launched=True
-            )
-            story.append(f"killed {victims or 'all'} after {moment:.3f} s: {ended.codes}")
-            if not any(ended.codes):
-                break
-            kills += 1
-        if ended is not None and any(ended.codes):
-            ended = forks.run(*words, *command, cwd=work, ranks=ranks(family))
-            story.append(f"finished: {ended.codes} {ended.output}")
-            assert not any(ended.codes), story
-        found = list(differences(left_by(work, pattern), wanted))
+        form = [*FORMS][count % len(FORMS)]
+        victims = (None, [0], [1]) if family == "two" else (None,)
+        blows = [{"after": chance.uniform(0, seconds), "victims": chance.choice(victims)} for _ in range(PER_CHAIN)]
+        hits, story = chain(forks, work := tmp_path / f"chain{count}", family, form, blows)
+        found = list(differences(left_by(work, FORMS[form][1]), wanted))
         assert found == [], "\n".join([*found, *story])
-        chain += 1
+        kills, count = kills + hits, count + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, form", [("adam", "single"), ("gan", "sweep"), ("text", "single"), ("two", "sweep")])
+def test_a_stopped_run_is_an_uninterrupted_one(forks: Forks, tmp_path: Path, family: str, form: str) -> None:
+    """In the build, a step, an evaluation, the test, a plot: SIGTERM is heeded, and a second one does not wait."""
+    wanted, seconds = uninterrupted(forks, tmp_path, family)
+    chance = random.Random(f"{SEED} {family} stopped")
+    early, late, last = (chance.uniform(share, share + 0.3) * seconds for share in (0.1, 0.4, 0.7))
+    twice = [(rank, int(signal.SIGTERM), 0.02) for rank in range(len(ranks(family)))]
+    blows: list[dict[str, Any]] = [{"after": moment, "number": signal.SIGTERM} for moment in (early, last)]
+    blows.insert(1, {"after": late, "number": signal.SIGTERM, "then": twice})
+    hits, story = chain(forks, tmp_path / "parts", family, form, blows)
+    found = list(differences(left_by(tmp_path / "parts", FORMS[form][1]), wanted))
+    assert found == [] and hits, "\n".join([*found, *story])
