@@ -200,17 +200,20 @@ def _answer(*command: str) -> str:
 
 def _summary(sweep: Sweep, index: int, job: Any, there: bool) -> dict[str, Any]:
     """How a job ended, by its folder; or else by what the queue and its output tell."""
-    from training.runs.resume import sweep_folder  # with torch
+    from training.runs.resume import ELSEWHERE, sweep_folder  # with torch
 
     outcome, result = "error", LOST
     if there:
         outcome, result = importlib.import_module("submitit").core.utils.pickle_load(job.paths.result_pickle)
-    why = str(result).strip().splitlines()[-1] if outcome == "error" else "the job left no summary"
+    why = str(result).strip().splitlines()[-1] if outcome == "error" else ""
     failed = {"status": "failed", "error": f"{why}; see {job.paths.stdout}"}
     try:
         folder = sweep_folder(sweep.job(index))
     except UserError as error:
         return failed | {"error": str(error)}
     summary = RunFolder(folder).read_summary() if folder.exists() else None
-    told = summary is not None and (outcome != "error" or summary.get("status") == "failed")
-    return summary if told and summary else (summary or {}) | failed
+    if summary is None and outcome != "error":  # another launch of the sweep has it
+        return {"status": ELSEWHERE}
+    if summary is not None and (outcome != "error" or summary.get("status") == "failed"):
+        return summary
+    return (summary or {}) | failed
