@@ -23,6 +23,7 @@ import torch._dynamo  # every command would import it anew
 import train
 from analysis import status
 from tests.cli.conftest import QUICK, metrics
+from training.runs.claims import SIGN
 
 Launch = Callable[..., BaseProcess]
 
@@ -167,12 +168,17 @@ def test_a_sweep_that_is_killed_three_times_and_then_launched_twice_at_once(
     assert len(table) == 24 and table.count("failed") >= 2
 
 
-def test_a_worker_that_is_killed_is_replaced_and_all_stop_together(launch: Launch, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_replaced_and_all_stop_together(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")  # which of them there are is not asked here
     argv = ("-m", *QUICK, "optimizer=sgd", "seed=0,1,2,3", "trainer.max_epochs=2000")
     process = launch(*argv, "workers=2")
     until(lambda: len([one for one in status.look(tmp_path) if (one.step or 0) > 20]) == 2)
     first, second = [one for one in status.look(tmp_path) if (one.step or 0) > 20]
     assert first.pid != second.pid and first.state == second.state == "running"
+    signs = [json.loads((tmp_path / one.run / SIGN).read_text()) for one in (first, second)]
+    assert sorted(sign["gpus"] for sign in signs) == ["3", "5"]
     assert first.pid is not None
     os.kill(first.pid, signal.SIGKILL)
     lost = tmp_path / first.run / "summary.json"
