@@ -333,7 +333,8 @@ class Trainer:
             late = run.resumed and eval_due(run.step) and run.evaluated != run.step
             signal = evaluation.validate(run) if late else 0  # that which stopped the run did not wait for it
             while not (run.done or run.stop_reason or signal):
-                step.take(run, batches, self.clip_norm)
+                with watch.exchange():  # of gradients
+                    step.take(run, batches, self.clip_norm)
                 signal = run.advance(signals.exit_code)
                 for callback in run.callbacks:
                     callback.on_step(run)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -75,7 +74,7 @@ class Forks:
         number: int = signal.SIGKILL,
         ranks: Sequence[dict[str, str]] = ({},),
         victims: Sequence[int] | None = None,
-        launched: bool = False,
+        launched: float | None = None,
         then: Sequence[tuple[int, int, float]] = (),
         limit: float = LIMIT,
     ) -> Ended:
@@ -89,7 +88,8 @@ class Forks:
             number: of that signal.
             ranks: what is set in the environment of each of its processes.
             victims: ranks that are sent the signal; None: all.
-            launched: whether, as by torchrun, all others get SIGTERM when a process has ended by anything but 0.
+            launched: as by torchrun, all others get SIGTERM when a process has ended by anything but 0, and so many
+                seconds later SIGKILL; None: they do not.
             then: rank, signal and seconds after the first signal, of further ones.
             limit: seconds after which all that is left is killed.
         """
@@ -138,15 +138,18 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
             _child(asked["argv"], asked["cwd"], environment, log)
         children.append(child)
     codes: dict[int, int] = {}
-    rest = [[rank, asked["number"], 0.0] for rank in asked["victims"]] + asked["then"]
-    told = None if asked["after"] is not None or asked["when"] else math.inf  # when the first signal was sent
+    due: list[tuple[float, int, int]] = []  # when, rank and number of signals to be sent
+    whole = asked["after"] is None and asked["when"] is None
+    struck = whole
     while len(codes) < len(children):
         now = time.monotonic() - begun
-        if told is None and (any(Path(asked["cwd"]).glob(asked["when"])) if asked["when"] else now >= asked["after"]):
-            told = now
-        for rank, number, later in [*rest]:
-            if told is not None and now >= told + later:
-                rest.remove([rank, number, later])
+        if not struck and (any(Path(asked["cwd"]).glob(asked["when"])) if asked["when"] else now >= asked["after"]):
+            struck = True
+            due += [(now, rank, asked["number"]) for rank in asked["victims"]]
+            due += [(now + later, rank, number) for rank, number, later in asked["then"]]
+        for when, rank, number in [*due]:
+            if now >= when:
+                due.remove((when, rank, number))
                 if children[rank] not in codes:
                     os.kill(children[rank], number)
         held = asked["victims"] if asked["number"] == signal.SIGSTOP else []
@@ -159,12 +162,13 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     codes[child] = os.waitstatus_to_exitcode(status)
-                    if asked["launched"] and codes[child]:
-                        asked["launched"] = False
-                        rest += [[rank, int(signal.SIGTERM), 0.0] for rank in range(len(children))]
+                    if asked["launched"] is not None and codes[child]:
+                        grace, asked["launched"] = asked["launched"], None
+                        for rank in range(len(children)):
+                            due += [(now, rank, signal.SIGTERM), (now + grace, rank, signal.SIGKILL)]
         time.sleep(0.002)
     seconds = time.monotonic() - begun
-    if told == math.inf and (imported := Path(asked["logs"][0] + MODULES)).exists():
+    if whole and (imported := Path(asked["logs"][0] + MODULES)).exists():
         for name in json.loads(imported.read_text()):  # what a command imports the next ones have imported
             with contextlib.suppress(Exception):
                 importlib.import_module(name)

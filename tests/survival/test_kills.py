@@ -113,7 +113,7 @@ def chain(forks: Forks, work: Path, family: str, form: str, blows: Iterable[dict
     work.mkdir()
     hits, story = 0, [f"seed {SEED}, {family}, {form}"]
     for blow in blows:
-        ended = forks.run(*words, *RUN, *FAMILIES[family], cwd=work, ranks=ranks(family), launched=True, **blow)
+        ended = forks.run(*words, *RUN, *FAMILIES[family], cwd=work, ranks=ranks(family), launched=20, **blow)
         story.append(f"{blow}: {ended.codes}")
         if not any(ended.codes):
             return hits, story

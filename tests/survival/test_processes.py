@@ -18,8 +18,10 @@ import pytest
 from tests.conftest import ROOT
 from tests.survival.conftest import places
 from tests.survival.forks import Ended, Forks
+from training.callbacks import Callback
 from training.loop import watch
 from training.runs import checkpoints
+from training.runs.run import Run
 
 SMALL = (
     "model=mlp", "model.hidden=[16]", "optimizer=sgd", "callbacks=none", "logger=quiet", "dataset.limit_train=0.2",
@@ -70,6 +72,26 @@ def test_one_that_hangs_is_named_and_not_waited_for_for_ever(forks: Forks, tmp_p
     assert word.startswith("waiting for ") and "rank 1, last heard of " in word and ".py:" in word
     assert error.startswith("error: rank 1, last heard of ") and "gave no answer for 6 s (CURVLAB_TIMEOUT)" in error
     assert json.loads((run_of(tmp_path) / "summary.json").read_text())["error"] in error
+
+
+class Hang(Callback):
+    """Keeps a rank busy for ever."""
+
+    def on_step(self, run: Run) -> None:
+        if run.step == 3 and run.world.is_main:
+            time.sleep(1000)
+
+
+def test_one_that_is_busy_for_ever_is_named_by_those_that_wait(forks: Forks, tmp_path: Path) -> None:
+    (folder := tmp_path / "mine" / "callbacks").mkdir(parents=True)
+    (folder / "hang.yaml").write_text("hang:\n  _target_: tests.survival.test_processes.Hang\n")
+    command = [*(word for word in SMALL if word != "callbacks=none"), "callbacks=hang", f"--config-dir={folder.parent}"]
+    ended = forks.run(*command, cwd=tmp_path, ranks=places(CURVLAB_TIMEOUT="4"), launched=1)
+    assert ended.codes == [-signal.SIGKILL, 1], ended.output
+    word, error = ended.output[1].splitlines()
+    assert word.startswith("waiting for ") and "rank 0, last heard of 0 s ago" in word
+    assert "tests/survival/test_processes.py" in word and "(on_step)" in word
+    assert "gave no answer for 4 s" in error
 
 
 def test_asked_to_stop_while_another_hangs_it_does(forks: Forks, tmp_path: Path) -> None:

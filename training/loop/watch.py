@@ -191,9 +191,9 @@ class Watch:
         return [rank for rank, (_, heard) in self._heard.items() if now - heard > 5 * self._beat]
 
     def _say(self, silent: list[int], before: str, after: str) -> None:
-        """A line on stderr, from the first of the ranks that live."""
-        if all(rank in silent for rank in range(self.rank)):
-            busy = [rank for rank, (told, _) in self._heard.items() if not json.loads(told)[1]]
+        """A line on stderr, from the first of the ranks that live and wait."""
+        busy = [rank for rank, (told, _) in self._heard.items() if not json.loads(told)[1]]
+        if all(rank in [*silent, *busy] for rank in range(self.rank)):
             line = before + self._described(silent or busy or [*self._heard]) + after
             os.write(2, f"{line}\n".encode())
 
