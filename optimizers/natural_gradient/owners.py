@@ -331,15 +331,13 @@ class OwnedBlocks(CurvatureOptimizer):
         super()._restore(saved)
         self._units = None
         self._lent.clear()
-        known = saved.get("owners", {})
-        if not self._sharing:
-            return
-        wanted = {**self._wanted(), **known}
+        wanted = {**self._wanted(), **saved.get("owners", {})} if self._sharing else {}
         for name, block in self.blocks.items():
-            block.owner = wanted.get(name)
-            self._keep_own(block)
+            if self._sharing:
+                block.owner = wanted.get(name)
+                self._keep_own(block)
             if block.mine and any(t.is_meta for t in block.factors.values()):
                 raise RuntimeError(
-                    f"the curvature of {name!r} is another process's: call optimizer.consolidate() on every process "
-                    "before making a copy for others."
+                    f"the curvature of {name!r} is another process's, and a copy of the optimizer has no more than its "
+                    "own: take optimizer.state_dict() to others, after optimizer.consolidate() on every process."
                 )

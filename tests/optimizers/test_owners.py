@@ -56,7 +56,7 @@ def told(function: Any) -> str:
     return ""
 
 
-def apart(name: str, rank: int, world: int, stored: dict[str, Any] | None) -> dict[str, Any]:
+def apart(name: str, rank: int, world: int, stored: dict[str, Any] | None, folder: str = "") -> dict[str, Any]:
     """A run, and what is known of it on one process."""
     model, network, optimizer = started(name, world)
     trained(network, optimizer, range(STEPS), rank, world)
@@ -67,6 +67,8 @@ def apart(name: str, rank: int, world: int, stored: dict[str, Any] | None) -> di
     factors = {name: block.factors for name, block in optimizer.blocks.items()}
     found["held"] = {name: sorted(k for k, t in own.items() if not t.is_meta) for name, own in factors.items()}
     pair = copy.deepcopy((model, optimizer))
+    if rank == 0 and world > 1:
+        torch.save(pair, Path(folder) / f"{name}.pt")
     optimizer.consolidate()
     found["matrices"] = optimizer.curvature_matrices()
     found["state"], found["weights"] = copy.deepcopy(optimizer.state_dict()), weights(model)
@@ -134,7 +136,7 @@ def worker(rank: int, folder: str) -> None:
     )
     try:
         stored = torch.load(Path(folder) / "stored.pt", weights_only=True)
-        found: dict[str, Any] = {name: apart(name, rank, 2, stored[name]) for name in METHODS}
+        found: dict[str, Any] = {name: apart(name, rank, 2, stored[name], folder) for name in METHODS}
         found |= {"thawed": thawed(rank, 2), "broken": broken(rank, 2)}
         torch.save(found, Path(folder) / f"rank{rank}.pt")
     finally:
@@ -158,7 +160,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, alone: dict[str, Any]) -> li
     states = {name: {key: run[key] for key in ("state", "weights")} for name, run in alone.items()}
     torch.save(states, folder / "stored.pt")
     mp.spawn(worker, args=(str(folder),), nprocs=2, join=True)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) | {"folder": folder} for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -207,6 +209,11 @@ def test_one_process_goes_on_from_the_state_of_two(name: str, ranks: list[Any]) 
     optimizer.load_state_dict(ranks[0][name]["state"])
     trained(network, optimizer, range(STEPS, 2 * STEPS), 0, 1)
     torch.testing.assert_close(weights(model), ranks[0][name]["later"], rtol=1e-7, atol=1e-8)
+
+
+def test_a_pickle_of_a_process_is_no_state_for_others(ranks: list[Any]) -> None:
+    with pytest.raises(RuntimeError, match="is another process's"):
+        torch.load(ranks[0]["folder"] / "kfac.pt", weights_only=False)
 
 
 @pytest.mark.usefixtures("float64")
