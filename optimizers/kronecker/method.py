@@ -30,7 +30,8 @@ class KroneckerMethod(NaturalGradient):
         assign: where several processes train together, ``balanced``: each block has an owner among them, who alone
             keeps its factors, fits, decomposes and inverts them, and sends the inverses round (see
             ``natural_gradient.owners``); ``state_dict()`` then asks for ``consolidate()`` on every process first.
-            ``replicated``: every process does and keeps everything.
+            ``owned``: inverses stay with owners, too, who precondition their layers' gradients: less memory, and
+            directions travel in every step. ``replicated``: every process does and keeps everything.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class KroneckerMethod(NaturalGradient):
         check_choice("damping_mode", damping_mode, ("factored", "tikhonov"))
         check_choice("sharing", sharing, ("expand", "reduce"))
         check_choice("solve_dtype", solve_dtype, tuple(SOLVE_DTYPES))
-        check_choice("assign", assign, ("balanced", "replicated"))
+        check_choice("assign", assign, ("balanced", "owned", "replicated"))
         self.assign = assign
         if max_factor_dim is not None:
             check_range("max_factor_dim", max_factor_dim, 1)

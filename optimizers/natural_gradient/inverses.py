@@ -74,7 +74,6 @@ class BlockInverses(OwnedBlocks):
         self._inverted_at = LONG_AGO  # when the inverses in use were last others than in the step before
         self._adapted = AdaptiveDamping(1.0 if damping_unit == "layer" else None) if adapts else None
         self._block_updates: dict[str, int] = {}
-        self._stacks: list[Stack] = []
 
     @abstractmethod
     def affine_block(self, layer: AffineLayer) -> Approximation:
@@ -231,8 +230,14 @@ class BlockInverses(OwnedBlocks):
         Returns:
             Directions of the same shapes.
         """
-        pairs = zip(self._stacks, gradients, strict=True)
-        return [stack.blocks[0].solve(stack.cache, gradient) for stack, gradient in pairs]
+        stacks = self._stacks
+
+        def solve(k: int) -> Tensor:
+            return stacks[k].blocks[0].solve(stacks[k].cache, gradients[k])
+
+        if self._inverses_stay:
+            return self._from_owners(stacks, gradients, solve)
+        return [solve(k) for k in range(len(stacks))]
 
     def _stacked(self, entry: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Something that each parameter has, in the shape of the stacks' gradients."""
@@ -282,7 +287,8 @@ class BlockInverses(OwnedBlocks):
             for member, part in stack.members():
                 if member is block:  # as it is; before the first refresh, as it will be
                     kept = {t.data_ptr() for t in block.factors.values()}  # some serve in the solve as they are
-                    return sum(t.numel() * t.element_size() for t in part.values() if t.data_ptr() not in kept)
+                    own = [t for t in part.values() if not t.is_meta and t.data_ptr() not in kept]
+                    return sum(t.numel() * t.element_size() for t in own)
         return sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in block.cache_shapes().values())
 
     def _curvature(self) -> dict[str, Any]:
@@ -320,6 +326,9 @@ class BlockInverses(OwnedBlocks):
         for name, block in self.blocks.items():
             if name in saved["inverses"]:
                 part = self._adopted_inverse(block, saved["inverses"][name])
+                if self._inverses_stay and not block.mine:
+                    here = block.everywhere
+                    part = {k: t if k in here else torch.empty_like(t, device="meta") for k, t in part.items()}
                 alike.setdefault((kind_of(block, block.factors), kind_of(block, part)), []).append((block, part))
         self._stacks = [
             Stack([b for b, _ in members], {k: stacked([part[k] for _, part in members]) for k in members[0][1]})

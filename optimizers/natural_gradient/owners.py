@@ -5,9 +5,10 @@ Learning", 2020, arXiv 2002.09018) and KAISA (Pauloski et al., "KAISA: An Adapti
 Deep Neural Networks", SC 2021, arXiv 2107.01739): blocks go to ranks whole, the costliest first, each to the rank with
 the least to do. A step's statistics travel to the owner alone, who averages, fits, decomposes and inverts.
 
-Of KAISA's two ways, inverses are then everywhere (its COMM-OPT): owners send them round once a refresh, and each rank
-preconditions all gradients. Were they at their owners alone (MEM-OPT), directions of all parameters would travel in
-every step, refreshes or not. So what a rank holds is its share of the factors, and all inverses.
+KAISA has two ways from there. Inverses are everywhere (its COMM-OPT, here ``balanced``): owners send them round once a
+refresh, each rank preconditions all gradients, and holds its share of the factors and all inverses. Or they stay where
+they are made (MEM-OPT, here ``owned``): owners precondition their layers' gradients, and the directions of all
+parameters travel in every step, refreshes or not; a rank holds its share of either.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..curvature.kronecker import Counts, Factors
 from ..curvature.packing import Form, mirror_
 from .stacks import Block, Stack
 
-Assign = Literal["balanced", "replicated"]
+Assign = Literal["balanced", "owned", "replicated"]
 
 
 def shared_out(costs: Mapping[str, float], ranks: int) -> dict[str, int]:
@@ -49,19 +50,24 @@ def _by_columns(tensor: Tensor) -> bool:
     return tensor.dim() == 3 and not tensor.is_contiguous() and tensor.mT.is_contiguous()
 
 
-def _room(blocks: Sequence[Block], shape: tuple[int, ...], dtype: torch.dtype, by_columns: bool) -> Tensor:
-    """Where some blocks' share of a cache comes to lie."""
-    sizes = [len(blocks) * shape[0], *shape[1:]]
-    sizes = [*sizes[:-2], sizes[-1], sizes[-2]] if by_columns else sizes
-    tensor = torch.empty(sizes, dtype=dtype, device=blocks[0].layer.parameters[0].device)
-    return tensor.mT if by_columns else tensor
+def _by_rows(tensor: Tensor) -> Tensor:
+    """The same numbers row by row: transposed, or copied where they are neither."""
+    return tensor.mT if _by_columns(tensor) else tensor.contiguous()
+
+
+def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str, by_columns: bool) -> Tensor:
+    """Where an inverse comes to lie, in the layout that it has at its owner: products round by it."""
+    if not by_columns:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return torch.empty((*shape[:-2], shape[-1], shape[-2]), dtype=dtype, device=device).mT
 
 
 class OwnedBlocks(CurvatureOptimizer):
     """An optimizer whose blocks may have an owner each among the ranks. Arguments as of its base.
 
     Attributes:
-        assign: ``balanced``: blocks have owners; ``replicated``: every rank keeps and does everything.
+        assign: ``balanced``: blocks have owners; ``owned``: so have their inverses; ``replicated``: every rank has and
+            does everything.
     """
 
     assign: Assign = "replicated"
@@ -69,13 +75,21 @@ class OwnedBlocks(CurvatureOptimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.blocks: dict[str, Block]  # type: ignore[assignment]
+        self._stacks: list[Stack] = []
         self._counts = Counts()
         self._units: dict[str, Tensor] | None = None  # mean eigenvalues of all blocks; None: to be asked for
-        self._lent: dict[str, Factors] = {}  # factors of all ranks, between ``consolidate`` and the next step
+        # Factors and inverses of all ranks, between ``consolidate`` and the next step.
+        self._lent: dict[str, Factors] = {}
+        self._lent_inverses: dict[str, Factors] = {}
 
     @property
     def _sharing(self) -> bool:
-        return self.assign == "balanced" and communication.world_size() > 1
+        return self.assign != "replicated" and communication.world_size() > 1
+
+    @property
+    def _inverses_stay(self) -> bool:
+        """Whether inverses are at their owners alone."""
+        return self.assign == "owned" and communication.world_size() > 1
 
     def _device(self) -> torch.device:
         return next(iter(self.blocks.values())).layer.parameters[0].device
@@ -89,6 +103,9 @@ class OwnedBlocks(CurvatureOptimizer):
         wanted = self._wanted()
         moved = [b for name, b in self.blocks.items() if b.factors and b.owner not in (None, wanted.get(name))]
         self._spread([(block, key) for block in moved for key in block.factors if key not in block.everywhere])
+        if self._inverses_stay:  # which new owners have to make
+            gone = {id(block) for block in moved}
+            self._stacks = [stack for stack in self._stacks if not any(id(b) in gone for b in stack.blocks)]
         for name, owner in wanted.items():
             if self.blocks[name].owner != owner:
                 self.blocks[name].owner = owner
@@ -219,19 +236,21 @@ class OwnedBlocks(CurvatureOptimizer):
         return list(communication.total(torch.cat(parts)).split(sizes))
 
     def _from_owners(
-        self, stacks: Sequence[Stack], like: list[Tensor], compute: Callable[[Stack], Tensor]
+        self, stacks: Sequence[Stack], like: list[Tensor], compute: Callable[[int], Tensor]
     ) -> list[Tensor]:
         """Tensors of each stack, worked out by its owner and sent to all.
 
         Args:
             stacks: of all blocks.
             like: tensors of the shapes and dtypes of what is worked out.
-            compute: what a stack's tensor is.
+            compute: what the k-th stack's tensor is.
         """
         if not self._sharing:
-            return [compute(stack) for stack in stacks]
-        pairs = zip(stacks, like, strict=True)
-        found = [compute(stack) if stack.blocks[0].mine else torch.empty_like(t) for stack, t in pairs]
+            return [compute(k) for k in range(len(stacks))]
+        found = [
+            compute(k).contiguous() if stack.blocks[0].mine else like[k].new_empty(like[k].shape)
+            for k, stack in enumerate(stacks)
+        ]
         owners = [stack.blocks[0].owner for stack in stacks]
         communication.spread_(found, [owner for owner in owners if owner is not None], ["full"] * len(found))
         return found
@@ -263,12 +282,14 @@ class OwnedBlocks(CurvatureOptimizer):
             flags = {key: (next(answers), next(answers)) for key in shapes}
             sent = {key: turned for key, (there, turned) in flags.items() if there and key not in first.everywhere}
             if stack is None:
-                stack = Stack.received(members, {key: _room(members, *shapes[key], sent[key]) for key in sent})
-            for key, turned in sent.items():
-                # Laid out alike everywhere: products round by it.
+                device = "meta" if self._inverses_stay else first.layer.parameters[0].device
+                rooms = {key: (len(members) * shapes[key][0][0], *shapes[key][0][1:]) for key in sent}
+                cache = {key: _room(rooms[key], shapes[key][1], device, sent[key]) for key in sent}
+                stack = Stack.received(members, cache)
+            for key, turned in () if self._inverses_stay else sent.items():
                 tensor = stack.cache[key] = stack.cache[key] if turned else stack.cache[key].contiguous()
                 form = first.form(key)
-                tensors.append(tensor.mT if turned else tensor)
+                tensors.append(_by_rows(tensor))
                 forms.append("upper" if turned and form == "lower" else form)
                 owners += [] if first.owner is None else [first.owner]
             stacks.append((stack, finite))
@@ -291,10 +312,27 @@ class OwnedBlocks(CurvatureOptimizer):
         self._spread([(block, key) for block in owned.values() for key in block.factors if key not in block.everywhere])
         for name, block in owned.items():
             self._lent[name], block.factors = block.factors, own[name]
+        if not self._inverses_stay:
+            return
+        tensors, owners = [], []
+        for stack in self._stacks:
+            first, cache = stack.blocks[0], dict(stack.cache)
+            device = first.layer.parameters[0].device
+            for key in [key for key in cache if key not in first.everywhere]:
+                like = cache[key]
+                if like.is_meta:
+                    cache[key] = _room(like.shape, like.dtype, device, _by_columns(like))
+                elif not _by_columns(like):
+                    cache[key] = like.contiguous()
+                tensors.append(_by_rows(cache[key]))
+                owners += [] if first.owner is None else [first.owner]
+            self._lent_inverses |= {block.layer.name: part for block, part in Stack(stack.blocks, cache).members()}
+        communication.spread_(tensors, owners, ["full"] * len(owners))
 
     def _reset(self) -> None:
         super()._reset()
         self._lent.clear()
+        self._lent_inverses.clear()
 
     def curvature_matrices(self) -> dict[str, Tensor]:
         """See LayerwiseOptimizer. Of the layers that this rank keeps; after ``consolidate``, of all."""
@@ -319,18 +357,21 @@ class OwnedBlocks(CurvatureOptimizer):
             RuntimeError: some of it is on other ranks.
         """
         lent = {name: dict(factors) for name, factors in self._lent.items() if self.blocks[name].factors}
-        layers = curvature["layers"] | lent
-        if any(t.is_meta for factors in layers.values() for t in factors.values()):
+        whole = {"layers": curvature["layers"] | lent}
+        if "inverses" in curvature:
+            whole["inverses"] = curvature["inverses"] | self._lent_inverses
+        if any(t.is_meta for part in whole.values() for factors in part.values() for t in factors.values()):
             raise RuntimeError(
                 "this process keeps its own share of the curvature alone: call optimizer.consolidate() on every "
                 "process before state_dict() or a copy, or build the optimizer with assign='replicated'."
             )
-        return {key: value for key, value in curvature.items() if key != "owners"} | {"layers": layers}
+        return {key: value for key, value in curvature.items() if key != "owners"} | whole
 
     def _restore(self, saved: dict[str, Any]) -> None:
         super()._restore(saved)
         self._units = None
         self._lent.clear()
+        self._lent_inverses.clear()
         wanted = {**self._wanted(), **saved.get("owners", {})} if self._sharing else {}
         for name, block in self.blocks.items():
             if self._sharing:

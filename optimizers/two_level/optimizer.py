@@ -91,6 +91,11 @@ class TwoLevelKFAC(SampledMetric, KFAC):
         self._uphill: Tensor | int = 0  # corrections left out, as the gradient would have grown along them
         super().__init__(model, params, batch_fraction=batch_fraction, **shared)
 
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.assign == "owned":
+            raise ValueError("assign must be 'balanced' or 'replicated' here: all inverses make coarse vectors")
+
     def length_rule(self, kl_of: KLOf, kl_unit: KLUnit, kl_warmup: int) -> SampledClip:
         """See NaturalGradient."""
         return SampledClip(kl_of, kl_unit, kl_warmup, getattr(self.likelihood, "independent", False), self._say)
@@ -180,7 +185,7 @@ class TwoLevelKFAC(SampledMetric, KFAC):
     def _vectors(self, like: list[Tensor]) -> list[list[Tensor]]:
         """What spans the space: ``[k][stack]``, the k-th vector of each layer in the shape of a stacked gradient."""
         if self.coarse == "spectral":
-            found = self._from_owners(self._stacks, like, smoothest)
+            found = self._from_owners(self._stacks, like, lambda k: smoothest(self._stacks[k]))
             return [[vector.view_as(t) for vector, t in zip(found, like, strict=True)]]
         ones = [torch.ones_like(t) for t in like]
         if not self.krylov:

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from optimizers import CurvatureOptimizer
 from scripts.benchmark import Options, make_model, make_optimizer, parsed, written
 
-ASSIGNS = ("replicated", "balanced")
+ASSIGNS = ("replicated", "balanced", "owned")
 
 
 @dataclass
@@ -169,12 +169,13 @@ def compare(options: Shared) -> list[dict[str, Any]]:
         held = f"{row['held_least']:.0f} to {row['held_most']:.0f}"
         table.add_row(name, *(both(row, column) for column in columns), held)
     for entry in options.optimizers:
-        pair = [rows[f"{entry} {assign}"] for assign in ASSIGNS]
-        ratios = [
-            " | ".join(f"{pair[0][name + clock] / pair[1][name + clock]:.2f}" for clock in ("", "_cpu"))
-            for name in ("due_whole", "refresh", "ordinary_whole")
-        ]
-        table.add_row(f"{entry}: ratio", *ratios, "", "", f"{pair[0]['held_most'] / pair[1]['held_most']:.2f}")
+        first, *others = (rows[f"{entry} {assign}"] for assign in ASSIGNS)
+        for assign, other in zip(ASSIGNS[1:], others, strict=True):
+            ratios = [
+                " | ".join(f"{first[name + clock] / other[name + clock]:.2f}" for clock in ("", "_cpu"))
+                for name in ("due_whole", "refresh", "ordinary_whole")
+            ]
+            table.add_row(f"{entry} {assign}: ratio", *ratios, "", "", f"{first['held_most'] / other['held_most']:.2f}")
     Console(width=140).print(table)
     return [{"optimizer": name} | row for name, row in rows.items()]
 

@@ -23,6 +23,8 @@ from tests.optimizers import problems
 from tests.optimizers.test_contract import build, train_step, weights
 
 METHODS = ("kfac", "ekfac", "kpsvd", "deflation", "twolevel_kfac_spectral", "kfac_damping_auto")
+OWNED = "_owned"  # behind a method's name: inverses are at their owners alone
+METHODS += tuple(f"{name}{OWNED}" for name in ("kfac", "ekfac", "deflation"))
 BATCH, STEPS = 32, 5
 inputs, targets = problems.images(BATCH)
 FROZEN = 3  # steps for which a layer is
@@ -38,7 +40,8 @@ def batch(step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
 def started(name: str, world: int, **options: Any) -> tuple[nn.Module, nn.Module, Any]:
     torch.manual_seed(0)
     model = problems.mlp()
-    optimizer = build(name, model, **options)
+    options |= {"assign": "owned"} if name.endswith(OWNED) else {}
+    optimizer = build(name.removesuffix(OWNED), model, **options)
     return model, DistributedDataParallel(model) if world > 1 else model, optimizer
 
 
@@ -88,9 +91,9 @@ def apart(name: str, rank: int, world: int, stored: dict[str, Any] | None, folde
     return found
 
 
-def thawed(rank: int, world: int) -> Tensor:
+def thawed(rank: int, world: int, name: str = "kfac") -> Tensor:
     """A layer without curvature at first, whose coming moves others to other owners."""
-    model, network, optimizer = started("kfac", world, update_every=2, refresh_every=3)
+    model, network, optimizer = started(name, world, update_every=2, refresh_every=3)
     layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
     before = None
     for step in range(3 * FROZEN):
@@ -137,7 +140,7 @@ def worker(rank: int, folder: str) -> None:
     try:
         stored = torch.load(Path(folder) / "stored.pt", weights_only=True)
         found: dict[str, Any] = {name: apart(name, rank, 2, stored[name], folder) for name in METHODS}
-        found |= {"thawed": thawed(rank, 2), "broken": broken(rank, 2)}
+        found |= {"thawed": thawed(rank, 2), "thawed_owned": thawed(rank, 2, "kfac_owned"), "broken": broken(rank, 2)}
         torch.save(found, Path(folder) / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -173,6 +176,8 @@ def test_each_factor_is_kept_by_one_process(name: str, ranks: list[Any], alone: 
         assert shares[0] | shares[1] == set(keys)
         assert shares[0] & shares[1] <= everywhere, "kept twice"
     assert max(first["bytes"], second["bytes"]) < alone[name]["bytes"]
+    if name.endswith(OWNED) and "ekfac" not in name:
+        assert first["bytes"] + second["bytes"] == alone[name]["bytes"]
     assert sorted(first["own"] + second["own"]) == alone[name]["own"]
     assert first["own"] and second["own"], "one process has it all"
 
@@ -218,8 +223,10 @@ def test_a_pickle_of_a_process_is_no_state_for_others(ranks: list[Any]) -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_layers_that_thaw_move_others(ranks: list[Any]) -> None:
-    assert torch.equal(ranks[0]["thawed"], ranks[1]["thawed"])
-    torch.testing.assert_close(ranks[0]["thawed"], thawed(0, 1), rtol=1e-7, atol=1e-8)
+    alone = thawed(0, 1)
+    for name in ("thawed", "thawed_owned"):
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        torch.testing.assert_close(ranks[0][name], alone, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.usefixtures("float64")
