@@ -104,10 +104,12 @@ def _show() -> None:
     global _heart
     text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "namespace": namespace(), **_facts})
     for folder in _held:
+        temporary = folder / f".sign.{os.getpid()}.tmp"
         with suppress(OSError):
-            temporary = folder / f".sign.{os.getpid()}.tmp"
             temporary.write_text(text + "\n")
             temporary.replace(folder / SIGN)
+        with suppress(OSError):  # what a full disk has left of it
+            temporary.unlink(missing_ok=True)
     if _heart is None or not _heart.is_alive():
         _heart = threading.Thread(target=_beat, name="heartbeat", daemon=True)
         _heart.start()
