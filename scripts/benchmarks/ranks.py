@@ -1,6 +1,6 @@
 """What shared-out second-order work saves: the same optimizers on several processes, with owners and without.
 
-    python scripts/ranks/benchmark.py model=resnet18 batch_size=8 rounds=4 optimizers=[kfac,ekfac,kpsvd]
+    python scripts/benchmarks/ranks.py model=resnet18 batch_size=8 rounds=4 optimizers=[kfac,ekfac,kpsvd]
 
 Processes with one thread each train ResNet-18 together (gloo, DistributedDataParallel). In one run the two values of
 ``assign`` take turns: a step that gathers curvature and refreshes the inverses, then an ordinary one, each started
