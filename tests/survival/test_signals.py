@@ -135,6 +135,17 @@ def test_workers_of_a_loader_serve_on(tmp_path: Path, name: str) -> None:
     assert served == 6 and not multiprocessing.active_children()
 
 
+def test_an_echo_after_the_end_does_not_change_the_code() -> None:
+    """Ranks end one after the other, and a launcher sends SIGTERM to those that are left; torch's end takes a while."""
+    body = """import os; print('ready', flush=True)
+    while not signals.exit_code: pass
+os.kill(os.getpid(), 15)
+os._exit(signals.exit_code)"""
+    process = started(body)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+
+
 def test_forked_children_leave_it_to_their_parent() -> None:
     """What is sent to a whole group reaches workers, too: they neither die of it nor count as a second signal."""
     body = """import os, signal, time; os.setsid()

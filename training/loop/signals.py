@@ -96,8 +96,10 @@ class StopSignals:
             signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             os.close(self._pipe[1])  # which ends the thread
             self._pipe = None
+        # A command that was stopped is about to end: what its launcher sends once more must not change its exit code.
+        stopped = self._command and self.exit_code != 0
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if stopped and number != signal.SIGINT else handler)
         self._previous.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
