@@ -138,7 +138,7 @@ def read_run(folder: Path) -> LoadedRun:
     """Read a run folder.
 
     Raises:
-        ValueError: `summary.json` is damaged.
+        ValueError: `metrics.jsonl` or `summary.json` is damaged.
         UserError: `config.yaml` is.
     """
     values, choices = load(folder)

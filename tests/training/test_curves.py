@@ -109,5 +109,7 @@ def test_reading(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert series(events, "test/loss", "step") == ([100.0], [0.15])
     path = run / "metrics.jsonl"
     path.write_text("no json\n" + path.read_text())
-    assert read_metrics(run) == events
-    assert "line 1 of" in caplog.text and "is damaged is left out" in caplog.text
+    with pytest.raises(ValueError, match=r"line 1 of .*metrics.jsonl is not a JSON object"):
+        read_metrics(run)
+    assert read_metrics(run, whole=False) == events
+    assert "line 1 of" in caplog.text and "is left out" in caplog.text

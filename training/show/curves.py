@@ -24,19 +24,20 @@ log = logging.getLogger(__name__)
 Series = tuple[list[float], list[float]]
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path, whole: bool = True) -> list[dict[str, Any]]:
     """The events of a run, in order.
 
     Args:
         path: a `metrics.jsonl`, or the run folder that holds it.
+        whole: whether a damaged line is refused; else it is left out, and a warning says so. The last line is neither:
+            a killed run may have left half of it.
 
-    Lines that are damaged are left out, and a warning says so (the last one excepted: a killed run may have left half
-    of it).
+    Raises:
+        ValueError: a line that is no JSON object.
     """
     file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     lines = file.read_bytes().splitlines()
     events: list[dict[str, Any]] = []
-    damaged: list[int] = []
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
@@ -45,10 +46,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         if isinstance(event, dict):
             events.append(event)
         elif number < len(lines):
-            damaged.append(number)
-    if damaged:
-        which = f"line {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
-        log.warning("%s of %s cannot be read: the file is damaged, and what is damaged is left out.", which, file)
+            fault = f"line {number} of {file} is not a JSON object: the file is damaged"
+            if whole:
+                raise ValueError(fault)
+            log.warning("%s, and that line is left out.", fault)
     return events
 
 
@@ -80,7 +81,7 @@ def plot_run(metrics_jsonl: str | Path, name: str | None = None) -> dict[str, Fi
         logged nothing. No figure is registered with pyplot, so nothing has to be closed.
     """
     path = Path(metrics_jsonl)
-    events = read_metrics(path)
+    events = read_metrics(path, whole=False)
     title = name or _name(path if path.is_dir() else path.parent)
     figures: dict[str, Figure] = {}
     if _has(events, "wasserstein"):
