@@ -67,11 +67,9 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
                 data, task, world, callbacks, model=model, optimizer=optimizer, schedule=schedule, scalars=scalars
             )
         if config["verify"]:
-            from training.command import verification  # and the checks that it runs: of no use in training
-
+            from training.command import verification  # with checks that training has no use for
             return verification.verify(config, model, optimizer, data, task, world), Path(config["paths"]["runs"])
         state = resume.load_state(start)
-
         folder = cli.on_main(world, partial(resume.enter, start, run, world))
         distributed.remember("folder", str(folder.path))
         summary = trainer.fit(

@@ -44,7 +44,7 @@ class KroneckerMethod(NaturalGradient):
         sharing: Literal["expand", "reduce"] = "expand",
         max_factor_dim: int | None = 8192,
         solve_dtype: Literal["float32", "bfloat16"] = "float32",
-        assign: Assign = "balanced",
+        assign: Assign = "replicated",
         **shared: Any,
     ) -> None:
         check_choice("damping_mode", damping_mode, ("factored", "tikhonov"))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from optimizers.curvature.recorder import Recorder
+from optimizers.kronecker import KroneckerMethod
 from tests.optimizers import problems
 from tests.optimizers.test_contract import build, every, train_step, weights
 
@@ -91,6 +92,8 @@ def run(name: str, problem: str, rank: int, world: int, few: bool = False) -> Te
     model = PROBLEMS[problem][0]()
     entry, options = (SHARES if few else CASES)[name]
     optimizer = build(entry, model, **options)
+    if isinstance(optimizer, KroneckerMethod) and "assign" not in options:
+        optimizer.assign = "balanced"  # the harder way; replicated has cases of its own
     network: nn.Module = DistributedDataParallel(model) if world > 1 else model
     for inputs, targets in batches(problem, FEW if few else BATCH)[: 3 if few else STEPS]:
         # Halves, one behind the other: that is how targets are drawn and statistics' shares of a batch are taken.
@@ -102,7 +105,7 @@ def curvature(name: str, rank: int, world: int) -> dict[str, Tensor]:
     """Blocks after a step on shares of different length."""
     torch.manual_seed(0)
     model = PROBLEMS["groupnorm"][0]()
-    optimizer = build(name, model, fisher="empirical", batch_fraction=0.3)
+    optimizer = build(name, model, fisher="empirical", batch_fraction=0.3, assign="balanced")
     network: nn.Module = DistributedDataParallel(model) if world > 1 else model
     share = [t.split(UNEVEN)[rank] if world > 1 else t for t in PROBLEMS["groupnorm"][1](FEW)]
     train_step(optimizer, network, (share[0], share[1]))

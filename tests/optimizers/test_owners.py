@@ -40,7 +40,7 @@ def batch(step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
 def started(name: str, world: int, **options: Any) -> tuple[nn.Module, nn.Module, Any]:
     torch.manual_seed(0)
     model = problems.mlp()
-    options |= {"assign": "owned"} if name.endswith(OWNED) else {}
+    options["assign"] = "owned" if name.endswith(OWNED) else "balanced"
     optimizer = build(name.removesuffix(OWNED), model, **options)
     return model, DistributedDataParallel(model) if world > 1 else model, optimizer
 
