@@ -330,8 +330,11 @@ class Trainer:
         run.model.train()
         batches = run.batches()
         with run.clock.count("training"):
-            late = run.resumed and eval_due(run.step) and run.evaluated != run.step
-            signal = evaluation.validate(run) if late else 0  # that which stopped the run did not wait for it
+            signal = 0
+            if run.resumed and eval_due(run.step) and run.evaluated != run.step:
+                signal = evaluation.validate(run)  # that which stopped the run did not wait for it
+                if not signal:
+                    self._save(run)  # in place of the checkpoint that knows of no evaluation
             while not (run.done or run.stop_reason or signal):
                 with watch.exchange():  # of gradients
                     step.take(run, batches, self.clip_norm)

@@ -280,7 +280,7 @@ def convolutional(generator: str = "kfac", critic: str = "adam", lr: float = 0.0
 @pytest.mark.parametrize(("generator", "critic"), [("kfac", "adam"), ("adam", "kfac")])
 def test_resume_between_two_turns_of_the_generator(tmp_path: Path, generator: str, critic: str) -> None:
     options: dict[str, Any] = {"schedule": partial(schedules.cosine, warmup=0.2), "max_steps": 14, "clip_norm": 1.0,
-                               "eval_every_steps": 5, "checkpoint_every_steps": 50}  # fmt: skip
+                               "eval_every_steps": 4, "checkpoint_every_steps": 50}  # fmt: skip
     fit(tmp_path / "whole", *convolutional(generator, critic), **options)
     with pytest.raises(Interrupted):
         fit(tmp_path / "parts", *convolutional(generator, critic), callbacks=[SignalAt(6)], **options)

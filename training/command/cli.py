@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -29,6 +30,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __all__ = ["main", "on_main", "run_job", "say"]
 
+# Objects made between two looks for garbage. Loading torch and building a run make hundreds of thousands that stay, which
+# Python would look through again every 700: a fifth of the seconds until the first step.
+PATIENCE = 50_000
+
 # Jobs of the sweep that runs in this process, in order.
 _rows: list[Row] = []
 
@@ -46,9 +51,10 @@ def main(train: Train, job: Callable[[], Any], argv: Sequence[str] | None = None
         The exit code: 0, 1 for an error, 75 or 130 for a run that a signal stopped (it can be resumed).
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    program = sys.argv
+    program, thresholds = sys.argv, gc.get_threshold()
     _rows.clear()
     try:
+        gc.set_threshold(PATIENCE, *thresholds[1:])
         with StopSignals(command=True):
             _run(train, job, given)
     except Interrupted as stop:
@@ -61,6 +67,7 @@ def main(train: Train, job: Callable[[], Any], argv: Sequence[str] | None = None
         complain(error)
         return 1
     finally:
+        gc.set_threshold(*thresholds)
         sys.argv = program
         jobs.show(_rows)
     return int(any(summary.get("status") == "failed" for _, summary in _rows))

@@ -83,10 +83,15 @@ def session(device: str = "auto") -> Iterator[World]:
     except (dist.DistError, RuntimeError) as error:
         raise ProcessLost(
             f"only some of {here.world_size} processes came within {watch.timeout().total_seconds():g} s "
-            f"({watch.TIMEOUT}), or one of them ended: start them anew"
+            f"({watch.TIMEOUT}), or one of them ended ({_first_line(error)}): start them anew"
         ) from error
     with watch.Watch(store, here.rank, here.world_size):
         yield from _joined(world)
+
+
+def _first_line(error: Exception) -> str:
+    """What torch says first, before the trace of its own."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _joined(world: World) -> Iterator[World]:
