@@ -30,8 +30,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __all__ = ["main", "on_main", "run_job", "say"]
 
-# Objects made between two looks for garbage. Loading torch and building a run make hundreds of thousands that stay, which
-# Python would look through again every 700: a fifth of the seconds until the first step.
+# Objects made between two looks for garbage. Loading torch and building a run make hundreds of thousands that stay,
+# which Python would look through again every 700: a quarter of the seconds until the first step.
 PATIENCE = 50_000
 
 # Jobs of the sweep that runs in this process, in order.
