@@ -402,6 +402,8 @@ class Trainer:
             logger.finish(run, summary)
         log.info("%s: %s", status, {k: v for k, v in run.latest.items() if not k.startswith("time/")})
         if run.world.is_main:
+            if run.resumed:  # what a kill just after the last checkpoint has left
+                checkpoints.tidy(run, self.keep_checkpoints)
             run.folder.write_summary(summary)
         return summary
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.slurm.conftest import Slurm, ends, folder, runs, summary
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 
 def test_taken_by_another_partition(slurm: Slurm, jobs: dict[str, str]) -> None:

@@ -13,11 +13,9 @@ from tests.cli.conftest import Outcome, command, quick, work  # noqa: F401 - fix
 from tests.conftest import ROOT
 from tests.slurm.conftest import PATIENCE, QUICK, Slurm, started, summary, until
 
-pytestmark = pytest.mark.xdist_group("slurm")
-
 
 @pytest.mark.slow
-def test_a_sweep(slurm: Slurm, jobs: dict[str, str]) -> None:  # while those jobs run
+def test_a_sweep(slurm: Slurm) -> None:
     sweep = slurm.work / "multirun" / "queued"
     given = [
         sys.executable, "train.py", "--config-dir", str(slurm.work / "site"), "-m", "hydra/launcher=slurm",

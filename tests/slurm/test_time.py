@@ -6,7 +6,7 @@ import pytest
 
 from tests.slurm.conftest import LONG, Slurm, ends
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 
 def test_out_of_time(slurm: Slurm, jobs: dict[str, str]) -> None:

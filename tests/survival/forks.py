@@ -110,6 +110,7 @@ class Forks:
 def _child(argv: list[str], cwd: str, environment: dict[str, str], log: str) -> None:
     """In a forked process: the command, and nothing after it."""
     code = 70
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while it is no command yet, and when it has been one
     try:
         os.setsid()
         os.chdir(cwd)

@@ -16,9 +16,10 @@ from training.runs.checkpoints.files import (
     steps,
 )  # fmt: skip
 from training.runs.checkpoints.state import PARTS, capture, named, restore, settings
-from training.runs.checkpoints.stores import store, store_best
+from training.runs.checkpoints.stores import store, store_best, tidy
 
 __all__ = [
     "FORMAT", "PARTS", "CheckpointError", "UnreadableError", "best_file", "capture", "latest", "link", "load", "named",
     "require", "restore", "rotate", "save", "set_aside", "settings", "step_file", "steps", "store", "store_best",
+    "tidy",
 ]  # fmt: skip

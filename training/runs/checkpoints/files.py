@@ -253,7 +253,9 @@ def put_aside(path: Path) -> None:
         path.replace(aside)
 
 
-def rotate(folder: Path, keep: int, newest: int | None = None, best: int | None = None) -> None:
+def rotate(
+    folder: Path, keep: int, newest: int | None = None, best: int | None = None, aside: bool = True
+) -> None:
     """Delete step checkpoints beyond the ``keep`` newest, and what a killed process left half-written.
 
     Only after a checkpoint was written: what could not be written costs nothing that was there.
@@ -264,6 +266,7 @@ def rotate(folder: Path, keep: int, newest: int | None = None, best: int | None 
         newest: the step just saved. Later ones belong to a past that the run was taken back from (broken files, or a
             resume from an earlier checkpoint) and are deleted too.
         best: step of the best weights so far. Those that an earlier checkpoint knew as the best stay as long as it.
+        aside: whether what was set aside goes, too.
     """
     ours = steps(folder)
     kept = [(step, p) for step, p in ours if newest is None or step <= newest][:keep]
@@ -271,6 +274,7 @@ def rotate(folder: Path, keep: int, newest: int | None = None, best: int | None 
     known = {step for step, _ in bests} | ({best} if best is not None else set())
     spoken_of = {max((at for at in known if at <= step), default=None) for step, _ in kept}
     dead = [entry for entry in ours if entry not in kept] + [entry for entry in bests if entry[0] not in spoken_of]
-    for path in (*(p for _, p in dead), *folder.glob("*.aside"), *folder.glob(".*.pt.*.tmp")):
+    forgotten = folder.glob("*.aside") if aside else ()
+    for path in (*(p for _, p in dead), *forgotten, *folder.glob(".*.pt.*.tmp")):
         if not path.is_dir():
             path.unlink(missing_ok=True)

@@ -35,8 +35,20 @@ def store(run: Run, keep: int) -> None:
             save(path, state)
             took, size = time.perf_counter() - began, path.stat().st_size
             log.info("%s: %.1f MB written in %.2f s", path.name, size / 1e6, took)
-        rotate(folder, keep, newest=run.step, best=run.best["step"] if run.best else None)
+        tidy(run, keep, aside=True)
     watch.saved(step_file(folder, run.step))
+
+
+def tidy(run: Run, keep: int, aside: bool = False) -> None:
+    """Let go of checkpoints that the run's last one has made superfluous; see ``rotate``.
+
+    Args:
+        run: whose last step has a checkpoint.
+        keep: how many step checkpoints stay.
+        aside: whether those that were set aside go, too.
+    """
+    best = run.best["step"] if run.best else None
+    rotate(run.folder.checkpoints, keep, newest=run.step, best=best, aside=aside)
 
 
 def store_best(run: Run, before: Mapping[str, Any] | None) -> None:
