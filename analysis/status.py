@@ -17,7 +17,7 @@ from rich.table import Table
 
 from training.errors import UserError
 from training.runs.claims import BEAT, SIGN, namespace
-from training.runs.folder import LONGEST, file_name
+from training.runs.folder import PLAN, label_name
 
 #: States, those first that a reader looks for.
 STATES = ("running", "starting", "dead", "failed", "diverged", "interrupted", "stopped early", "finished", "waiting")
@@ -25,8 +25,6 @@ STATES = ("running", "starting", "dead", "failed", "diverged", "interrupted", "s
 SILENCE = 9 * BEAT
 #: Bytes of the end of `metrics.jsonl` that hold the last evaluation, and more.
 TAIL = 1 << 17
-#: In a sweep's folder, see `training.command.jobs`.
-PLAN = "sweep.json"
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -196,7 +194,7 @@ def _planned(path: Path, top: Path) -> list[Status]:
     known = set(begun) | {name.rpartition("_")[0] for name in begun}
     found = []
     for label in plan.get("jobs") or []:
-        name = file_name(label[:120], LONGEST - 9)
+        name = label_name(label)
         if name in known or plan.get("found", {}).get(label) in known:
             continue
         error = plan.get("refused", {}).get(label)

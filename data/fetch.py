@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import importlib
 import os
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 import yaml
 
 from data.base import DataError
+from data.sources.downloads import digest_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SUMS = "SHA256SUMS"
@@ -184,11 +184,8 @@ def write_sums(place: Path) -> None:
     lines = []
     for path in sorted(place.rglob("*")):
         if path.is_file() and path.name != SUMS and not path.name.startswith("."):
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            lines.append(f"{digest.hexdigest()}  {path.relative_to(place)}\n")
+            digest = digest_of(path, like="sha256").partition(":")[2]
+            lines.append(f"{digest}  {path.relative_to(place)}\n")
     if lines:
         (place / SUMS).write_text("".join(lines))
 

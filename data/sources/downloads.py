@@ -148,7 +148,7 @@ def retrieve_archive(root: Path, urls: Sequence[str], digest: str) -> None:
         OSError: see ``retrieve``; or it is no zip file, or holds a file that would lie outside of the folder.
     """
     archive = root / urls[0].rpartition("/")[2]
-    if not archive.is_file() or _digest(archive, digest) != digest:
+    if not archive.is_file() or digest_of(archive, digest) != digest:
         retrieve(archive, urls, digest)
     unpacked = root / f".{archive.name}.unpacked"
     shutil.rmtree(unpacked, ignore_errors=True)  # of a process that was killed
@@ -185,7 +185,7 @@ def _receive(target: Path, url: str, digest: str | None) -> None:
             raise OSError("the server does not say how long the file is, and there is no checksum")
         file.flush()
         os.fsync(file.fileno())
-    if digest is not None and (found := _digest(target, digest)) != digest:
+    if digest is not None and (found := digest_of(target, digest)) != digest:
         raise OSError(f"what came has the checksum {found}, not {digest}")
 
 
@@ -197,8 +197,13 @@ def _show(name: str, got: int, said: str | None) -> None:
         sys.stderr.flush()
 
 
-def _digest(path: Path, like: str) -> str:
-    """The digest of a file, of the kind of another one."""
+def digest_of(path: Path, like: str) -> str:
+    """The digest of a file, ``kind:hexadecimal``.
+
+    Args:
+        path: the file.
+        like: another one of the kind that is wanted, ``md5:...`` or ``sha256:...``.
+    """
     kind = like.partition(":")[0]
     found = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:

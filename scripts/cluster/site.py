@@ -49,7 +49,8 @@ def read(argv: Sequence[str]) -> Request:
     Raises:
         UserError: one that there is not, or no cluster.
     """
-    words, _, train = (list(argv), "", []) if "--" not in argv else _split(list(argv))
+    at = argv.index("--") if "--" in argv else len(argv)
+    words, train = list(argv[:at]), list(argv[at + 1 :])
     request = Request(train=train)
     given: list[str] = []
     while words:
@@ -84,11 +85,6 @@ def read(argv: Sequence[str]) -> Request:
         if key == "time":
             request.options[key] = value
     return request
-
-
-def _split(argv: list[str]) -> tuple[list[str], str, list[str]]:
-    at = argv.index("--")
-    return argv[:at], "--", argv[at + 1 :]
 
 
 def describe(request: Request) -> Job:

@@ -13,7 +13,7 @@ from training.errors import ProcessLost, UserError
 from training.loop.launch import is_main
 from training.loop.signals import Interrupted
 from training.runs.claims import release, turn
-from training.runs.folder import RunFolder, atomic_file, unwritable
+from training.runs.folder import PLAN, RunFolder, atomic_file, unwritable
 from training.runs.record import RunConfig
 from training.settings.composition import Sweep
 from training.show import report
@@ -22,8 +22,6 @@ Train = Callable[[RunConfig], tuple[dict[str, Any], Path]]
 #: A job's label and its summary.
 Row = tuple[str, dict[str, Any]]
 
-#: In a sweep's folder: the labels of the jobs that its last launch has to run, and what became of them elsewhere.
-PLAN = "sweep.json"
 
 
 def launch(train: Train, sweep: Sweep, rows: list[Row]) -> None:

@@ -18,6 +18,8 @@ from training.errors import UserError
 
 #: Bytes that file systems let a name have.
 LONGEST = 255
+#: In a sweep's folder: the labels of the jobs that its last launch has to run, and what became of them elsewhere.
+PLAN = "sweep.json"
 #: What to do about a file that cannot be written, by why it cannot.
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
@@ -184,6 +186,11 @@ def file_name(text: str, longest: int = LONGEST) -> str:
         longest: bytes that the name may have.
     """
     return shortened(re.sub(r"[^\w.+-]+", "-", text).strip("-._ ") or "run", longest)
+
+
+def label_name(label: str) -> str:
+    """How the name of a sweep's job's folder begins, by the job's label; ``_`` and its id follow."""
+    return file_name(label[:120], LONGEST - 9)
 
 
 def shortened(name: str, longest: int = LONGEST) -> str:

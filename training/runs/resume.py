@@ -17,7 +17,7 @@ from training.errors import UserError
 from training.loop.distributed import World
 from training.runs import checkpoints
 from training.runs.claims import NAME, claim, describe, release, turn
-from training.runs.folder import LONGEST, RunFolder, atomic_file, file_name, unwritable
+from training.runs.folder import RunFolder, atomic_file, file_name, label_name, unwritable
 from training.runs.record import RunConfig, find, load
 
 # These runs have ended; every other status (interrupted, failed, or none after a kill) leaves something to resume.
@@ -104,7 +104,7 @@ def sweep_folder(run: RunConfig) -> Path:
 
 def job_name(run: RunConfig) -> str:
     """The name of a job's folder, unless another sweep has made one for it: its label, and its id."""
-    return f"{file_name(run.label[:120], LONGEST - 9)}_{run.job_id}" if run.label else run.job_id
+    return f"{label_name(run.label)}_{run.job_id}" if run.label else run.job_id
 
 
 def enter(start: Start, run: RunConfig, world: World | None = None) -> RunFolder:
