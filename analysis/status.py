@@ -18,6 +18,7 @@ from rich.table import Table
 from training.errors import UserError
 from training.runs.claims import BEAT, SIGN, namespace
 from training.runs.folder import PLAN, label_name
+from training.show.report import duration
 
 #: States, those first that a reader looks for.
 STATES = ("running", "starting", "dead", "failed", "diverged", "interrupted", "stopped early", "finished", "waiting")
@@ -127,9 +128,9 @@ def table(found: Sequence[Status]) -> Table:
             one.run,
             one.state,
             "" if one.progress is None else f"{100 * one.progress:.0f} %",
-            "" if one.left is None else duration(one.left),
+            "" if one.left is None else duration(one.left, digits=0),
             "" if one.step is None else str(one.step),
-            "" if one.seconds is None else duration(one.seconds),
+            "" if one.seconds is None else duration(one.seconds, digits=0),
             one.error or "  ".join(f"{name} {_figure(name, value)}" for name, value in one.metrics.items()),
             _where(one),
             style=colours.get(one.state),
@@ -142,20 +143,11 @@ def as_json(found: Sequence[Status]) -> str:
     return json.dumps([asdict(one) for one in found], indent=2, allow_nan=False)
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words: "5 s", "3:20", "2:03:20"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _where(one: Status) -> str:
     if one.host is None:
         return ""
     several = f" × {one.processes}" if (one.processes or 1) > 1 else ""
-    silent = f", silent for {duration(one.silent)}" if one.silent is not None and one.silent > SILENCE else ""
+    silent = f", silent for {duration(one.silent, digits=0)}" if one.silent is not None and one.silent > SILENCE else ""
     return f"{one.host} ({one.pid}){' ' + one.device if one.device else ''}{several}{silent}"
 
 

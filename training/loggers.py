@@ -23,6 +23,7 @@ from torch.utils.tensorboard.summary import text as text_summary
 from training.runs.folder import Record, plain
 from training.runs.run import Logger, Run
 from training.show.event_file import EventFile, sizes, take_back
+from training.show.report import duration
 
 #: Keys of an event that are not metrics.
 HEADER = ("event", "step", "epoch", "seconds", "wall")
@@ -256,7 +257,7 @@ class Console(Logger):
         if "time/step" in self._shown:
             shown.append(f"{1000 * self._shown['time/step']:.3g} ms/step")
         if math.isfinite(left):
-            shown.append(f"{_duration(left)} left")
+            shown.append(f"{duration(left)} left")
         self._bar.update(
             self._bar.task_ids[0], description=_position(run), completed=run.progress, values="  ".join(shown)
         )
@@ -269,7 +270,7 @@ class Console(Logger):
         seconds = summary["seconds"]
         self._print(
             f"{summary['status'].replace('_', ' ')} after {summary['steps']} steps, {summary['epochs']:.4g} epochs, "
-            f"{_duration(seconds['training'])} of training and {_duration(seconds['evaluation'])} of evaluation"
+            f"{duration(seconds['training'])} of training and {duration(seconds['evaluation'])} of evaluation"
         )
         self._out.print(_results_table(summary, list(run.task.metrics)))
         self._print(f"run folder:   {path}")
@@ -303,18 +304,10 @@ def _figure(name: str, value: float) -> str:
 def _position(run: Run) -> str:
     """Where a run is in its budget, in the budget's own unit."""
     if run.budget.max_time is not None:
-        return f"{_duration(run.seconds)} of {_duration(run.budget.max_time)}"
+        return f"{duration(run.seconds)} of {duration(run.budget.max_time)}"
     if run.budget.max_steps is not None:
         return f"step {run.step}/{run.budget.max_steps}"
     return f"epoch {run.epoch:.2f}/{run.budget.max_epochs:g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class _LogFile(logging.Handler):

@@ -12,6 +12,20 @@ from rich.table import Table
 BAD = ("failed", "diverged")
 
 
+def duration(seconds: float, digits: int = 1) -> str:
+    """Seconds in words: "5.0 s", "3:20", "2:03:20".
+
+    Args:
+        seconds: how many.
+        digits: behind the point, below a minute.
+    """
+    if seconds < 60:
+        return f"{seconds:.{digits}f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def say(*parts: Any) -> None:
     """Print lines and tables to the terminal; lines as they are (no markup, no wrapping of paths)."""
     # A file has no width: enough for the names of a sweep's runs.
