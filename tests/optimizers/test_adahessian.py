@@ -226,6 +226,8 @@ def test_fused_attention_is_switched_off_for_a_module_and_explained_for_bare_par
             optimizer.backward(F.cross_entropy(model(inputs), targets))
             optimizer.step()
     assert sum("math" in line for line in caplog.messages) == 1, "told once"
+    another = AdaHessian(model)  # a second one on the same model, the first still there
+    another.backward(F.cross_entropy(model(inputs), targets))
     enabled = torch.backends.cuda.flash_sdp_enabled()
     assert enabled, "the kernel choice must be restored after the forward pass"
     bare = AdaHessian(ViTBlock(fused=True).parameters())

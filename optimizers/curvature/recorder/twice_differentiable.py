@@ -33,7 +33,8 @@ class TwiceDifferentiable:
         self._entered: list[tuple[ExitStack, SecondOrder | None]] = []
         self._handles = [
             root.register_forward_pre_hook(Hook(self._enter)),
-            root.register_forward_hook(Hook(self._exit), always_call=True),
+            # The last to enter leaves first: another optimizer on this model restores what it found.
+            root.register_forward_hook(Hook(self._exit), always_call=True, prepend=True),
         ]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
