@@ -1,7 +1,7 @@
 """Small classifiers whose features compare images: their weights lie beside this file.
 
-`scripts/features.py` trains them. `mnist` names 98.5 % of MNIST's test images right, and `cifar10` 61.7 % of the 2,000
-test images of a subset of CIFAR-10, having seen 9,000 others.
+`scripts/studies/features.py` trains them. `mnist` names 98.5 % of MNIST's test images right, and `cifar10` 61.7 % of
+the 2,000 test images of a subset of CIFAR-10, having seen 9,000 others.
 """
 
 from __future__ import annotations

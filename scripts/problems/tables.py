@@ -146,9 +146,9 @@ def page(results: Results, options: Sequence[str] = (), notes: str = "") -> str:
         lines += [f"With `{' '.join(options)}` in place of the default values of the optimizers that have them.", ""]
     seeds, sets = ", ".join(map(str, SEEDS)), {"test": "test", "val": "validation"}[results.split]
     lines += [
-        "Made by `python scripts/defaults.py`, which runs what is missing: every number is a run of `train.py` with",
-        "the values of `configs/optimizer` and the default schedule (a cosine over the budget, for the GPT after a",
-        f"warm-up), at equal steps for all. Values are of the {sets} sets, after the last step: accuracy in percent",
+        "Made by `python scripts/studies/defaults.py`, which runs what is missing: every number is a run of `train.py`",
+        "with the values of `configs/optimizer` and the default schedule (a cosine over the budget, for the GPT after",
+        f"a warm-up), at equal steps for all. Values are of the {sets} sets, after the last step: accuracy in percent",
         "(more is better) or the loss (less is better), means over the seeds",
         f"{seeds}, or those that were run. **Bold**: a run diverged, was broken off, or has learned nothing, which is",
         "to say that its accuracy is below the one in the next table, or its loss not below",

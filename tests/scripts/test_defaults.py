@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from optimizers.table import present
-from scripts import defaults, problems
-from scripts.defaults import Outcome
+from scripts import problems
+from scripts.studies import defaults
+from scripts.studies.defaults import Outcome
 from tests.conftest import ROOT
 from training.settings.composition import compose
 from training.settings.schema import build
@@ -163,7 +164,7 @@ def test_an_error_of_a_run_is_a_line(tmp_path: Path) -> None:
 def test_a_kill_loses_the_cell_under_way_alone(tmp_path: Path) -> None:
     results = tmp_path / "try.jsonl"
     chosen = ["optimizers=[sgd,adam,adamw,lion,lamb]", "problems=[digits_mlp]", "seeds=[0]", "rates=false"]
-    command = [sys.executable, str(ROOT / "scripts" / "defaults.py"), *chosen, f"results={results}"]
+    command = [sys.executable, str(ROOT / "scripts" / "studies" / "defaults.py"), *chosen, f"results={results}"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         deadline = time.monotonic() + 120
         while not (results.exists() and results.read_text().count("\n")) and time.monotonic() < deadline:

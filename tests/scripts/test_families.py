@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from optimizers import AdaFisher
-from scripts import families
+from scripts.studies import families
 
 
 def test_every_model_belongs_to_a_family() -> None:

@@ -1,12 +1,12 @@
-"""scripts/robustness.py: how far a range of rates goes, and what it says of a wrong name."""
+"""scripts/studies/robustness.py: how far a range of rates goes, and what it says of a wrong name."""
 
 from __future__ import annotations
 
 import pytest
 
-from scripts import robustness
-from scripts.defaults import Outcome, cell
 from scripts.problems import PROBLEMS
+from scripts.studies import robustness
+from scripts.studies.defaults import Outcome, cell
 
 
 @pytest.mark.parametrize(

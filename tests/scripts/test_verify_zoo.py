@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from optimizers.curvature.layers import LinearLayer
-from scripts import verify_zoo
+from scripts.studies import verify_zoo
 
 SMALLEST = (
     "mlp", "deep_linear", "toynet", "conv_autoencoder", "autoencoder_curves", "autoencoder_mnist", "cuda_convnet",

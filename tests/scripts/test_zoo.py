@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts import zoo
+from scripts.studies import zoo
 from tests.conftest import ROOT
 
 TWO_PLAYERS = {"dcgan", "resnet_gan"}

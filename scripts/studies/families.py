@@ -1,7 +1,7 @@
 """Every family of timm and torchvision with three optimizers: does it build, does every parameter train, under what?
 
-    python scripts/families.py --markdown
-    python scripts/families.py lcnet vit_b_32 --optimizers kfac
+    python scripts/studies/families.py --markdown
+    python scripts/studies/families.py lcnet vit_b_32 --optimizers kfac
 
 A family is a source file of its package; the smallest model of it stands for all. It is built as ``model=timm`` and
 ``model=torchvision`` build it, for images of the smallest side that it takes, and takes two steps with AdaFisher, K-FAC
@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import timm
@@ -39,7 +39,7 @@ from models import timm_model, torchvision_model
 from optimizers import KFAC, AdaFisher, AdaHessian, Categorical, CurvatureOptimizer
 from optimizers.base import Coverage
 from optimizers.curvature.probe import DEAD
-from scripts.zoo import keep
+from scripts.studies.zoo import keep
 from training.errors import did_you_mean
 
 SIDES = (32, 64, 224, 240, 256)  # of images

@@ -1,8 +1,8 @@
 """Every optimizer at its default values on twelve small problems: what it reaches, and how far that is from its best.
 
-    CURVLAB_DATA=datasets python scripts/defaults.py
-    python scripts/defaults.py set=tuning seeds=[0] rates=false optimizers=[kfac] options=[momentum=0] results=try.jsonl
-    python scripts/defaults.py report=true
+    CURVLAB_DATA=datasets python scripts/studies/defaults.py
+    python scripts/studies/defaults.py set=tuning seeds=[0] rates=false optimizers=[kfac] results=try.jsonl
+    python scripts/studies/defaults.py report=true
 
 A cell is one run of train.py: an optimizer on a problem (scripts/problems.py) with a seed, at equal steps for all and
 the default schedule. Cells that are missing are run, one after the other on one thread, and each is a line of the
@@ -35,7 +35,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from optimizers.table import present

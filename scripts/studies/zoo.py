@@ -1,7 +1,7 @@
 """Every model with every optimizer on real data: whether it trains, and what a step costs.
 
-    python scripts/zoo.py --data datasets
-    python scripts/zoo.py --data datasets models=[resnet18,gpt1_mini] optimizers=[adafisher,kfac] --markdown
+    python scripts/studies/zoo.py --data datasets
+    python scripts/studies/zoo.py --data datasets models=[resnet18,gpt1_mini] optimizers=[adafisher,kfac] --markdown
 
 Data, model and optimizer are those of ``python train.py model=... dataset=... optimizer=...``. Two fixed batches are
 learned by heart for a few steps: ``ok`` means that their loss afterwards, in training mode, is below that before.
@@ -32,7 +32,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch

@@ -1,7 +1,7 @@
 """Train the small classifiers whose features compare real and generated images (models/features/).
 
-    python scripts/features.py mnist --root PATH      # in torchvision's layout
-    python scripts/features.py cifar10 --root PATH    # one folder a class, or train/ and test/ with one folder a class
+    python scripts/studies/features.py mnist --root PATH      # in torchvision's layout
+    python scripts/studies/features.py cifar10 --root PATH    # a folder a class, or train/ and test/ with these
 
 Adam with half a cosine of its rate, batches of 128, without augmentation but for mirrored photographs. Prints the
 accuracy on the test images, and writes the weights, nothing else.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from safetensors.torch import save_file

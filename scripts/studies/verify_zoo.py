@@ -1,7 +1,7 @@
 """Every model of configs/model: is what K-FAC and AdaFisher record of each layer right, by ``check_curvature``?
 
-    python scripts/verify_zoo.py --markdown
-    python scripts/verify_zoo.py resnet18 gpt1_mini --verbose
+    python scripts/studies/verify_zoo.py --markdown
+    python scripts/studies/verify_zoo.py resnet18 gpt1_mini --verbose
 
 A model is built as ``python train.py model=...`` builds it, for small noise images or short random text, four examples.
 Each example goes through the model alone, and its gradient is compared with the recorded one, layer by layer. Models
@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch
@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from models import build_model
 from optimizers import KFAC, AdaFisher
 from optimizers.testing import CurvatureReport, check_curvature
-from scripts.families import FREE
-from scripts.zoo import ROWS, Row, keep, node
+from scripts.studies.families import FREE
+from scripts.studies.zoo import ROWS, Row, keep, node
 from training import tasks
 from training.errors import did_you_mean
 from training.loop.rng import seed_everything

@@ -1,7 +1,7 @@
 """How wide the range of learning rates is at which an optimizer is about as good as at its best.
 
-    python scripts/robustness.py
-    python scripts/robustness.py optimizers=[kfac] problems=[digits_mlp] results=try.jsonl
+    python scripts/studies/robustness.py
+    python scripts/studies/robustness.py optimizers=[kfac] problems=[digits_mlp] results=try.jsonl
 
 Each optimizer is run on each problem (those of scripts/problems.py) at 2^k times its default rate, k from -8 to 8, at
 its default values and at those of BEFORE, at equal steps. A range is measured in octaves around the best rate, as far
@@ -9,7 +9,7 @@ as the mean over the seeds at every rate in it is within two percent of the best
 loss). Runs that are there are not run again, and the table is written beside the results.
 
     optimizers=[...]  of the table (python -m optimizers)
-    problems=[...]    by name; data as for scripts/defaults.py
+    problems=[...]    by name; data as for scripts/studies/defaults.py
     seeds=[0,1,2]     of the runs
     results=...       docs/results/robustness.jsonl unless given
     data=FOLDER       of the data sets; $CURVLAB_DATA or datasets unless given
@@ -25,7 +25,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from scripts.problems.arguments import command, given_to
@@ -117,7 +117,8 @@ def page(found: dict[str, Outcome], choices: Choices) -> str:
     titles = ["problem", "optimizer", "best before", "octaves before", "best now", "octaves now", "wider by"]
     lines = [
         "# How wide the range of good learning rates is", "",
-        f"Made by `python scripts/robustness.py`: rates from 2^{OCTAVES[0]} to 2^{OCTAVES[-1]} times the default,",
+        "Made by `python scripts/studies/robustness.py`: "
+        f"rates from 2^{OCTAVES[0]} to 2^{OCTAVES[-1]} times the default,",
         f"means over the seeds {', '.join(map(str, choices.seeds))}, test sets, steps and problems of "
         "[defaults.md](defaults.md). A range is within",
         f"{100 * NEAR:g} points (or percent of the loss) of the best, \"beyond\" where it goes on past the rates that "

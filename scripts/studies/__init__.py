@@ -1,0 +1,1 @@
+"""Studies over many models or problems at once; each command makes a page of docs/results."""
