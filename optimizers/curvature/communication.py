@@ -153,16 +153,51 @@ def spread_(tensors: Sequence[Tensor], owners: Sequence[int], forms: Sequence[Fo
         owners: the rank that each of them belongs to.
         forms: what of each has to travel; the owner's own becomes exactly so symmetric.
     """
-    here = rank()
     for owner, _, indices in _buckets(tensors, owners):
-        own, kinds = [tensors[i] for i in indices], [forms[i] for i in indices]
-        flat = own[0].new_empty(sum(_sizes(own, kinds)))
-        parts = list(zip(own, _split(flat, own, kinds), kinds, strict=True))
-        for tensor, part, form in parts if owner == here else ():
+        Parcel([tensors[i] for i in indices], owner, [forms[i] for i in indices]).arrive()
+
+
+def send(tensors: Sequence[Tensor], owners: Sequence[int], forms: Sequence[Form]) -> list[Parcel]:
+    """Begin ``spread_``: what is sent may be read by nobody, nor changed, before all parcels have arrived.
+
+    Args:
+        tensors: see ``spread_``.
+        owners: see ``spread_``.
+        forms: see ``spread_``.
+
+    Returns:
+        One for each owner and dtype; every rank lets them arrive.
+    """
+    return [
+        Parcel([tensors[i] for i in indices], owner, [forms[i] for i in indices])
+        for owner, _, indices in _buckets(tensors, owners)
+    ]
+
+
+class Parcel:
+    """Tensors of one owner and dtype, on their way to all ranks.
+
+    Args:
+        tensors: see ``spread_``.
+        owner: whose they are.
+        forms: see ``spread_``.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], owner: int, forms: Sequence[Form]) -> None:
+        self._mine = owner == rank()
+        flat = tensors[0].new_empty(sum(_sizes(tensors, forms)))
+        self._parts = list(zip(tensors, _split(flat, tensors, forms), forms, strict=True))
+        for tensor, part, form in self._parts if self._mine else ():
             pack_(part, tensor, form)
-        dist.broadcast(flat, owner)
-        for tensor, part, form in parts:
-            if owner != here:
+        under_way = dist.broadcast(flat, owner, async_op=True)
+        assert under_way is not None  # None is for processes outside the group
+        self._under_way = under_way
+
+    def arrive(self) -> None:
+        """Wait for it, and unpack it."""
+        self._under_way.wait()
+        for tensor, part, form in self._parts:
+            if not self._mine:
                 unpack_(tensor, part, form)
             elif form == "symmetric":
                 mirror_(tensor)

@@ -156,14 +156,15 @@ class BlockInverses(OwnedBlocks):
             alike.setdefault(kind_of(block, block.factors), []).append(block)
         if self.damping_unit == "layer" and blocks:
             self._unit(blocks[0])  # which all ranks have to ask for
-        made: list[Stack | None] = []
+
+        def build(members: list[Block]) -> Stack:
+            known = [last[id(block)] for block in members] if all(id(block) in last for block in members) else None
+            return Stack.build(members, self._dampings(members), self._counts, known)
+
         with self._counting():
-            for members in alike.values():
-                known = [last[id(block)] for block in members] if all(id(block) in last for block in members) else None
-                mine = members[0].mine
-                made.append(Stack.build(members, self._dampings(members), self._counts, known) if mine else None)
+            completed = self._completed(list(alike.values()), build)
         stacks = []
-        for stack, good in self._completed(list(alike.values()), made):
+        for stack, good in completed:
             if all(good):
                 stacks.append(stack)
                 continue

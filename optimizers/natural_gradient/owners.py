@@ -255,16 +255,44 @@ class OwnedBlocks(CurvatureOptimizer):
         communication.spread_(found, [owner for owner in owners if owner is not None], ["full"] * len(found))
         return found
 
-    def _completed(self, groups: Sequence[list[Block]], made: Sequence[Stack | None]) -> list[tuple[Stack, list[bool]]]:
+    def _completed(
+        self, groups: Sequence[list[Block]], build: Callable[[list[Block]], Stack]
+    ) -> list[tuple[Stack, list[bool]]]:
         """Stacks of all ranks, each with whether its blocks' inverses are finite.
 
         Args:
             groups: the members of each stack.
-            made: the stack, where this rank is its members' owner.
+            build: makes one, where this rank is its members' owner.
         """
+        found: dict[int, tuple[Stack, list[bool]]] = {}
+        under_way: list[communication.Parcel] = []
+        for turn in self._turns(groups):
+            made = [build(groups[i]) if groups[i][0].mine else None for i in turn]
+            stacks, parcels = self._sent([groups[i] for i in turn], made, at_once=len(turn) == len(groups))
+            found |= zip(turn, stacks, strict=True)
+            under_way += parcels
+        for parcel in under_way:
+            parcel.arrive()
+        return [found[i] for i in range(len(groups))]
+
+    def _turns(self, groups: Sequence[list[Block]]) -> list[list[int]]:
+        """Which stacks are made first, to travel while the others are made: the costliest of each owner."""
+        if not self._sharing or self._inverses_stay:
+            return [list(range(len(groups)))]
+        costs = [sum(block.cost() for block in members) for members in groups]
+        first: dict[int | None, int] = {}
+        for i in sorted(range(len(groups)), key=lambda i: -costs[i]):
+            first.setdefault(groups[i][0].owner, i)
+        rest = [i for i in range(len(groups)) if i not in first.values()]
+        return [turn for turn in (sorted(first.values()), rest) if turn]
+
+    def _sent(
+        self, groups: Sequence[list[Block]], made: Sequence[Stack | None], at_once: bool
+    ) -> tuple[list[tuple[Stack, list[bool]]], list[communication.Parcel]]:
+        """``_completed`` for stacks that are made; ``at_once``: they have arrived, one owner's after the other's."""
         good = [None if stack is None else stack.finite() for stack in made]
         if not self._sharing:
-            return [(s, g) for s, g in zip(made, good, strict=True) if s is not None and g is not None]
+            return [(s, g) for s, g in zip(made, good, strict=True) if s is not None and g is not None], []
         # Of each stack: which members are finite, what its cache has, and which of it is laid out by columns.
         told: list[bool] = []
         layouts = [{**members[0].cache_shapes(), **members[0].optional_shapes()} for members in groups]
@@ -293,8 +321,10 @@ class OwnedBlocks(CurvatureOptimizer):
                 forms.append("upper" if turned and form == "lower" else form)
                 owners += [] if first.owner is None else [first.owner]
             stacks.append((stack, finite))
+        if not at_once:
+            return stacks, communication.send(tensors, owners, forms)
         communication.spread_(tensors, owners, forms)
-        return stacks
+        return stacks, []
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
