@@ -29,11 +29,11 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
         The summary (as in `summary.json`) and the run folder.
     """
     # All this brings torch, for which --help and --cfg job do not wait.
-    from models import build_model
-    from training import seed_everything, tasks
+    from training import seed_everything
     from training.loop import distributed
     from training.runs import resume
     from training.runs.warm_start import warm_start
+    from training.settings.loading import build_parts
     from training.settings.schema import build, build_optimizers, build_scalars, build_schedule, refusals
 
     config = run.values
@@ -47,14 +47,8 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
 
         seed_everything(config["seed"])
         trainer = build(config["trainer"], "trainer")
-        place: dict[str, Any] = {"device": world.device, "rank": world.rank, "world_size": world.world_size}
-        data = build(config["dataset"], "dataset", seed=config["seed"], **place)
-        with refusals("trainer", config["trainer"]):
-            task = tasks.build(data.task, data.facts, trainer.label_smoothing, config["seed"])
-        model = build(config["model"], "model", through=build_model, facts=data.facts).to(world.device)
+        data, task, model = build_parts(config, world)
         cli.say(str(getattr(model, "loaded", "")))  # what became of pretrained weights
-        if statistics := getattr(model, "statistics", None):  # they were trained on pixels of this mean and std
-            data.normalise(*statistics)
         if config["init_from"] and start.checkpoint is None:
             cli.say(warm_start(model, config["init_from"]))
         optimizer = build_optimizers(config, model, likelihood=task.likelihood, seed=config["seed"])

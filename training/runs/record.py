@@ -103,21 +103,25 @@ def identity(values: Mapping[str, Any], budget: bool = False) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def find(path: str) -> tuple[Path, Path | None]:
+def find(path: str, asked: str = "resume=") -> tuple[Path, Path | None]:
     """The run folder that `resume=path` means, and the checkpoint if the path is one.
+
+    Args:
+        path: of a run folder, or of a checkpoint in one.
+        asked: how it was asked for, for the sentence.
 
     Raises:
         UserError: nothing is there, or it belongs to no run.
     """
     given = Path(path)
     if not exists(given):
-        raise UserError(f"resume={path}: there is no such file or folder; give a run folder or a checkpoint in one")
+        raise UserError(f"{asked}{path}: there is no such file or folder; give a run folder or a checkpoint in one")
     folder, checkpoint = (given, None) if given.is_dir() else (given.parent, given)
     if folder.name == "checkpoints" or folder.absolute().name == "checkpoints":
         folder = folder.parent if folder.name else folder.absolute().parent
     if not (folder / "config.yaml").is_file():
         advice = "to start from its weights alone use init_from" if checkpoint else "it has no config.yaml"
-        raise UserError(f"resume={path} lies in no run folder of train.py: {advice}")
+        raise UserError(f"{asked}{path} lies in no run folder of train.py: {advice}")
     return folder, checkpoint
 
 

@@ -1,0 +1,191 @@
+"""A run's model, data and task from its configuration: to be trained, or to be looked at when it was."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from models import build_model
+from training import tasks
+from training.errors import UserError
+from training.loop import rng
+from training.loop.distributed import World
+from training.names import PLAYERS
+from training.runs import checkpoints, record
+from training.runs.warm_start import warm_start
+from training.settings import schema
+from training.settings.trust import is_known, targets
+from training.tasks.task import Task
+
+if TYPE_CHECKING:
+    from data import DataModule
+
+#: Which weights: of the best evaluation, of the newest checkpoint, of a step, of a file, or None: untrained.
+Weights = Literal["best", "last"] | int | Path | None
+# What of a configuration is called to load a run.
+BUILT = ("model", "dataset", "optimizer", *PLAYERS)
+
+
+def build_parts(config: Mapping[str, Any], world: World) -> tuple[DataModule, Task, nn.Module]:
+    """What a run trains, drawn from the global generators, which the caller has seeded.
+
+    Args:
+        config: a checked configuration.
+        world: where, and which share of the data.
+
+    Returns:
+        The data, in the normalisation that the model's weights were published with, if they were; the task; the model.
+
+    Raises:
+        UserError: a value is refused, or something is not there.
+    """
+    place: dict[str, Any] = {"device": world.device, "rank": world.rank, "world_size": world.world_size}
+    data = schema.build(config["dataset"], "dataset", seed=config["seed"], **place)
+    with schema.refusals("trainer", config["trainer"]):
+        task = tasks.build(data.task, data.facts, config["trainer"].get("label_smoothing", 0.0), config["seed"])
+    model = schema.build(config["model"], "model", through=build_model, facts=data.facts).to(world.device)
+    if statistics := getattr(model, "statistics", None):  # they were trained on pixels of this mean and std
+        data.normalise(*statistics)
+    return data, task, model
+
+
+@dataclass
+class LoadedRun:
+    """A run that was trained, as it is to be looked at.
+
+    Attributes:
+        folder: the run folder.
+        config: its values, as in ``config.yaml``.
+        choices: the file of each group ({"optimizer": "kfac", ...}).
+        data: its data, split as they were.
+        task: loss and metrics; ``task.likelihood`` is what curvature is of.
+        model: in evaluation mode, with the weights that were asked for.
+        step: at which step of training these were; 0: untrained.
+        device: that all of it is on.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    choices: dict[str, str]
+    data: DataModule
+    task: Task
+    model: nn.Module
+    step: int
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """What a picture calls it: its optimizer and its folder's name."""
+        return f"{self.choices.get('optimizer', '?')} ({self.folder.name})"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Step and file of each numbered checkpoint, oldest first."""
+        return sorted(checkpoints.steps(self.folder / "checkpoints"))
+
+    def state(self, weights: Weights = "last") -> dict[str, Any]:
+        """All that a checkpoint holds (``checkpoints.PARTS``), on the CPU.
+
+        Args:
+            weights: whose; not None.
+
+        Raises:
+            UserError: there is no such checkpoint, or it is damaged.
+        """
+        if weights is None:
+            raise UserError("untrained weights are in no checkpoint: give best, last, a step or a file")
+        if isinstance(weights, Path):
+            return checkpoints.load(weights)
+        folder = self.folder / "checkpoints"
+        if weights == "last":
+            found = checkpoints.latest(folder, ("model",))
+            if found is None:
+                raise UserError(f"{self.folder} holds no checkpoint that can be read")
+            return found[1]
+        path = checkpoints.best_file(folder) if weights == "best" else checkpoints.step_file(folder, int(weights))
+        if not path.exists():
+            there = ", ".join(str(step) for step, _ in self.checkpoints()) or "none"
+            raise UserError(f"{self.folder} has no checkpoint {path.name}; steps that are there: {there}")
+        return checkpoints.load(path)
+
+    def load(self, weights: Weights) -> int:
+        """Give the model the weights of another checkpoint; returns its step.
+
+        Args:
+            weights: whose; not None.
+
+        Raises:
+            UserError: there is no such checkpoint, it is damaged, or of another model.
+        """
+        state = self.state(weights)
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint is not of the model in {self.folder}/config.yaml: {error}") from error
+        self.step = int(state["counters"]["step"])
+        return self.step
+
+    def build_optimizer(self) -> Optimizer:
+        """The run's optimizer on ``model``, as it is before its first step; what surrounds it included.
+
+        Raises:
+            UserError: the model cannot have it.
+        """
+        return schema.build_optimizers(
+            self.config, self.model, likelihood=self.task.likelihood, seed=self.config["seed"]
+        )  # fmt: skip
+
+
+def load_run(
+    folder: str | Path,
+    weights: Weights = "best",
+    *,
+    data: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    own: Collection[str] = (),
+) -> LoadedRun:
+    """Build what a run folder's configuration says, with the weights that it reached.
+
+    Nothing in the folder is changed, and the global generators stay as they are.
+
+    Args:
+        folder: of a run of train.py.
+        weights: see ``Weights``.
+        data: where its data set lies here; None: where it lay (``paths.data``).
+        device: to load to.
+        own: dotted names of your own callables that its configuration may call; a folder may be another person's, and
+            what is neither Curvlab's nor its packages' is called only if it is named here.
+
+    Raises:
+        UserError: it is no run folder, or something in it cannot be built or read.
+    """
+    path, _ = record.find(str(folder), asked="")
+    config, choices = record.load(path)
+    built = {group: config[group] for group in BUILT if config.get(group)}
+    for where, target in targets(built):
+        if target not in own and not is_known(where, target):
+            raise UserError(
+                f"{path}/config.yaml has {where}={target}, which is no part of Curvlab or of its packages for this "
+                f"place: if it is yours, say so by own=['{target}']"
+            )
+    if data is not None:
+        config = record.replace_folder(config, str(config["paths"]["data"]), str(data))
+    world = World(device=torch.device(device))
+    before = rng.get_state(world.device)
+    try:
+        rng.seed_everything(config["seed"])
+        parts = build_parts(config, world)
+    finally:
+        rng.set_state(before, world.device)
+    loaded = LoadedRun(path, config, choices, *parts, step=0, device=world.device)
+    if weights is not None:
+        loaded.load(weights)
+    elif config.get("init_from"):
+        warm_start(loaded.model, config["init_from"])
+    loaded.model.eval()
+    return loaded
