@@ -42,7 +42,7 @@ def test_a_run_is_opened_with_the_weights_that_are_asked_for(command: Callable[.
     assert not any(torch.equal(again[name], saved[name]) for name in saved), "untrained"
     assert type(run.build_optimizer()).__name__ == "KFAC"
 
-    with pytest.raises(UserError, match="no checkpoint step_00000003.pt; steps that are there: 2, 4"):
+    with pytest.raises(UserError, match=r"no checkpoint step_00000003\.pt; steps that are there: 2, 4"):
         run.load(3)
     with pytest.raises(UserError, match="there is no such file or folder"):
         load_run(work / "nowhere")
