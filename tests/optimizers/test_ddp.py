@@ -20,6 +20,8 @@ from optimizers.kronecker import KroneckerMethod
 from tests.optimizers import problems
 from tests.optimizers.test_contract import build, every, train_step, weights
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 KRONECKER = ["kfac", "ekfac", "kpsvd", "deflation", "kfac_corrected", "lanczos", "exact_ng", "twolevel_kfac"]
 # By name: an entry of the contract's OPTIMIZERS, and what differs from it.
