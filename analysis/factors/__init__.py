@@ -1,0 +1,21 @@
+"""Kronecker factors of a model's layers: what they are over training, and what their approximations lose.
+
+- ``observing``: ``observe`` takes the factors of a model on a batch from the optimizers' own engine;
+- ``matrices``: spectra, conditions, dominance, Gershgorin's discs, Fourier fields; ``noise``: the AdaFisher study's
+  perturbation; ``kept``: what AdaFisher keeps; ``fit``: how near a Fisher block is to its Kronecker product;
+- ``study``: all of these over training; ``figures`` and ``fields``: pictures; ``saving``: files.
+"""
+
+from analysis.factors.figures import runs
+from analysis.factors.fit import Fit
+from analysis.factors.kept import Kept
+from analysis.factors.noise import Perturbation
+from analysis.factors.observing import LABELS, LayerFactors, Observation, View, chosen, halves, observe, taken
+from analysis.factors.saving import pictures, save, save_figure, table, to_json, to_markdown
+from analysis.factors.study import MEANINGS, Plan, Point, Spectra, Study, measure, perturbations, spread
+
+__all__ = [
+    "LABELS", "MEANINGS", "Fit", "Kept", "LayerFactors", "Observation", "Perturbation", "Plan", "Point", "Spectra",
+    "Study", "View", "chosen", "halves", "measure", "observe", "perturbations", "pictures", "runs",
+    "save", "save_figure", "spread", "table", "taken", "to_json", "to_markdown",
+]  # fmt: skip
