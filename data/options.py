@@ -13,12 +13,13 @@ What a configuration is checked against (``inspect.signature``, ``typing.get_typ
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
 import typing
 from collections.abc import Callable, Collection
-from dataclasses import KW_ONLY, MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from inspect import Parameter
 from typing import Any, Literal
 
@@ -68,11 +69,10 @@ class Loading(Options):
     split_seed: int = 0
     limit_train: float = 1.0
     limit_val: float = 1.0
-    _: KW_ONLY
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    rank: int = 0
-    world_size: int = 1
+    seed: int = dataclasses.field(default=0, kw_only=True)  # Python 3.10 has no type hints where there is a KW_ONLY
+    device: torch.device | str = dataclasses.field(default="cpu", kw_only=True)
+    rank: int = dataclasses.field(default=0, kw_only=True)
+    world_size: int = dataclasses.field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size"):
