@@ -1,0 +1,288 @@
+"""How good each approximation of the Fisher matrix is: errors of its blocks and inverses, angles of its directions.
+
+    python scripts/fisher_quality.py                                   # four built-in nets, in training
+    python scripts/fisher_quality.py --nets mlp,convnet --methods kfac,ekfac,kpsvd,deflation --damping 0.1,0.01,0.001
+    python scripts/fisher_quality.py RUN --steps 100,last --layers 'layer1.*conv,fc' --examples 64
+
+Each method is an optimizer of this project, built on the model and shown one batch; what its state holds then is held
+against the exact Fisher matrix of that batch, layer by layer and as a whole, in double precision:
+
+- errors: |F - approximation| / |F| and |(F + damping)^-1 - inverse| / |(F + damping)^-1| of each layer's block, in the
+  Frobenius norm and in the operator norm;
+- angles, in degrees, between the step that it takes and the natural gradient, of exact blocks and of the whole matrix;
+- decrease: of what the quadratic model can fall along any direction, the share that it falls along this one.
+
+Batch norms run on their running statistics, dropout is off, and averages over steps, momentum and clips are too. With
+--fisher exact, F is the likelihood's own: a pass an output, for up to some dozens of outputs. With sampled, it is that
+of one draw of targets an example, the same for all methods. AdaFisher sees the gradients of the data's targets whatever
+--fisher says, and FishLeg learns its inverse in --updates updates on halves of the batch.
+
+Writes fisher_quality.jsonl (with which an interrupted call goes on), .csv, .md, and for each net NET_errors.png,
+NET_directions.png and, of several steps, NET_training.png. The same command gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from analysis import fisher
+from analysis.fisher.tables import DIRECTIONS, ERRORS
+from data import DataError
+from optimizers import Likelihood
+from optimizers.curvature.layers import AffineLayer, adapt
+from training.errors import UserError, did_you_mean
+from training.runs.folder import atomic_file
+from training.settings.loading import LoadedRun, Weights, load_run
+
+#: Of a run, unless others are asked for: examples, damping, and up to how many outputs F is exact.
+EXAMPLES, DAMPING, FEW = 64, 1e-2, 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
+    try:
+        _main(_parser().parse_args(argv))
+    except (ValueError, UserError, DataError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 1
+    return 0
+
+
+def _main(options: argparse.Namespace) -> None:
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    methods = [_known(name, fisher.METHODS, "methods") for name in _words(options.methods) or fisher.METHODS]
+    dampings = _numbers("damping", options.damping, float)
+    out = Path(options.out or options.run or "fisher_quality")
+    settings = {
+        "methods": [method.name for method in methods], "layers": options.layers, "fisher": options.fisher,
+        "examples": options.examples, "seed": options.seed, "fraction": options.fraction, "updates": options.updates,
+        "aux_lr": options.aux_lr, "tolerance": options.tolerance,
+    }  # fmt: skip
+    results = fisher.Results(out, settings, options.fresh)
+    nets = [_known(name, fisher.NETS, "nets") for name in _words(options.nets) or fisher.NETS]
+    titles = {net.name: net.title for net in nets}
+    plan: dict[tuple[str, float], None] = {}
+    with _progress() as progress:
+        task = progress.add_task("")
+        for problem in _of_run(options, titles) if options.run else _of_nets(options, nets):
+            for damping in dampings or [problem.settings.damping]:
+                plan[problem.net, damping] = None
+                if results.has(problem.net, problem.step, damping):
+                    continue
+                began = time.perf_counter()
+                lead = f"{problem.net}, step {problem.step}, damping {damping:g}"
+
+                def say(text: str, lead: str = lead) -> None:
+                    progress.update(task, description=f"{lead}: {text}")
+
+                damped = replace(problem, settings=replace(problem.settings, damping=damping))
+                results.add(fisher.measure(damped, methods, options.tolerance, say))
+                progress.console.print(f"{lead}: {time.perf_counter() - began:.0f} s")
+    written = _write(out, results, list(plan), titles)
+    for net, damping in plan:
+        console.print(_table(results.of(net, damping), titles.get(net, net)))
+    loose = max((row.bound for row in results.rows), default=0.0)
+    if loose > options.tolerance:
+        console.print(
+            f"Operator norms of the largest layers are known to {100 * loose:.2g} %: the iteration ended at its limit."
+        )
+    console.print(f"{out}: {', '.join(written)}", soft_wrap=True)
+
+
+def _of_nets(options: argparse.Namespace, nets: Sequence[fisher.Net]) -> Iterator[fisher.Problem]:
+    """Built-in nets at their steps, each with its own damping."""
+    for net in nets:
+        steps = _numbers("steps", options.steps, int) or net.steps
+        inputs, targets = fisher.batch(net, options.examples or net.examples, options.seed)
+        settings = _settings(options, net.likelihood, options.fisher or net.fisher, net.damping)
+        for step, model in fisher.trained(net, sorted(set(steps)), options.seed):
+            layers = _layers(model, options.layers) if options.layers else net.layers
+            yield fisher.Problem(net.name, step, model, inputs, targets, settings, layers)
+
+
+def _of_run(options: argparse.Namespace, titles: dict[str, str]) -> Iterator[fisher.Problem]:
+    """A run at its checkpoints, on the first examples that it was trained on."""
+    loaded = load_run(options.run, "last")
+    likelihood = getattr(loaded.task, "likelihood", None)
+    if likelihood is None:
+        raise UserError(f"RUN must be of a model with a likelihood; {options.run} trains two players: take another run")
+    inputs, targets = _first(loaded, options.examples or EXAMPLES)
+    with torch.no_grad():
+        outputs = likelihood.observations(loaded.model(inputs[:1]))[0].numel()
+    kind = options.fisher or ("exact" if outputs <= FEW else "sampled")
+    net = re.sub(r"[^\w.=-]+", "_", loaded.folder.resolve().name)
+    titles[net] = loaded.name
+    layers = _layers(loaded.model, options.layers) if options.layers else None
+    for weights in _weights(options.steps, loaded):
+        state = loaded.state(weights)
+        step = loaded.load(weights)
+        own = state.get("optimizer", {}).get("curvature")
+        settings = _settings(options, likelihood, kind, DAMPING)
+        yield fisher.Problem(net, step, loaded.model, inputs, targets, settings, layers, own)
+
+
+def _weights(text: str | None, loaded: LoadedRun) -> list[Weights]:
+    """Which checkpoints: by their steps, oldest first, or by ``last`` and ``best``."""
+    every: list[Weights] = [step for step, _ in loaded.checkpoints()]
+    named = [word for word in _words(text) if word in ("last", "best")]
+    steps: list[Weights] = [*_numbers("steps", ",".join(w for w in _words(text) if w not in (*named, "all")), int)]
+    if not _words(text) or "all" in _words(text):
+        steps = every
+    found = [*steps, *named]
+    if not found:
+        raise UserError(f"steps: {loaded.folder} has no checkpoint; train with trainer.checkpoint_every_epochs=1")
+    return found  # type: ignore[return-value]
+
+
+def _first(loaded: LoadedRun, examples: int) -> tuple[Tensor, Tensor]:
+    parts: list[tuple[Tensor, Tensor]] = []
+    for batch in loaded.data.train.epoch(0):
+        parts.append(batch)
+        if sum(len(targets) for _, targets in parts) >= examples:
+            break
+    inputs, targets = (torch.cat(column)[:examples] for column in zip(*parts, strict=True))
+    if len(targets) < examples:
+        raise ValueError(f"examples must be at most {len(targets)}, which an epoch of {loaded.folder} has")
+    return inputs, targets
+
+
+def _settings(options: argparse.Namespace, likelihood: Likelihood, kind: Any, damping: float) -> fisher.Settings:
+    return fisher.Settings(
+        likelihood, damping, kind, options.seed, options.fraction, options.updates, options.aux_lr
+    )
+
+
+def _layers(model: nn.Module, patterns: str) -> list[str]:
+    """Affine layers whose names contain a match of one of some patterns."""
+    affine = [name for name, module in model.named_modules() if isinstance(adapt(name, module), AffineLayer)]
+    try:
+        found = [name for name in affine if any(re.search(pattern, name) for pattern in _words(patterns))]
+    except re.error as error:
+        raise ValueError(f"layers must be regular expressions, got {patterns!r} ({error})") from error
+    if not found:
+        raise ValueError(f"layers: {patterns!r} is in no name of {', '.join(affine)}")
+    return found
+
+
+def _write(
+    out: Path, results: fisher.Results, plan: Sequence[tuple[str, float]], titles: dict[str, str]
+) -> list[str]:
+    """Tables and pictures; returns the names of the files."""
+    rows = [row for net, damping in plan for row in results.of(net, damping)]
+    written = [results.path.name]
+    texts = {"fisher_quality.csv": fisher.to_csv(rows), "fisher_quality.md": fisher.to_markdown(rows, titles)}
+    for name, text in texts.items():
+        with atomic_file(out / name) as file:
+            file.write(text.encode())
+        written.append(name)
+    several = len({damping for _, damping in plan}) > 1
+    for net, damping in plan:
+        own = results.of(net, damping)
+        last = max(row.step for row in own)
+        at_last = [row for row in own if row.step == last]
+        title = f"{titles.get(net, net)}: step {last}, damping {damping:g}"
+        pictures = {"errors": fisher.errors(at_last, title), "directions": fisher.directions(at_last, title)}
+        if len({row.step for row in own}) > 1:
+            pictures["training"] = fisher.training(own, f"{titles.get(net, net)}: damping {damping:g}")
+        for kind, figure in pictures.items():
+            name = f"{net}_{kind}{f'_{damping:g}' if several else ''}.png"
+            with atomic_file(out / name) as file:
+                figure.savefig(file, format="png", dpi=100)
+            written.append(name)
+    return written
+
+
+def _table(rows: Sequence[fisher.Row], title: str) -> Table:
+    last = max(row.step for row in rows)
+    at_last = [row for row in rows if row.step == last]
+    table = Table(title=f"\n{title}: step {last}, damping {rows[0].damping:g}", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for name in (*ERRORS.values(), *DIRECTIONS.values()):
+        table.add_column(name, justify="right")
+    for line in fisher.summary(at_last):
+        table.add_row(*line)
+    return table
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True, highlight=False, markup=False)
+    return Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def _numbers(key: str, text: str | None, kind: type) -> list[Any]:
+    try:
+        found = [kind(word) for word in _words(text)]
+    except ValueError:
+        example = "0,100,1000" if kind is int else "0.1,0.01"
+        raise ValueError(f"{key} must be numbers such as {example}, got {text!r}") from None
+    low = 0 if kind is int else 1e-30
+    if any(not value >= low for value in found):
+        raise ValueError(f"{key} must be {'at least' if kind is int else 'above'} 0, got {text!r}")
+    return found
+
+
+def _known(name: str, known: Any, key: str) -> Any:
+    if name not in known:
+        raise ValueError(f"{key} has no {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
+    return known[name]
+
+
+def _parser() -> argparse.ArgumentParser:
+    nets, methods = ", ".join(fisher.NETS), ", ".join(fisher.METHODS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = _refuse  # type: ignore[method-assign]
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder, whose checkpoints are looked at")
+    parser.add_argument("--nets", help=f"built-in nets, where no run is given, of {nets} (default: all)")
+    parser.add_argument("--methods", help=f"of {methods} (default: all)")
+    parser.add_argument(
+        "--layers", help="patterns of layers' names; the whole matrix is then theirs alone (default: all layers)"
+    )
+    parser.add_argument(
+        "--steps", help="of the training (default: each net's own); of a run: of its checkpoints, or last, best, all"
+    )
+    parser.add_argument("--damping", help="one or more, e.g. 0.1,0.01 (default: 0.01, or the net's own)")
+    parser.add_argument(
+        "--fisher", choices=["exact", "sampled", "empirical"],
+        help="what F is made of (default: each net's own; of a run exact up to 20 outputs, else sampled)",
+    )  # fmt: skip
+    parser.add_argument("--examples", type=int, help="in the batch (default: each net's own; of a run 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of training, batch and draws (default: 0)")
+    parser.add_argument(
+        "--fraction", type=float, default=1.0,
+        help="of the batch that approximations are made on; F is the whole batch's (default: 1)",
+    )  # fmt: skip
+    parser.add_argument("--updates", type=int, default=500, help="of FishLeg's inverse (default: 500)")
+    parser.add_argument("--aux-lr", type=float, default=1e-3, help="FishLeg's rate of learning it (default: 0.001)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-3, help="to which operator norms are worked out (default: 0.001)"
+    )
+    parser.add_argument("--out", help="folder of the results (default: the run's, or fisher_quality)")
+    parser.add_argument("--fresh", action="store_true", help="leave results of an earlier call behind")
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message} (see --help)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
