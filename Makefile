@@ -1,9 +1,10 @@
-# `make train` sets up and runs the default job; `make test` sets up and runs the tests; `make gpu` checks a CUDA machine.
+# `make train` sets up and runs the default job; `make test` sets up and runs the tests; `make docs` builds the pages as a
+# site; `make gpu` checks a CUDA machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check gpu clean
+.PHONY: train test check docs gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/python train.py $(ARGS)
@@ -28,8 +29,16 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(VENV)/bin/pyth
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: requirements-docs.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . docs/_build
+	@echo "the site: docs/_build/index.html"
+
 gpu: $(VENV)/.installed-dev
 	$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache docs/_build

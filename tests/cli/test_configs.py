@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from tests.cli.conftest import Outcome, runs, summary
 from tests.conftest import ROOT
 from training.settings.composition import CONFIG_FOLDER, compose
 from training.settings.schema import locate, parameters
-from training.settings.sweeps import taken_out
 
 FILES = sorted(CONFIG_FOLDER.rglob("*.yaml"))
 OURS = ("data", "models", "optimizers", "training")
@@ -103,19 +101,6 @@ def test_help_lists_groups_and_choices(command: Callable[..., Outcome]) -> None:
     assert re.search(r"experiment/adafisher: [^:]*\bcifar10_resnet18\b", outcome.out)
     assert "python train.py -m optimizer=sgd,adam,adafisher seed=0,1" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 120
-
-
-def test_commands_of_the_readme_and_the_help_are_valid(command: Callable[..., Outcome]) -> None:
-    text = (ROOT / "README.md").read_text() + (CONFIG_FOLDER / "hydra" / "default.yaml").read_text()
-    started = r"(?:torchrun \S+|python) train\.py|(?:torchrun \S+ -m )?curvlab"
-    given = re.findall(rf"^ *(?:{started})([^\n#`]*)", text, re.MULTILINE)
-    assert len(given) > 10
-    for line in given:
-        words = shlex.split(line.split("   ")[0])
-        overrides = [word for word in words if "=" in word and not re.search(r"=[A-Z_]+$", word)]
-        single = [re.sub(r",.*", "", word) if "-m" in words else word for word in overrides]
-        single, _ = taken_out(single, "-m" in words)
-        compose([*single, *photos(single)])
 
 
 def test_train_py_fits_on_a_screen() -> None:

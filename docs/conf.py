@@ -1,0 +1,89 @@
+"""How the Markdown of this folder, and README.md, CONTRIBUTING.md and CHANGELOG.md, become a site: `make docs`.
+
+The pages know nothing of the site: what it needs besides, its navigation, is added here, in the order in which
+a folder's README.md links its pages. Everything is in the site itself: it is read offline, from a folder.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs")
+
+project = "Curvlab"
+copyright = "the Curvlab developers"
+(release,) = re.findall(r'^__version__ = "(.*)"$', (ROOT / "curvlab" / "__init__.py").read_text(), re.MULTILINE)
+
+extensions = ["myst_parser"]
+root_doc = "docs/README"
+exclude_patterns = [path.name for path in ROOT.iterdir() if path.name not in PAGES] + ["docs/_build"]
+source_suffix = {".md": "markdown"}
+nitpicky = True
+
+myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = {"math"}  # as GitHub has it
+myst_heading_anchors = 6  # what GitHub makes of headings
+myst_update_mathjax = False
+
+html_theme = "furo"
+html_title = f"{project} {release}"
+html_copy_source = False
+html_show_sphinx = False
+html_static_path = ["style.css"]
+html_css_files = ["style.css"]
+html_math_renderer = "mathml"
+highlight_language = "none"
+
+#: Caption, folder and pages from elsewhere of each part of the navigation.
+PARTS = (("", "", ["/README"]), ("Guides", "docs", []), ("Optimizers", "docs/optimizers", []),
+         ("Results", "docs/results", []), ("The project", "", ["/CONTRIBUTING", "/CHANGELOG"]))  # fmt: skip
+
+
+def _navigation() -> str:
+    """Tables of contents of all folders, as directives that nobody sees but the site."""
+    blocks = []
+    for caption, folder, others in PARTS:
+        entries = list(others)
+        if folder:
+            text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+            linked = re.findall(r"\]\(([\w.-]+)\.md[)#]", text)
+            own = [] if folder == "docs" else ["README"]
+            entries += [f"/{folder}/{name}" for name in dict.fromkeys(own + linked)] + [f"/{folder}/*"]
+        blocks.append("\n".join(["```{toctree}", ":hidden:", ":glob:", f":caption: {caption}", "", *entries, "```"]))
+    return "\n\n" + "\n\n".join(block.replace(":caption: \n", "") for block in blocks) + "\n"
+
+
+def _add_navigation(app: Any, name: str, source: list[str]) -> None:
+    if name == root_doc:
+        source[0] += _navigation()
+
+
+def _mathml(display: str) -> Any:
+    def visit(translator: Any, node: nodes.Element) -> None:
+        text = convert(node.astext(), display=display)
+        translator.body.append(text if display == "inline" else f'<div class="math">{text}</div>')
+        raise nodes.SkipNode
+
+    return visit, None
+
+
+def _add_entrance(app: Any, error: Exception | None) -> None:
+    """index.html, where everybody looks first."""
+    if error is None:
+        target = f'<meta charset="utf-8"><meta http-equiv="refresh" content="0; url={root_doc}.html">'
+        page = f'<!doctype html><title>{project}</title>{target}<a href="{root_doc}.html">{project}</a>\n'
+        (Path(app.outdir) / "index.html").write_text(page, encoding="utf-8")
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", inline_renderers=_mathml("inline"), block_renderers=_mathml("block"))
+    app.connect("source-read", _add_navigation)
+    app.connect("build-finished", _add_entrance)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

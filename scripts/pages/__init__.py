@@ -1,0 +1,1 @@
+"""Commands that keep pages of docs/ what the code is."""
