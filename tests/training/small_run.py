@@ -39,6 +39,7 @@ from training.callbacks import Callback, EarlyStopping
 from training.loop.distributed import barrier
 from training.runs import checkpoints
 from training.runs.run import Run
+from training.show.trajectory import Trajectory
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}),
@@ -207,9 +208,11 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
 def run_one(arguments: dict[str, Any], world: World) -> int:
     """One run from its JSON description; returns an exit code and leaves each rank's weights in the folder."""
     slow, patience = arguments.pop("slow", False), arguments.pop("patience", None)
+    every = arguments.pop("snapshots_every", None)
     signal_at, signal_rank = arguments.pop("signal_at", None), arguments.pop("signal_rank", 0)
     callbacks: list[Callback] = [Slow()] if slow else []
     callbacks += [EarlyStopping(patience=patience)] if patience else []
+    callbacks += [Trajectory(every_steps=every)] if every else []
     callbacks += [SignalAt(signal_at)] if signal_at is not None and world.rank == signal_rank else []
     try:
         _, model = fit(**arguments, world=world, callbacks=callbacks)

@@ -23,6 +23,7 @@ from training.loop.precision import Precision
 from training.runs import checkpoints
 from training.runs.evaluation import evaluate
 from training.runs.run import Run
+from training.show.snapshots import Snapshots
 from training.tasks.players import Players
 
 CPU = torch.device("cpu")
@@ -185,10 +186,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = [
         {"folder": f"{root}/ema", "around": "ema", **EXACT},
         {"folder": f"{root}/free", "around": "graft free", **EXACT},
-        {"folder": f"{root}/whole", "around": "ema", "max_steps": 12},
-        {"folder": f"{root}/parts", "around": "ema", "max_steps": 12, "signal_at": 6, "signal_rank": 1},
-        {"folder": f"{root}/parts", "around": "ema", "max_steps": 12, "resume": True},
-    ]
+        {"folder": f"{root}/whole", "around": "ema", "max_steps": 12, "snapshots_every": 5},
+        {"folder": f"{root}/parts", "around": "ema", "max_steps": 12, "snapshots_every": 5, "signal_at": 6,
+         "signal_rank": 1},
+        {"folder": f"{root}/parts", "around": "ema", "max_steps": 12, "snapshots_every": 5, "resume": True},
+    ]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tests.training.small_run", json.dumps(runs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -212,6 +214,8 @@ def test_two_processes_resume_bit_for_bit_and_end_alike(two: Path) -> None:
     """With BatchNorm, whose statistics are gathered on both shares."""
     assert list(differences(final_state(two / "whole"), final_state(two / "parts"))) == []
     assert events(two / "whole") == events(two / "parts")
+    files = [two / name / "trajectory.snapshots" for name in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes() and Snapshots(files[0]).steps == [0, 5, 10, 12]
     for name in ("whole", "parts"):
         ranks = [torch.load(two / name / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
         assert list(differences(*ranks)) == []

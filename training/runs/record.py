@@ -30,7 +30,7 @@ VOLATILE = (
 _GROUP = re.compile(r"(?!hydra)\w+(@\w+)?")
 _CHOICE = re.compile(r"\w[\w.+/-]*")
 # How the names of callbacks end that only show what was learned.
-ONLOOKERS = ("Plots", "SampleText")
+ONLOOKERS = ("Plots", "SampleText", "Trajectory")
 
 
 @dataclass(frozen=True)
