@@ -15,7 +15,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from training.command import cli
+from training.command import cli, questions
 from training.runs.record import RunConfig
 from training.settings.composition import BEHAVIOUR, CONFIG_FOLDER, CONFIG_NAME, current
 
@@ -60,9 +60,8 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
             trainer.check(
                 data, task, world, callbacks, model=model, optimizer=optimizer, schedule=schedule, scalars=scalars
             )
-        if config["verify"]:
-            from training.command import verification  # with checks that training has no use for
-            return verification.verify(config, model, optimizer, data, task, world), Path(config["paths"]["runs"])
+        if answer := questions.asked(config):  # debug=verify, debug=summary: no run
+            return answer(config, model, optimizer, data, task, world), Path(config["paths"]["runs"])
         state = resume.load_state(start)
         folder = cli.on_main(world, partial(resume.enter, start, run, world))
         distributed.remember("folder", str(folder.path))

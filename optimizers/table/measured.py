@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base import CurvatureOptimizer, build_optimizer
+from ..forecast import total
 from ..likelihoods import Categorical
 from ..packaged import Package
 from .catalogue import Entry, Target, present
@@ -98,8 +99,7 @@ def measure(target: Target, options: dict[str, Any]) -> str:
         options: its hyper-parameters.
     """
     optimizer, model = _trained(target, options, _dense_net, _vectors)
-    kept = {(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in _tensors(optimizer.state_dict())}
-    return f"{sum(kept.values()) / sum(p.numel() for p in model.parameters()):.1f}"
+    return f"{total(optimizer) / sum(p.numel() for p in model.parameters()):.1f}"
 
 
 def _layers(target: Target, options: dict[str, Any]) -> str:
@@ -179,13 +179,3 @@ def _runs(target: Target, options: dict[str, Any], setting: dict[str, Any]) -> b
         return False
     return all(bool(p.isfinite().all()) for p in model.parameters())
 
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)

@@ -78,7 +78,7 @@ def test_every_optimizer_runs_two_steps(name: str, quick: Callable[..., Outcome]
     assert summary(folder)["steps"] == 2 and summary(folder)["status"] == "finished"
 
 
-@pytest.mark.parametrize("name", [name for name in names("debug") if name != "verify"])
+@pytest.mark.parametrize("name", [name for name in names("debug") if name not in ("verify", "summary")])
 def test_every_debug_mode_runs(name: str, command: Callable[..., Outcome], work: Path) -> None:
     outcome = command(f"debug={name}", "model=mlp", "optimizer=adam")
     assert outcome.code == 0, outcome.err
@@ -97,7 +97,7 @@ def test_help_lists_groups_and_choices(command: Callable[..., Outcome]) -> None:
     ours = ["adafisher", "adafisherw", "adahessian", "deflation", "ekfac", "exact_ng", "fishleg", "kfac"]
     ours += ["kfac_corrected", "kpsvd", "lanczos", "twolevel_kfac"]
     assert listed and set(re.findall(r"\w+", listed[1])) >= {*ours, "adam", "adamw", "sgd"}, outcome.out
-    assert re.search(r"debug: overfit, profile, smoke, verify", outcome.out)
+    assert re.search(r"debug: overfit, profile, smoke, summary, verify", outcome.out)
     assert re.search(r"experiment/adafisher: [^:]*\bcifar10_resnet18\b", outcome.out)
     assert "python train.py -m optimizer=sgd,adam,adafisher seed=0,1" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 120

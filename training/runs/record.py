@@ -21,8 +21,8 @@ BUDGETS = ("max_epochs", "max_steps", "max_time")
 CHOICES = "choices"  # in config.yaml: the name of each group's file
 # What may differ between two launches of the same run: where it writes, how it reports, where it computes.
 VOLATILE = (
-    "paths", "logger", "resume", "name", "verify", "trainer.device", "trainer.profile", "trainer.log_every_steps",
-    "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps",
+    "paths", "logger", "resume", "name", "verify", "summary", "trainer.device", "trainer.profile",
+    "trainer.log_every_steps", "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps",
     "trainer.checkpoint_every_minutes", "trainer.keep_checkpoints",
     *(f"{name}.{SHARING}" for name in ("optimizer", *PLAYERS)),
 )  # fmt: skip

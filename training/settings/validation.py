@@ -54,7 +54,7 @@ def _top_level(
     seed: int, name: str | None = None, resume: str | None = None, init_from: str | None = None,
     logger: dict | None = None, callbacks: dict | None = None, schedules: dict | None = None,
     finetune: dict | None = None, generator: dict | None = None, critic: dict | None = None,
-    verify: int | None = None, averaging: dict | None = None, step_length: dict | None = None,
+    verify: int | None = None, averaging: dict | None = None, step_length: dict | None = None, summary: bool = False,
 ) -> None:  # fmt: skip
     """The signature that `configs/train.yaml` is checked against."""
 

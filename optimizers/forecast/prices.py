@@ -1,0 +1,206 @@
+"""What operations cost on this machine: each is called a few times on numbers of its shapes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .operations import CUBIC, Like, Operation
+
+#: Multiplications and additions, and bytes, from which on an operation is timed at smaller shapes and scaled.
+LIMIT_FLOPS, LIMIT_BYTES = 5e8, 5e7
+
+#: Bytes from which on operands are taken from memory rather than caches: what a step touches once is not in these.
+COLD = 2**18
+
+#: No dimension is made smaller than this.
+SMALL = 64
+
+
+class Prices:
+    """Seconds of operations, timed when first asked for.
+
+    Args:
+        clock: seconds so far; ``time.process_time``, with one thread, on a machine that others use.
+        budget: seconds to spend on timing; what is left then is priced by what is alike and was timed.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, budget: float = 2.0) -> None:
+        self.clock, self.budget = clock, budget
+        self.spent = 0.0
+        self.timed = 0
+        self._known: dict[Operation, float] = {}
+        self._ratios: dict[str, list[float]] = {}  # timed over guessed
+        self._rate, self._bandwidth, self._call = self._machine()
+
+    def _machine(self) -> tuple[float, float, float]:
+        """Multiplications and additions a second, bytes a second, and seconds of a call that does nothing."""
+        a = torch.rand(384, 384)
+        product = _least(lambda: a @ a, self.clock)
+        b = torch.rand(2**21)
+        passed = _least(lambda: b.add_(1.0), self.clock)
+        view = _least(lambda: a.view(-1), self.clock)
+        return 2 * 384**3 / product, 2 * b.numel() * 4 / passed, view
+
+    def guess(self, operation: Operation) -> float:
+        """Seconds by arithmetic and memory alone."""
+        return self._call + operation.flops() / self._rate + operation.bytes() / self._bandwidth
+
+    def learn(self, weighted: Mapping[Operation, float]) -> None:
+        """Time operations, those that matter most first, until the budget is spent.
+
+        Args:
+            weighted: how often each is called.
+        """
+        order = sorted(weighted, key=lambda op: -weighted[op] * self.guess(op) if not _is_view(op) else 0.0)
+        for operation in order:
+            self.seconds(operation)
+
+    def total(self, weighted: Mapping[Operation, float]) -> float:
+        """Seconds of operations, each as often as it is called."""
+        return sum(times * self.seconds(operation) for operation, times in weighted.items())
+
+    def seconds(self, operation: Operation) -> float:
+        """Of one call."""
+        if operation in self._known:
+            return self._known[operation]
+        if _is_view(operation):
+            return self._call
+        guessed = self.guess(operation)
+        if self.spent < self.budget:
+            began = time.perf_counter()
+            found = self._measured(operation)
+            self.spent += time.perf_counter() - began
+            if found is not None:
+                self.timed += 1
+                self._ratios.setdefault(operation.name, []).append(found / guessed)
+                self._known[operation] = found
+                return found
+        alike = self._ratios.get(operation.name)
+        return guessed * (statistics.median(alike) if alike else 1.0)
+
+    def _measured(self, operation: Operation) -> float | None:
+        small = operation
+        while (smaller := _smaller(small)) is not None:
+            small = smaller
+        for attempt in (small, operation) if small is not operation else (operation,):
+            if attempt.bytes() > 20 * LIMIT_BYTES:
+                return None
+            try:
+                found = self._call_of(attempt)
+            except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+                continue  # its arguments depend on each other in a way that is not seen here
+            return found * self._times(operation, attempt)
+        return None
+
+    def _times(self, operation: Operation, small: Operation) -> float:
+        """How many times the work of a smaller operation another one is."""
+        if operation is small:
+            return 1.0
+        if small.flops():
+            return operation.flops() / small.flops()
+        return operation.bytes() / max(small.bytes(), 1)
+
+    def _call_of(self, operation: Operation) -> float:
+        """Seconds of a call on made-up numbers."""
+        copies = 1 if operation.bytes() < COLD else max(1, min(4, int(2**25 / operation.bytes())))
+        made = [_made(operation) for _ in range(copies)]
+        turn = iter(range(10**9))
+
+        def call() -> object:
+            args, kwargs = made[next(turn) % copies]
+            return operation.function(*args, **kwargs)
+
+        with torch.no_grad():
+            return _least(call, self.clock)
+
+
+def _least(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Seconds of a call: the median of some, after one that does not count."""
+    began = clock()
+    call()
+    first = clock() - began
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 1e-3 and len(times) < 25):
+        began = clock()
+        call()
+        times.append(clock() - began)
+        if sum(times) + first > 0.1:
+            break
+    return statistics.median(times)
+
+
+def _is_view(operation: Operation) -> bool:
+    """Whether an operation looks at its argument in another way, and does nothing."""
+    aliases = [a.alias_info for a in operation.function._schema.arguments if a.alias_info is not None]
+    return bool(aliases) and not any(alias.is_write for alias in aliases)
+
+
+def _smaller(operation: Operation) -> Operation | None:
+    """The operation at half of one of its sizes, wherever that occurs; None if it is small enough."""
+    if operation.flops() <= LIMIT_FLOPS and operation.bytes() <= LIMIT_BYTES:
+        return None
+    likes = operation.likes()
+    batch = likes[0].size[0] if "convolution" in operation.name and likes[0].size else 0
+    sizes = [size for like in likes for size in like.size]
+    value = batch if batch > 1 else max(sizes, default=0)
+    if value < 2 * SMALL and value != batch:
+        return None
+    half = value // 2
+    results = tuple(_halved(like, value, half) for like in operation.results)
+    arguments = tuple(_halved(a, value, half) for a in operation.arguments)
+    named = tuple((key, _halved(a, value, half)) for key, a in operation.named)
+    return Operation(operation.function, arguments, named, results)
+
+
+def _halved(value: Any, size: int, half: int) -> Any:
+    if isinstance(value, Like):
+        order = sorted(range(len(value.size)), key=lambda d: -value.stride[d])
+        sizes = tuple(half if n == size else n for n in value.size)
+        strides, step = [0] * len(sizes), 1
+        for d in reversed(order):
+            strides[d] = step if value.stride[d] else 0
+            step *= sizes[d] if value.stride[d] else 1
+        return Like(sizes, tuple(strides), value.dtype)
+    if isinstance(value, tuple):
+        return tuple(_halved(item, size, half) for item in value)
+    return half if type(value) is int and value == size else value
+
+
+def _made(operation: Operation) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments with numbers in them."""
+    definite = operation.name in CUBIC or "triangular" in operation.name or "cholesky" in operation.name
+    args = [_real(value, definite) for value in operation.arguments]
+    return args, {key: _real(value, definite) for key, value in operation.named}
+
+
+def _real(value: Any, definite: bool) -> Any:
+    if isinstance(value, tuple):
+        return [_real(item, definite) for item in value]
+    if not isinstance(value, Like):
+        return value
+    order = sorted(range(len(value.size)), key=lambda d: -value.stride[d])
+    sizes = [value.size[d] if value.stride[d] else 1 for d in order]
+    inverse = [order.index(d) for d in range(len(order))]
+    tensor: Tensor
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        tensor = torch.rand(sizes, dtype=value.dtype if value.dtype.itemsize > 2 else torch.float32).to(value.dtype)
+        if definite and len(sizes) >= 2 and sizes[-1] == sizes[-2]:
+            tensor = tensor @ tensor.mT / sizes[-1] + torch.eye(sizes[-1], dtype=tensor.dtype)
+    else:
+        tensor = torch.zeros(sizes, dtype=value.dtype)
+    return tensor.permute(inverse).expand(value.size)
+
+
+def added(counters: Iterable[tuple[Mapping[Operation, Any], float]]) -> dict[Operation, float]:
+    """Counts, each times its weight, in one."""
+    found: dict[Operation, float] = {}
+    for counts, weight in counters:
+        for operation, times in counts.items():
+            found[operation] = found.get(operation, 0.0) + weight * times
+    return found
