@@ -7,11 +7,12 @@ a folder's README.md links its pages. Everything is in the site itself: it is re
 from __future__ import annotations
 
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import ziamath
 from docutils import nodes
-from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs")
@@ -37,8 +38,12 @@ html_copy_source = False
 html_show_sphinx = False
 html_static_path = ["style.css"]
 html_css_files = ["style.css"]
-html_math_renderer = "mathml"
+html_math_renderer = "svg"
+ziamath.config.svg2 = False  # outlines without names, which formulas of one page would share
 highlight_language = "none"
+
+#: Pixels that a formula is drawn in, of no consequence.
+SIZE = 20
 
 #: Caption, folder and pages from elsewhere of each part of the navigation.
 PARTS = (("", "", ["/README"]), ("Guides", "docs", []), ("Optimizers", "docs/optimizers", []),
@@ -52,10 +57,13 @@ def _navigation() -> str:
         entries = list(others)
         if folder:
             text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
-            linked = re.findall(r"\]\(([\w.-]+)\.md[)#]", text)
-            own = [] if folder == "docs" else ["README"]
-            entries += [f"/{folder}/{name}" for name in dict.fromkeys(own + linked)] + [f"/{folder}/*"]
-        blocks.append("\n".join(["```{toctree}", ":hidden:", ":glob:", f":caption: {caption}", "", *entries, "```"]))
+            titles = {name: title for title, name in reversed(re.findall(r"\[([^\]]+)\]\(([\w.-]+)\.md[)#]", text))}
+            there = sorted(path.stem for path in (ROOT / folder).glob("*.md"))
+            for name in dict.fromkeys(["README", *reversed(titles), *there]):
+                place = f"/{folder}/{name}"
+                if place != f"/{root_doc}":
+                    entries.append(f"{' '.join(titles[name].split())} <{place}>" if name in titles else place)
+        blocks.append("\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *entries, "```"]))
     return "\n\n" + "\n\n".join(block.replace(":caption: \n", "") for block in blocks) + "\n"
 
 
@@ -64,13 +72,25 @@ def _add_navigation(app: Any, name: str, source: list[str]) -> None:
         source[0] += _navigation()
 
 
-def _mathml(display: str) -> Any:
-    def visit(translator: Any, node: nodes.Element) -> None:
-        text = convert(node.astext(), display=display)
-        translator.body.append(text if display == "inline" else f'<div class="math">{text}</div>')
-        raise nodes.SkipNode
+def _drawn(latex: str, inline: bool) -> str:
+    """A formula as an SVG in the colour and size of the text around it, its baseline on the text's."""
+    drawing = ziamath.Latex(latex.replace("\n", " "), size=SIZE, color="currentColor", inline=inline).svg()
+    tag, _, outlines = drawing.partition(">")
+    (box,) = re.findall(r'viewBox="([^"]+)"', tag)
+    _, top, width, height = (float(number) / SIZE for number in box.split())
+    style = f"width: {width:.3f}em; height: {height:.3f}em; vertical-align: {-height - top:.3f}em"
+    return f'<svg role="img" aria-label="{escape(latex)}" style="{style}" viewBox="{box}">{outlines}'
 
-    return visit, None
+
+def _inline(translator: Any, node: nodes.Element) -> None:
+    translator.body.append(_drawn(node.astext(), inline=True))
+    raise nodes.SkipNode
+
+
+def _block(translator: Any, node: nodes.Element) -> None:
+    parts = [_drawn(part.strip(), inline=False) for part in node.astext().split(r"\qquad")]  # wrapped if narrow
+    translator.body.append(f'<div class="math">{"".join(parts)}</div>')
+    raise nodes.SkipNode
 
 
 def _add_entrance(app: Any, error: Exception | None) -> None:
@@ -83,7 +103,7 @@ def _add_entrance(app: Any, error: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
-    app.add_html_math_renderer("mathml", inline_renderers=_mathml("inline"), block_renderers=_mathml("block"))
+    app.add_html_math_renderer("svg", inline_renderers=(_inline, None), block_renderers=(_block, None))
     app.connect("source-read", _add_navigation)
     app.connect("build-finished", _add_entrance)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
