@@ -46,11 +46,12 @@ from data import DataError
 from optimizers import Likelihood
 from optimizers.curvature.layers import AffineLayer, adapt
 from training.errors import UserError, did_you_mean
+from training.loop.signals import CTRL_C
 from training.runs.folder import atomic_file
 from training.settings.loading import LoadedRun, Weights, load_run
 
-#: Of a run, unless others are asked for: examples, damping, and up to how many outputs F is exact.
-EXAMPLES, DAMPING, FEW = 64, 1e-2, 20
+#: Of a run, unless others are asked for: examples, damping, FishLeg's updates, and up to how many outputs F is exact.
+EXAMPLES, DAMPING, UPDATES, FEW = 64, 1e-2, 200, 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, UserError, DataError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: what is measured is kept, and the same command goes on from there\n")
+        return CTRL_C
     return 0
 
 
@@ -109,7 +113,7 @@ def _of_nets(options: argparse.Namespace, nets: Sequence[fisher.Net]) -> Iterato
     for net in nets:
         steps = _numbers("steps", options.steps, int) or net.steps
         inputs, targets = fisher.batch(net, options.examples or net.examples, options.seed)
-        settings = _settings(options, net.likelihood, options.fisher or net.fisher, net.damping)
+        settings = _settings(options, net.likelihood, options.fisher or net.fisher, net.damping, net.updates)
         for step, model in fisher.trained(net, sorted(set(steps)), options.seed):
             layers = _layers(model, options.layers) if options.layers else net.layers
             yield fisher.Problem(net.name, step, model, inputs, targets, settings, layers)
@@ -161,10 +165,11 @@ def _first(loaded: LoadedRun, examples: int) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-def _settings(options: argparse.Namespace, likelihood: Likelihood, kind: Any, damping: float) -> fisher.Settings:
-    return fisher.Settings(
-        likelihood, damping, kind, options.seed, options.fraction, options.updates, options.aux_lr
-    )
+def _settings(
+    options: argparse.Namespace, likelihood: Likelihood, kind: Any, damping: float, updates: int = UPDATES
+) -> fisher.Settings:
+    updates = updates if options.updates is None else options.updates
+    return fisher.Settings(likelihood, damping, kind, options.seed, options.fraction, updates, options.aux_lr)
 
 
 def _layers(model: nn.Module, patterns: str) -> list[str]:
@@ -270,10 +275,10 @@ def _parser() -> argparse.ArgumentParser:
         "--fraction", type=float, default=1.0,
         help="of the batch that approximations are made on; F is the whole batch's (default: 1)",
     )  # fmt: skip
-    parser.add_argument("--updates", type=int, default=500, help="of FishLeg's inverse (default: 500)")
+    parser.add_argument("--updates", type=int, help="of FishLeg's inverse (default: each net's own; of a run 200)")
     parser.add_argument("--aux-lr", type=float, default=1e-3, help="FishLeg's rate of learning it (default: 0.001)")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-3, help="to which operator norms are worked out (default: 0.001)"
+        "--tolerance", type=float, default=1e-2, help="to which operator norms are worked out (default: 0.01)"
     )
     parser.add_argument("--out", help="folder of the results (default: the run's, or fisher_quality)")
     parser.add_argument("--fresh", action="store_true", help="leave results of an earlier call behind")

@@ -111,7 +111,7 @@ class ExactBlock:
         inside = vectors @ ((vectors.mT @ self.dots(matrix)) / (values + damping))
         return (matrix - self.combine(inside)) / damping
 
-    def errors(self, approximation: Operator, tolerance: float = 1e-3) -> Errors:
+    def errors(self, approximation: Operator, tolerance: float = 1e-2) -> Errors:
         """Of an approximation of F.
 
         Args:
@@ -125,7 +125,7 @@ class ExactBlock:
         norm, bound = operator_norm(lambda v: self.apply(v) - approximation.apply(v), self.shape, tolerance)
         return Errors(_ratio(max(apart, 0.0) ** 0.5, own**0.5), _ratio(norm, float(values[-1])), bound)
 
-    def inverse_errors(self, approximation: Operator, damping: float, tolerance: float = 1e-3) -> Errors:
+    def inverse_errors(self, approximation: Operator, damping: float, tolerance: float = 1e-2) -> Errors:
         """Of an approximation of ``(F + damping I)^-1``.
 
         Args:

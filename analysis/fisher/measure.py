@@ -238,7 +238,7 @@ def exact(problem: Problem) -> Exact:
 def measure(
     problem: Problem,
     methods: Iterable[Method],
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-2,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """All methods on one problem: a row a method and affine layer, and one a method for the whole.

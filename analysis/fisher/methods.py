@@ -52,7 +52,7 @@ class Settings:
     fisher: Fisher = "exact"
     seed: int = 0
     fraction: float = 1.0
-    updates: int = 500
+    updates: int = 200
     aux_lr: float = 1e-3
 
     @property

@@ -20,6 +20,8 @@ from optimizers import Bernoulli, Categorical, Likelihood
 from optimizers.natural_gradient import Fisher
 
 CURVES = 2000  # images
+#: Of ResNet-20: both ends, and the first block of each stage.
+BLOCKS = ("conv1", *(f"layer{stage}.0.conv{k}" for stage in (1, 2, 3) for k in (1, 2)), "fc")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Net:
         layers: those that are looked at; None: all.
         steps: of the training, at which it is looked at.
         damping: lambda.
+        updates: of FishLeg's inverse.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Net:
     layers: Sequence[str] | None = None
     steps: Sequence[int] = (10, 100, 400)
     damping: float = 1e-2
+    updates: int = 200
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -83,12 +87,12 @@ NETS = {
         Net(
             "autoencoder", "auto-encoder of CURVES, 784-400-200-100-50-25-6-...",
             lambda: autoencoder([400, 200, 100, 50, 25, 6], in_channels=1, image_size=28), curves,
-            Bernoulli(), "sampled", 128, damping=1e-1,
+            Bernoulli(), "sampled", 128, damping=1e-1, updates=100,
         ),
         Net("convnet", "two convolutions, digits", convnet, digits, Categorical(), "exact", 64),
         Net(
             "resnet20", "ResNet-20, digits", lambda: cifar_resnet(20, in_channels=1, num_classes=10), digits,
-            Categorical(), "exact", 32,
+            Categorical(), "exact", 32, BLOCKS, (10, 400),
         ),
     )
 }  # fmt: skip

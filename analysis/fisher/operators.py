@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 #: Numbers that a temporary tensor may hold.
-ROOM = 2**25
+ROOM = 2**23
 
 
 class Operator(ABC):
@@ -51,14 +51,21 @@ class Term:
     """``(L_G (x) L_A) diag(W) (R_G (x) R_A)ᵀ``, group by group.
 
     Attributes:
-        weights: W, ``[groups, p, q]``.
+        weights: W, ``[groups, p, q]``, or of a W that is ``w_G w_Aᵀ`` these two, ``[groups, p]`` and ``[groups, q]``.
         left: L_G ``[groups, d_out, p]`` and L_A ``[groups, columns, q]``; None: the identity.
         right: R_G and R_A likewise.
     """
 
-    weights: Tensor
+    weights: Tensor | tuple[Tensor, Tensor]
     left: tuple[Tensor | None, Tensor | None] = (None, None)
     right: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def whole(self) -> Tensor:
+        """W."""
+        if isinstance(self.weights, Tensor):
+            return self.weights
+        return self.weights[0].unsqueeze(-1) * self.weights[1].unsqueeze(-2)
 
 
 class KroneckerSum(Operator):
@@ -75,20 +82,21 @@ class KroneckerSum(Operator):
         """See Operator."""
         total = torch.zeros_like(matrix)
         for term in self.terms:
-            inside = _turned(_turned(matrix, term.right[1]).mT, term.right[0]).mT * term.weights
+            inside = _turned(_turned(matrix, term.right[1]).mT, term.right[0]).mT * term.whole
             total += _turned(_turned(inside, _flipped(term.left[1])).mT, _flipped(term.left[0])).mT
         return total
 
     def squared_norm(self) -> float:
         """See Operator."""
-        return sum(float((one.weights * _overlap(one, two)).sum()) for one, two in product(self.terms, self.terms))
+        return sum(float((one.whole * _overlap(one, two)).sum()) for one, two in product(self.terms, self.terms))
 
     def trace(self) -> float:
         """See Operator."""
         total = 0.0
         for term in self.terms:
-            g, a = (_traces(*pair, size) for pair, size in zip(_sides(term), term.weights.shape[1:], strict=True))
-            total += float((g.unsqueeze(-1) * term.weights * a.unsqueeze(-2)).sum())
+            whole = term.whole
+            g, a = (_traces(*pair, size) for pair, size in zip(_sides(term), whole.shape[1:], strict=True))
+            total += float((g.unsqueeze(-1) * whole * a.unsqueeze(-2)).sum())
         return total
 
     def kernel(self, a: Tensor, g: Tensor, single: bool = False) -> Tensor:
@@ -98,11 +106,15 @@ class KroneckerSum(Operator):
             equal = term.left[0] is term.right[0] and term.left[1] is term.right[1]
             lefts = [_turned(t, m) for t, m in zip((g, a), term.left, strict=True)]
             rights = lefts if equal else [_turned(t, m) for t, m in zip((g, a), term.right, strict=True)]
-            width = max(1, ROOM // (a.shape[0] * a.shape[1] * term.weights.shape[2]))
-            for start in range(0, term.weights.shape[1], width):
+            if g.shape[2] == 1 and not isinstance(term.weights, Tensor):
+                total += _separate(lefts, rights, term.weights, single)
+                continue
+            whole = term.whole
+            width = max(1, ROOM // (a.shape[0] * a.shape[1] * whole.shape[2]))
+            for start in range(0, whole.shape[1], width):
                 some = slice(start, start + width)
                 left = _examples(lefts, some)
-                right = (left if equal else _examples(rights, some)) * term.weights[:, some].unsqueeze(1)
+                right = (left if equal else _examples(rights, some)) * whole[:, some].unsqueeze(1)
                 if single:
                     total += (left * right).sum((0, 2, 3))
                 else:
@@ -156,7 +168,7 @@ class Scaled(Operator):
 
 
 def operator_norm(
-    apply: Callable[[Tensor], Tensor], shape: tuple[int, ...], tolerance: float = 1e-3, limit: int = 100
+    apply: Callable[[Tensor], Tensor], shape: tuple[int, ...], tolerance: float = 1e-2, limit: int = 60
 ) -> tuple[float, float]:
     """The largest magnitude of an eigenvalue of a symmetric matrix, by a Lanczos process with reorthogonalisation.
 
@@ -175,14 +187,16 @@ def operator_norm(
     size = torch.Size(shape).numel()
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(size, generator=generator, dtype=torch.float64)
-    basis = [vector / vector.norm()]
+    most = min(limit, size)
+    basis = torch.empty(most, size, dtype=torch.float64)
+    basis[0] = vector / vector.norm()
     diagonal: list[float] = []
     below: list[float] = []
     largest, bound = 0.0, 0.0
-    for count in range(1, min(limit, size) + 1):
-        image = apply(basis[-1].view(shape)).flatten()
-        diagonal.append(float(image @ basis[-1]))
-        known = torch.stack(basis)
+    for count in range(1, most + 1):
+        known = basis[:count]
+        image = apply(known[-1].view(shape)).flatten()
+        diagonal.append(float(image @ known[-1]))
         for _ in range(2):  # once would leave what rounding has made of it
             image = image - known.mT @ (known @ image)
         length = float(image.norm())
@@ -195,9 +209,9 @@ def operator_norm(
         largest = abs(float(values[place]))
         bound = length * abs(float(vectors[-1, place])) / largest if largest else 0.0
         whole = max(map(abs, [*diagonal, *below]), default=0.0)
-        if length <= 1e-14 * whole or (bound <= tolerance and count > 3) or count == size:
+        if length <= 1e-14 * whole or (bound <= tolerance and count > 3) or count == most:
             break
-        basis.append(image / length)
+        basis[count] = image / length
         below.append(length)
     return largest, bound
 
@@ -239,7 +253,7 @@ def _gram(one: Tensor | None, two: Tensor | None) -> Tensor | None:
 
 def _overlap(one: Term, two: Term) -> Tensor:
     """``(K_G W K_Aᵀ)`` of the second term's W, with K the products of both terms' left and of both right factors."""
-    result = two.weights
+    result = two.whole
     for side in (0, 1):
         grams = [_gram(a[side], b[side]) for a, b in ((one.left, two.left), (one.right, two.right))]
         if all(gram is None for gram in grams):
@@ -258,3 +272,12 @@ def _examples(parts: list[Tensor], some: slice) -> Tensor:
     """``sum_t g_t a_tᵀ`` by example, of some rows: ``[groups, examples, rows, columns]``."""
     g, a = parts
     return g[..., some].mT @ a
+
+
+def _separate(lefts: list[Tensor], rights: list[Tensor], weights: tuple[Tensor, Tensor], single: bool) -> Tensor:
+    """The kernel of one position and weights ``w_G w_Aᵀ``: a product of what either side makes."""
+    sides = []
+    for left, right, weight in zip(lefts, rights, weights, strict=True):
+        scaled, other = left.squeeze(2) * weight.unsqueeze(1), right.squeeze(2)
+        sides.append((scaled * other).sum(-1) if single else scaled @ other.mT)
+    return (sides[0] * sides[1]).sum(0)

@@ -31,7 +31,7 @@ def approximation(curvature: Mapping[str, Any], layer: AffineLayer) -> Operator 
     """
     factors = _double(curvature["layers"].get(layer.name, {}))
     if "S" in factors and "H" in factors:
-        return KroneckerSum(Term(_outer(factors["S"], factors["H"])))
+        return KroneckerSum(Term((factors["S"], factors["H"])))
     if "S" in factors:
         bases = _bases(factors)
         return KroneckerSum(Term(factors["S"], bases, bases))
@@ -98,7 +98,7 @@ def _kronecker(g: Tensor, a: Tensor) -> Term:
     """``G (x) A``, of which either may be a diagonal."""
     sides = [(t, None) if t.dim() == 3 else (None, t) for t in (g, a)]
     weights = [t.new_ones(len(t), t.shape[-1]) if t.dim() == 3 else t for t in (g, a)]
-    return Term(_outer(*weights), (sides[0][0], sides[1][0]))
+    return Term((weights[0], weights[1]), (sides[0][0], sides[1][0]))
 
 
 def _learned(factors: Factors, layer: AffineLayer) -> Operator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 
@@ -263,3 +264,23 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Capture
     assert "did you mean 'kfac'" in capsys.readouterr().err
     assert fisher_quality.main(["--nets", "mlp", "--layers", "nowhere", "--fresh", "--out", str(tmp_path)]) == 1
     assert "is in no name of" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_looked_at_at_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what the run's own optimizer had averaged by then is a line of its own."""
+    run = Path(__file__).parents[1] / "cli" / "stored_run"
+    methods = ["--methods", "kfac,kpsvd", "--examples", "16", "--out", str(tmp_path)]
+    assert fisher_quality.main([str(run), *methods]) == 0
+    capsys.readouterr()
+    with (tmp_path / "fisher_quality.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["net"], row["step"]) for row in rows} == {("stored_run", "2")}
+    at = {(row["method"], row["layer"]): row for row in rows}
+    assert set(at) == {(m, n) for m in ("kfac", "kpsvd", "own") for n in ("1", "3", "")} - {("own", "")}
+    for layer in ("1", "3"):  # K-FAC's average over one batch, of a sample, is no better than K-FAC on this batch
+        kfac, own = (float(at[method, layer]["fisher_frobenius"]) for method in ("kfac", "own"))
+        assert 0 < kfac < own < 10
+        assert at["own", layer]["inverse_frobenius"] == ""
+    assert fisher_quality.main([str(run), *methods, "--steps", "7"]) == 1
+    assert "steps that are there: 2" in capsys.readouterr().err
+    assert fisher_quality.main([str(tmp_path / "nowhere"), *methods]) == 1
