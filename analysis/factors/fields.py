@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
@@ -18,6 +20,8 @@ from training.show.curves import GREY
 
 #: Decades below the largest entry that heat maps tell apart.
 DECADES = 4.0
+#: What the axis of spectra beside diagonals ends at.
+LEAST = 1e-7
 BLUE, RED, GREEN = "#4477aa", "#cc6677", "#228833"
 
 
@@ -35,7 +39,8 @@ def _image(axes: Axes, values: Tensor, title: str, colormap: str) -> None:
     size = values.abs()
     largest = float(size.max())
     shown = (size / largest).clamp(min=10**-DECADES).log10() if largest > 0 else torch.full_like(size, -DECADES)
-    picture = axes.imshow(shown.numpy(), cmap=colormap, vmin=-DECADES, vmax=0, interpolation="nearest")
+    # "auto": means, where there are fewer pixels than entries
+    picture = axes.imshow(shown.numpy(), cmap=colormap, vmin=-DECADES, vmax=0, interpolation="auto")
     axes.set_title(title, fontsize="small", loc="left")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -134,8 +139,10 @@ def noise_spectra(study: Study) -> Figure:
     return figure
 
 
-def _sorted(axes: Axes, values: Tensor, colour: str, label: str) -> None:
+def _sorted(axes: Axes, values: Tensor, colour: str, label: str, least: float = -math.inf) -> None:
+    """Values by their place, the largest first, as far as they are above something."""
     ordered = values.flatten().sort(descending=True).values
+    ordered = ordered[ordered > least]
     axes.plot(range(1, len(ordered) + 1), ordered.tolist(), color=colour, linewidth=1.2, label=label)
 
 
@@ -173,13 +180,13 @@ def adafisher(study: Study) -> Figure:
         for axes, key, diagonal in zip(axes_row, "AG", diagonals(point.factors[name]), strict=False):
             values = getattr(point.spectra[name], key)
             scale = float(values.max()) or 1.0
-            _sorted(axes, (values / scale).clamp(min=1e-12), "black", "eigenvalues")
-            _sorted(axes, diagonal.double() / scale, BLUE, "diagonal")
+            _sorted(axes, values / scale, "black", "eigenvalues", LEAST)
+            _sorted(axes, diagonal.double() / scale, BLUE, "diagonal", LEAST)
             low, high = torch.aminmax(diagonal.double())
             scaled = (diagonal.double() - low) / (high - low if high > low else 1.0)
-            _sorted(axes, scaled.clamp(min=1e-12), RED, "diagonal, min-max")
+            _sorted(axes, scaled, RED, "diagonal, min-max", LEAST)
             axes.set_yscale("log")
-            axes.set_ylim(1e-9, 3)
+            axes.set_ylim(LEAST, 3)
             foot = "entry, from the largest" if axes_row is grid[-1] else ""
             plain(axes, foot, f"{key} of {name}, step {point.step}")
         for key, (label, colour) in shares.items():

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from analysis.compare.figures import PALETTE
+from analysis.factors import matrices
 from analysis.factors.study import Point, Study
 from training.show.curves import GREY, dress
 
@@ -29,7 +30,10 @@ PANELS: tuple[tuple[str, str, bool], ...] = (
     ("relative_step", "step of rate 1, in weights' length", True),
 )
 #: And where nearness to a Kronecker product was asked for.
-FIT = ("fit_cosine", "cosine of block and G ⊗ A", False)
+FIT = (
+    ("fit_cosine", "cosine of the Fisher block and G ⊗ A", False),
+    ("fit_shared", "a shift of all positions: true curvature over K-FAC's", True),
+)
 QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -121,7 +125,7 @@ def _panels(
     keys: Sequence[str] | None = None,
 ) -> Figure:
     """A panel a number, a line a label."""
-    known = (*PANELS, FIT)
+    known = (*PANELS, *FIT)
     chosen = [panel for panel in known if keys is None or panel[0] in keys]
     chosen = [p for p in chosen if any(study.series(layer, p[0])[1] for study, layer in lines.values())]
     columns = min(2, len(chosen))
@@ -171,7 +175,7 @@ def spectra(study: Study) -> Figure:
 
 def _curve(axes: Axes, values: Tensor, colour: object, label: str) -> None:
     """Positive values by their place; what rounding left at or below zero ends the line."""
-    kept = values[values > values.max() * 1e-16] if float(values.max()) > 0 else values[:0]
+    kept = values[values > matrices.resolution(values)]
     places = torch.arange(1, len(kept) + 1)
     axes.plot(places.tolist(), kept.tolist(), color=colour, linewidth=1.3, label=label)
 
@@ -199,7 +203,7 @@ def curvature(study: Study, steps: Sequence[int] | None = None) -> Figure:
     palette = dict(zip(kinds, colours(len(kinds)), strict=True))
     figure = canvas(9, 2.9 * len(points) + 1.2, study.title)
     grid = figure.subplots(len(points), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
-    low, high = math.inf, study.plan.damping
+    low = high = study.plan.damping
     for axes, point in zip(grid, points, strict=True):
         for place, name in enumerate(names):
             if name in point.spectra:
@@ -208,8 +212,7 @@ def curvature(study: Study, steps: Sequence[int] | None = None) -> Figure:
         axes.axhline(study.plan.damping, color=GREY, linestyle="--", linewidth=1.2)
         axes.set_yscale("log")
         plain(axes, "", f"eigenvalues of G ⊗ A after {point.step} steps; dashed: damping {study.plan.damping:g}")
-    floor = max(low, high * 1e-18) if math.isfinite(low) else high * 1e-6
-    grid[0].set_ylim(floor / 3, high * 5)
+    grid[0].set_ylim(low / 100, high * 5)
     grid[-1].set_xticks(range(len(names)), [_short(name) for name in names], rotation=90, fontsize="x-small")
     return figure
 
@@ -219,20 +222,20 @@ def _short(name: str, most: int = 28) -> str:
 
 
 def _bar(axes: Axes, place: int, product: Tensor, colour: str) -> tuple[float, float]:
-    """One layer's eigenvalues; the least and the largest that was drawn."""
+    """One layer's eigenvalues; returns their mean and the largest."""
     values = product.flatten()
     some = values[:: max(1, values.numel() // 500_000)]  # torch.quantile takes no more
     low, middle, high = torch.quantile(some, torch.tensor(QUANTILES, dtype=some.dtype)).tolist()
     largest, mean = float(values.max()), float(values.mean())
     if largest <= 0:
-        return math.inf, 0.0
+        return math.inf, 0.0  # nothing flows: no bar
     floor = largest * 1e-18
     low, middle, high = (max(v, floor) for v in (low, middle, high))
     axes.bar(place, high - low, bottom=low, color=colour, alpha=0.45, width=0.7)
     axes.plot([place - 0.35, place + 0.35], [middle, middle], color=colour, linewidth=2)
     axes.plot(place, mean, "o", color=colour, markersize=4, mec="white", mew=0.5)
     axes.plot(place, largest, "_", color=colour, markersize=8, mew=1.5)
-    return low, largest
+    return mean, largest
 
 
 def layer_grid(

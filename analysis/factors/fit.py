@@ -31,12 +31,19 @@ class Fit:
         error: ``|F - K| / |F|``, its scale included.
         best: ``|F - c K| / |F|`` at the best c, ``sqrt(1 - cosine²)``.
         scale: that c, ``<F, K> / |K|²``.
+        shared: true curvature of a shift that is common to all positions (a bias) over K-FAC's with the sharing expand,
+            ``mean_i |sum_t g_it|² / mean_i sum_t |g_it|²``: 1 where positions are independent or there is but one, 0
+            where their gradients cancel (keys of an attention, which a softmax cannot tell from keys that are all
+            shifted). Not a number for a layer that is called more than once.
+
+    Sums of few examples vary: a cosine can come out a little above 1.
     """
 
     cosine: float
     error: float
     best: float
     scale: float
+    shared: float
 
     @classmethod
     def between(cls, one: LayerFactors, other: LayerFactors) -> Fit:
@@ -55,10 +62,24 @@ class Fit:
         mixed = (along(one.samples, other) + along(other.samples, one)) / 2
         products = float(((one.A * other.A).sum((1, 2)) * (one.G * other.G).sum((1, 2))).sum())
         if not (blocks > 0 and products > 0):
-            return cls(math.nan, math.nan, math.nan, math.nan)
+            return cls(math.nan, math.nan, math.nan, math.nan, math.nan)
         cosine = mixed / math.sqrt(blocks * products)
         error = max(blocks - 2 * mixed + products, 0.0) / blocks
-        return cls(cosine, math.sqrt(error), math.sqrt(max(1 - cosine**2, 0.0)), mixed / products)
+        best = math.sqrt(max(1 - cosine**2, 0.0))
+        return cls(cosine, math.sqrt(error), best, mixed / products, _shared([one.samples, other.samples]))
+
+
+def _shared(parts: list[Samples]) -> float:
+    """See Fit."""
+    together = apart = 0.0
+    for samples in parts:
+        if "V" in samples.factors:
+            return math.nan
+        assert isinstance(samples.layer, AffineLayer)
+        g = samples.layer.gradients(samples.factors["g"]).double()
+        together += float(g.sum(2).square().sum())
+        apart += float(g.square().sum())
+    return together / apart if apart > 0 else math.nan
 
 
 def along(samples: Samples, factors: LayerFactors) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from analysis.factors import fields, figures
 from analysis.factors.study import MEANINGS, Study
@@ -20,7 +22,12 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("participation_A", "count A"), ("participation_G", "count G"), ("condition_damped", "condition + λ"),
     ("dimension", "dimension"), ("above", "above λ"), ("zero", "zero"), ("diagonal_A", "diag A"),
     ("diagonal_G", "diag G"), ("dominance_A", "dom. A"), ("dominance_G", "dom. G"), ("kept_frobenius", "kept"),
-    ("kept_cosine", "cos SGD"), ("fit_cosine", "cos F"), ("drift_G", "drift G"),
+    ("kept_cosine", "cos SGD"), ("fit_cosine", "cos F"), ("fit_shared", "shift"), ("drift_G", "drift G"),
+)  # fmt: skip
+#: Those that a terminal has room for.
+SHORT = (
+    "layer", "columns", "d_out", "mean_A", "mean_G", "participation_A", "participation_G", "dimension", "zero",
+    "diagonal_A", "diagonal_G", "kept_frobenius", "kept_cosine", "fit_cosine",
 )  # fmt: skip
 
 
@@ -48,15 +55,19 @@ def to_json(study: Study) -> str:
     return json.dumps(plain(record), indent=1, ensure_ascii=False) + "\n"
 
 
-def table(study: Study, step: int | None = None) -> tuple[list[str], list[list[str]]]:
+def table(
+    study: Study, step: int | None = None, keys: Sequence[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the numbers at one point, a line a layer, without columns that nothing was measured of.
 
     Args:
         study: of one run.
         step: of the point; None: the last.
+        keys: of the columns; None: all that are in ``factors.md``.
     """
     point = study.points[-1] if step is None else next(point for point in study.points if point.step == step)
-    shown = [(key, head) for key, head in COLUMNS if any(row.get(key) is not None for row in point.rows)]
+    asked = [(key, head) for key, head in COLUMNS if keys is None or key in keys]
+    shown = [(key, head) for key, head in asked if any(row.get(key) is not None for row in point.rows)]
     return [head for _, head in shown], [[cell(row.get(key)) for key, _ in shown] for row in point.rows]
 
 
@@ -86,7 +97,8 @@ def to_markdown(study: Study) -> str:
         "dimension": f"effective dimension at λ = {study.plan.damping:g} over the number of directions",
         "zero": "directions whose curvature cannot be told from zero", "kept":
         "AdaFisher's diagonal's share of |G ⊗ A|²", "cos SGD": "of AdaFisher's direction and the gradient", "cos F":
-        "of the Fisher block and G ⊗ A", "drift": "|now - before| / |now|",
+        "of the Fisher block and G ⊗ A", "shift":
+        "true curvature of a shift of all positions over K-FAC's", "drift": "|now - before| / |now|",
     }  # fmt: skip
     lines += ["; ".join(f"*{head}*: {text}" for head, text in heads.items()) + ". All of them: factors.json.", ""]
     for name, why in study.left_out.items():
@@ -128,8 +140,11 @@ def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
     Raises:
         WriteError: it cannot be written.
     """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
     with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+        picture.save(file, format="png", optimize=True)
 
 
 def save(study: Study, folder: Path) -> list[str]:

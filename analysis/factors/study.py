@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ MEANINGS: dict[str, str] = {
     "gradient_above": "share of the gradient's squared norm in directions above the damping",
     "amplified": "|d| / |g| of K-FAC's direction d = (G (x) A + damping)^-1 g, times the damping: 1 is SGD's",
     "relative_step": "|d| / |W|: how far a step of rate 1 along that direction would go, in the weights' own length",
-    "fit_cosine, fit_error, fit_best, fit_scale": "see analysis.factors.fit.Fit: how near the block is to G (x) A",
+    "fit_cosine, ..., fit_shared": "see analysis.factors.fit.Fit: how near the block is to G (x) A",
     "kept_...": "see analysis.factors.kept.Kept: what AdaFisher keeps",
 }
 
@@ -55,20 +56,26 @@ class Plan:
         lower: Lambda of AdaFisher.
         noise: standard deviations of the perturbation, in units of the diagonal's root mean square.
         seed: of the perturbation.
-        pictured: how many layers have pictures of their matrices, spread evenly over the model; or their names.
+        pictured: how many layers have pictures of their matrices, spread evenly over the model; or a regular expression
+            that is found in their names.
     """
 
     damping: float = 3e-3
     lower: float = 1e-3
     noise: tuple[float, ...] = (0.01, 0.03, 0.1)
     seed: int = 0
-    pictured: int | tuple[str, ...] = 4
+    pictured: int | str = 4
 
     def __post_init__(self) -> None:
         for name, values in (("damping", [self.damping]), ("Lambda", [self.lower]), ("noise", self.noise)):
             for value in values:
                 if not 0 < value < math.inf:
                     raise ValueError(f"{name} must be above 0, got {value!r}")
+        if isinstance(self.pictured, str):
+            try:
+                re.compile(self.pictured)
+            except re.error as error:
+                raise ValueError(f"pictured must be a regular expression, got {self.pictured!r} ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -197,10 +204,9 @@ class Study:
 
     def _chosen(self, observation: Observation) -> list[str]:
         """The layers to picture."""
+        whole = [name for name, factors in observation.layers.items() if factors.full]
         asked = self.plan.pictured
-        if not isinstance(asked, int):
-            return [name for name in asked if name in observation.layers]
-        return spread([name for name, factors in observation.layers.items() if factors.full], asked)
+        return spread(whole, asked) if isinstance(asked, int) else [name for name in whole if re.search(asked, name)]
 
     def series(self, layer: str, key: str) -> tuple[list[int], list[float]]:
         """A number of one layer over training: steps and values, those left out that are not finite.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from analysis import factors
 from analysis.factors import fit, kept, matrices, noise
 from optimizers import KFAC, AdaFisher, Categorical
+from scripts import factors as command
 from tests import dense
+from tests.conftest import ROOT
 from tests.optimizers.problems import ViTBlock, images
 
 
@@ -256,6 +259,12 @@ def test_nearness_to_a_product_equals_dense_matrices(net: str) -> None:
         found = fit.Fit.between(seen[0].layers[name], seen[1].layers[name])
         assert found.cosine == pytest.approx(mixed / math.sqrt(both * own), rel=1e-10)
         assert found.scale == pytest.approx(mixed / own, rel=1e-10)
+        flows = [dense.layer_flow(model, module, F.cross_entropy, *part[0])[1] for part in parts]
+        rows = [g.flatten(1).T if net == "conv" and g.dim() > 1 else g.view(-1, g.shape[-1]) for f in flows for g in f]
+        claimed = sum(float(g.square().sum()) for g in rows)
+        assert found.shared == pytest.approx(sum(float(g.sum(0).square().sum()) for g in rows) / claimed, abs=1e-9)
+        if name == "key":
+            assert found.shared < 1e-12
         assert found.error == pytest.approx(math.sqrt(max(both - 2 * mixed + own, 0) / both), rel=1e-8)
     with pytest.raises(ValueError, match="must have whole factors and samples"):
         fit.Fit.between(*[factors.observe(model, Categorical(), part).layers[name] for part in parts])
@@ -292,7 +301,7 @@ def test_a_study_is_saved_whole_and_repeats_itself(tmp_path: Path) -> None:
     model, (x, y) = conv_net(), data(12)
     texts = []
     for _ in range(2):
-        plan = factors.Plan(pictured=("4",), seed=2)
+        plan = factors.Plan(pictured="^4$", seed=2)
         study = factors.Study("net", factors.View(seed=1), plan)
         twin = copy.deepcopy(model)
         for step in (0, 10):
@@ -319,3 +328,27 @@ def test_names_are_spread_evenly() -> None:
     assert factors.spread("abc", 1) == ["c"]
     with pytest.raises(ValueError, match="damping must be above 0"):
         factors.Plan(damping=0.0)
+
+
+def test_the_command_looks_at_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        shutil.copytree(ROOT / "tests" / "cli" / "stored_run", tmp_path / name)
+    asked = ["--examples", "12", "--fit", "8", "--pictured", "1", "--labels", "empirical", "--layers", "3"]
+    assert command.main(["one", "two", *asked, "--out", "both"]) == 0
+    out, record = capsys.readouterr().out, json.loads((tmp_path / "one" / "factors" / "factors.json").read_text())
+    assert "true labels (empirical Fisher)" in out and record["examples"] == 12
+    assert [point["step"] for point in record["points"]] == [0, 2]
+    assert (tmp_path / "one" / "factors" / "gershgorin.png").stat().st_size > 0
+    assert [path.name for path in (tmp_path / "both").iterdir()] == ["runs_3.png"]
+    for wrong, said in {
+        "one --layers nowhere": "is found in the name of no layer; there are",
+        "one --steps 1": "has none of [1]; there are 0, 2",
+        "one --noise x": "must be numbers such as 0.01,0.1",
+        "nowhere": "there is no such file or folder",
+        "one --damping 0": "damping must be above 0",
+    }.items():
+        assert command.main(wrong.split()) == 1
+        assert said in capsys.readouterr().err, wrong
