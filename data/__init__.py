@@ -17,6 +17,7 @@ from data.generation import (
     mnist_generation,
 )
 from data.memory import Augmentation, ImageStore, InMemoryLoader
+from data.own import wrap
 from data.tasks.reproduced import ReconstructionLoader
 from data.text import TextLoader, Vocabulary, text_file, wikitext2, wikitext103
 from data.vision import (
@@ -64,4 +65,5 @@ __all__ = [
     "tiny_imagenet",
     "wikitext2",
     "wikitext103",
+    "wrap",
 ]

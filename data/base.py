@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -11,6 +13,15 @@ from torch import Tensor
 
 class DataError(Exception):
     """A data set that is absent, unreadable or unfit; the message is one sentence that says what to do."""
+
+
+def told(error: BaseException) -> str:
+    """An exception of a user's code in words: what, and in which line, the innermost that no package has."""
+    frames = traceback.extract_tb(error.__traceback__)
+    packaged = ("site-packages", str(Path(__file__).resolve().parents[1]))
+    theirs = [frame for frame in frames if not any(part in frame.filename for part in packaged)] or frames
+    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 class BatchLoader(Protocol):

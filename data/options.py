@@ -52,6 +52,7 @@ class Loading(Options):
         split_seed: which examples go where; independent of ``seed``.
         limit_train: share of the train split that is used.
         limit_val: share of the validation split that is used.
+        limit_test: share of the test split that is used.
         seed: of order and augmentation.
         device: of the batches.
         rank: this process.
@@ -69,6 +70,7 @@ class Loading(Options):
     split_seed: int = 0
     limit_train: float = 1.0
     limit_val: float = 1.0
+    limit_test: float = 1.0
     seed: int = dataclasses.field(default=0, kw_only=True)  # Python 3.10 has no type hints where there is a KW_ONLY
     device: torch.device | str = dataclasses.field(default="cpu", kw_only=True)
     rank: int = dataclasses.field(default=0, kw_only=True)
@@ -84,7 +86,7 @@ class Loading(Options):
         for name in ("val_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be between 0 and 1, both excluded, got {getattr(self, name)}")
-        for name in ("limit_train", "limit_val"):
+        for name in ("limit_train", "limit_val", "limit_test"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
         if self.augment not in ("none", "standard", "cutout"):

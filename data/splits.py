@@ -35,8 +35,13 @@ def cut(order: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 def limited(rows: Tensor, name: str, limit: float) -> Tensor:
-    """The first ``limit`` of the rows."""
+    """A share of the rows: the first ones of an order that is random, of a test set, which has its own, some of all."""
     count = round(limit * len(rows))
     if not count:
         raise ValueError(f"{name} must leave at least one of the {len(rows)} examples, got {limit}")
-    return rows[:count]
+    return spread(rows, count) if name == "limit_test" else rows[:count]
+
+
+def spread(rows: Tensor, count: int) -> Tensor:
+    """So many of the rows, evenly: a test set may be sorted by class."""
+    return rows[torch.arange(count) * len(rows) // count]

@@ -47,6 +47,7 @@ class Reading(Loading):
         test_fraction: share of the tokens for the test.
         limit_train: share of the training windows that is used.
         limit_val: share of the validation windows that is used.
+        limit_test: share of the test windows that is used.
         seed: of the order of windows.
 
     Raises:
@@ -289,7 +290,7 @@ def _module(name: str, texts: dict[str, list[str]], level: Level, loading: Readi
             raise DataError(f"the {split} text of {name} has {len(text)} tokens and at least 2 are needed: choose more")
     vocabulary = Vocabulary.of(texts["train"], level, loading.max_vocabulary)
 
-    def loader(split: str, limit: str | None, training: bool = False) -> TextLoader:
+    def loader(split: str, limit: str, training: bool = False) -> TextLoader:
         found = windows(vocabulary.encode(texts[split]), sequence)
         # In training, the last window is dropped if it is not full, as the last batch is: so all positions of all
         # batches count, and a mean over them is the same for any number of ranks.
@@ -301,7 +302,7 @@ def _module(name: str, texts: dict[str, list[str]], level: Level, loading: Readi
         rows = torch.arange(count)
         return TextLoader(
             window_store(found, loading.device),
-            limited(rows, limit, getattr(loading, limit)) if limit else rows,
+            limited(rows, limit, getattr(loading, limit)),
             **loading.serving(training),
         )
 
@@ -311,6 +312,6 @@ def _module(name: str, texts: dict[str, list[str]], level: Level, loading: Readi
         facts={"vocabulary": len(vocabulary), "sequence": sequence, "words": vocabulary.words, "level": level},
         train=loader("train", "limit_train", training=True),
         val=loader("val", "limit_val"),
-        test=loader("test", None),
+        test=loader("test", "limit_test"),
         class_names=vocabulary.words,
     )

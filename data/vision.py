@@ -158,7 +158,7 @@ def imagenet(
     if prefetch < 1:
         raise ValueError(f"prefetch must be at least 1, got {prefetch}")
     from data.sources.folders import find_splits
-    from data.sources.streamed import FileLoader, ImageFiles
+    from data.sources.streamed import ImageFiles, StreamedLoader
 
     folder = Path(root).expanduser()
     splits = find_splits(folder)
@@ -169,8 +169,8 @@ def imagenet(
         )
     mean, std = IMAGENET_STATISTICS
 
-    def loader(split: str, rows: Tensor, training: bool = False) -> FileLoader:
-        return FileLoader(
+    def loader(split: str, rows: Tensor, training: bool = False) -> StreamedLoader:
+        return StreamedLoader(
             ImageFiles(splits.files[split], image_size, resize, crop=training and loading.augment == "standard"),
             rows,
             workers=workers,
@@ -188,7 +188,7 @@ def imagenet(
         facts={"in_channels": 3, "num_classes": len(splits.class_names), "image_size": image_size},
         train=loader("train", limited(train_rows, "limit_train", loading.limit_train), training=True),
         val=loader("train", limited(val_rows, "limit_val", loading.limit_val)),
-        test=loader("val", torch.arange(len(splits.files["val"]))),
+        test=loader("val", limited(torch.arange(len(splits.files["val"])), "limit_test", loading.limit_test)),
         class_names=splits.class_names,
     )
 

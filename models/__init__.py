@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,20 +61,23 @@ def build_model(factory: Callable[..., nn.Module], facts: Mapping[str, Any], **o
 
     Args:
         factory: any callable that returns a module; the parameters it names (``num_classes``, ``in_channels``, ...)
-            are looked up in the facts.
+            are looked up in the facts, of whatever kind they are, with a default or without.
         facts: of the data set, such as ``{"in_channels": 3, "num_classes": 10, "image_size": 32}``.
         options: the factory's other arguments; they win over a fact of the same name.
 
     Raises:
         ValueError: the factory requires something that is neither an option nor a fact.
     """
-    named = inspect.signature(factory).parameters.values()
-    wanted = [p for p in named if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in options]
+    every = inspect.signature(factory).parameters.values()
+    named = [p for p in every if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    wanted = [p for p in named if p.name not in options]
     missing = [p.name for p in wanted if p.default is p.empty and p.name not in facts]
     if missing:
         name = getattr(factory, "__name__", str(factory))
         raise ValueError(
             f"{name} needs {missing[0]}, which this data set does not have (it has {', '.join(facts) or 'no facts'}): "
-            "choose another model or another data set"
+            f"choose another model or another data set, or give model.{missing[0]}=..."
         )
-    return factory(**options, **{p.name: facts[p.name] for p in wanted if p.name in facts})
+    options |= {p.name: facts[p.name] for p in wanted if p.name in facts}
+    ordered = itertools.takewhile(lambda p: p.name in options, (p for p in named if p.kind is p.POSITIONAL_ONLY))
+    return factory(*[options.pop(p.name) for p in ordered], **options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -31,3 +33,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def hidden(module: str) -> str:
+    """A clause where a module that was meant has the name of one of Curvlab's own folders; "" otherwise.
+
+    Args:
+        module: dotted name of what was imported.
+    """
+    top = module.partition(".")[0]
+    place = next((path for path in (Path(f"{top}.py"), Path(top)) if path.exists()), None)
+    found = getattr(sys.modules.get(top), "__file__", None)
+    if place is None or found is None or Path(found).is_relative_to(Path.cwd()):
+        return ""
+    return f"; {place} of this folder is hidden by another module of that name: rename it"

@@ -62,24 +62,27 @@ def _leave_stopping_to_parent(worker: int) -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-class FileLoader(InMemoryLoader):
-    """Serves images that are decoded by worker processes ahead of time; otherwise as an InMemoryLoader does.
+class StreamedLoader(InMemoryLoader):
+    """Serves what is read, by worker processes ahead of time, when it is wanted; otherwise as an InMemoryLoader does.
 
     Args:
-        store: the images.
+        store: gives, for the row and the seed of each example of a batch, inputs and targets; or a sentence about what
+            cannot be read.
         rows: see InMemoryLoader.
         workers: processes; 0: none.
         prefetch: batches that each worker prepares ahead.
         options: see InMemoryLoader.
     """
 
-    def __init__(self, store: ImageFiles, rows: Tensor, *, workers: int, prefetch: int, **options: Any) -> None:
-        super().__init__(store, rows, **options)  # type: ignore[arg-type]  # it asks of the store what both kinds have
+    store: Any  # it is asked for what all kinds have
+
+    def __init__(self, store: Any, rows: Tensor, *, workers: int, prefetch: int, **options: Any) -> None:
+        super().__init__(store, rows, **options)
         self._options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": prefetch if workers else None}
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         served: DataLoader[Any] = DataLoader(
-            self.store,  # type: ignore[arg-type]
+            self.store,
             sampler=super()._batches(epoch, start),
             batch_size=None,  # each of these is a whole batch's
             pin_memory=self.device.type == "cuda",
@@ -90,8 +93,11 @@ class FileLoader(InMemoryLoader):
         for batch in served:
             if isinstance(batch, str):
                 raise DataError(batch)
-            pixels, targets = (part.to(self.device, non_blocking=True) for part in batch)
-            yield pixels.to(torch.float32).mul_(self._scale).add_(self._shift), targets
+            yield self._finished(*(part.to(self.device, non_blocking=True) for part in batch))
+
+    def _finished(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch, on the device, as it is served."""
+        return inputs.to(torch.float32).mul_(self._scale).add_(self._shift), targets
 
     def _plan(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Row and seed of each image of a global batch, int64 ``[2, b]``."""

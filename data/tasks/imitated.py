@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from data.base import DataModule
 from data.memory import InMemoryLoader
 from data.options import Loading
+from data.splits import spread
 from data.tasks.labelled import LabelledImages, labelled_set
 
 
@@ -49,8 +48,7 @@ def imitated_set(name: str, images: LabelledImages, loading: Imitating) -> DataM
     def loader(of: InMemoryLoader) -> InMemoryLoader:
         rows, grey = of.rows, [0.5] * of.store.shape[0]
         if not of.training:
-            count = min(loading.eval_images, len(rows))
-            rows = rows[torch.arange(count) * len(rows) // count]  # spread evenly: a test set may be sorted by class
+            rows = spread(rows, min(loading.eval_images, len(rows)))
         return InMemoryLoader(
             of.store, rows, batch_size=of.batch_size, mean=grey, std=grey, training=of.training, seed=of.seed,
             device=of.device, rank=of.rank, world_size=of.world_size,

@@ -61,7 +61,7 @@ def labelled_set(name: str, images: LabelledImages, loading: Loading) -> DataMod
         facts={"in_channels": channels, "num_classes": len(images.class_names), "image_size": size},
         train=loader(pool, limited(train_rows, "limit_train", loading.limit_train), training=True),
         val=loader(val or pool, limited(val_rows, "limit_val", loading.limit_val)),
-        test=loader(test or pool, test_rows),
+        test=loader(test or pool, limited(test_rows, "limit_test", loading.limit_test)),
         class_names=images.class_names,
     )
 

@@ -132,7 +132,7 @@ def reproduced_set(name: str, images: Images, loading: Reproducing) -> DataModul
         facts={"in_channels": channels, "image_size": size, "likelihood": loading.likelihood},
         train=loader(pool, train_rows, training=True),
         val=loader(val, limited(val_rows, "limit_val", loading.limit_val)),
-        test=loader(test, test_rows),
+        test=loader(test, limited(test_rows, "limit_test", loading.limit_test)),
         class_names=[],
         plateau=float(plateau.mean()),
     )

@@ -6,7 +6,7 @@ import textwrap
 
 from scripts.cluster import systems
 from scripts.cluster.systems import System
-from training.settings.cluster import Job, quoted
+from training.command.cluster import Job, quoted
 
 WIDTH = 116
 

@@ -12,9 +12,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from training.command import cluster
+from training.command.cluster import Job
 from training.errors import UserError
-from training.settings import cluster
-from training.settings.cluster import Job
 from training.settings.overrides import Arguments, jobs, name_of, parse, quoted
 
 SHOWN = ("optimizer", "model", "dataset")  # what a job is called after

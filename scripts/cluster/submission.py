@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 
 from scripts.cluster.systems import System
+from training.command.cluster import Job
 from training.errors import UserError
-from training.settings.cluster import Job
 
 
 def check(job: Job) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from training.command.cluster import Job
 from training.errors import UserError, did_you_mean
-from training.settings.cluster import Job
 
 
 @dataclass(frozen=True)

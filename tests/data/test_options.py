@@ -66,7 +66,7 @@ def test_a_builder_gets_groups_and_callers_see_options() -> None:
     parameters = inspect.signature(made).parameters
     assert list(parameters) == [
         "level", "root", "download", "sequence", "batch_size", "eval_batch_size", "augment", "val_fraction",
-        "split_seed", "limit_train", "limit_val", "seed", "device", "rank", "world_size",
+        "split_seed", "limit_train", "limit_val", "limit_test", "seed", "device", "rank", "world_size",
     ]  # fmt: skip
     assert parameters["batch_size"].default == 7 and parameters["augment"].default == "none"
     assert [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] == ["seed", "device", "rank", "world_size"]

@@ -36,7 +36,11 @@ GIVEN += [
 UNIQUE = list({command.text: command for command in GIVEN}.values())
 
 #: What other tests run as it stands.
-RUN_ELSEWHERE = {"--config-dir mine/configs": "tests/test_extending.py"}
+RUN_ELSEWHERE = {
+    "--config-dir mine/configs": "tests/test_extending.py",
+    "--config-dir my/configs": "tests/cli/test_own.py",
+    "dataset._target_=mydata.make": "tests/cli/test_own.py",
+}
 
 #: What a command line of scripts/ that is made of key=value is checked against, where it is no argument parser.
 KEY_VALUE = {"benchmark": "Options", "benchmarks.ranks": "Shared"}

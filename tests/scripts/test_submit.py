@@ -12,7 +12,7 @@ from scripts import submit
 from scripts.cluster import samples, site, systems
 from scripts.cluster.script import render
 from training import UserError
-from training.settings.cluster import read_time
+from training.command.cluster import read_time
 
 FULL = [
     "nodes=2", "gpus=4", "cpus=8", "time=1d12h", "memory=64G", "account=ab1", "partition=a100", "qos=long",

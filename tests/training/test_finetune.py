@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from optimizers import KFAC, AdaFisher, AdaHessian, Categorical
-from training.settings.finetune import parameter_groups
+from training.runs.finetune import parameter_groups
 
 
 def net() -> nn.Sequential:

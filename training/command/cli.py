@@ -22,6 +22,7 @@ from training.loop.signals import CTRL_C, REQUEUE, Interrupted, StopSignals
 from training.runs.claims import release
 from training.runs.record import RunConfig
 from training.settings.composition import Sweep, prepare
+from training.settings.own import reachable
 
 # Hydra would print exceptions in its own way and exit; with this they reach `main`.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -55,7 +56,7 @@ def main(train: Train, job: Callable[[], Any], argv: Sequence[str] | None = None
     _rows.clear()
     try:
         gc.set_threshold(PATIENCE, *thresholds[1:])
-        with StopSignals(command=True):
+        with StopSignals(command=True), reachable():
             _run(train, job, given)
     except Interrupted as stop:
         return _stopped(stop)

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.command import cluster
+from training.command.cluster import Job
 from training.command.jobs import Row
 from training.command.words import say
 from training.errors import UserError
 from training.loop.launch import is_main, place
 from training.loop.signals import REQUEUE, Interrupted, requested
 from training.runs.folder import RunFolder
-from training.settings import cluster
-from training.settings.cluster import Job
 from training.settings.composition import Sweep
 from training.settings.overrides import JOB, Arguments
 

@@ -26,6 +26,8 @@ VOLATILE = (
     "trainer.checkpoint_every_minutes", "trainer.keep_checkpoints",
     *(f"{name}.{SHARING}" for name in ("optimizer", *PLAYERS)),
 )  # fmt: skip
+# Options that leave a run what it was before there were any, by these values.
+NEUTRAL = {"dataset.limit_test": 1.0}
 # What `choices` may hold: a group, of a player perhaps, and a file of it.
 _GROUP = re.compile(r"(?!hydra)\w+(@\w+)?")
 _CHOICE = re.compile(r"\w[\w.+/-]*")
@@ -94,6 +96,10 @@ def identity(values: Mapping[str, Any], budget: bool = False) -> str:
     for key in (*VOLATILE, *(() if budget else (f"trainer.{name}" for name in BUDGETS))):
         group, _, name = key.rpartition(".")
         ((kept.get(group) or {}) if group else kept).pop(name, None)
+    for key, neutral in NEUTRAL.items():  # options that runs of earlier versions do not have
+        group, _, name = key.rpartition(".")
+        if (kept.get(group) or {}).get(name) == neutral:
+            del kept[group][name]
     for group, nothing in AROUND.items():  # which leaves a run what it is
         if kept.get(group, {}).get(TARGET) == nothing:
             del kept[group]

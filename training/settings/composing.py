@@ -10,11 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.errors import UserError
-from training.names import RESTORED, SHARING
+from training.names import PLAYERS, RESTORED, SHARING
 from training.runs.record import RunConfig, find, load, replace_folder
 from training.settings.faults import PRESET, diagnose, fault_of_choice
 from training.settings.files import NOTHING, compose_files, known_choices, resolve, without_hydra
 from training.settings.overrides import name_of, opened, parse, quoted
+from training.settings.own import superseded
 
 # Groups that a resumed run may choose anew: they do not change what is learned.
 FREE = ("paths", "logger", "callbacks")
@@ -26,7 +27,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: for an unknown key, group or choice, a malformed override, a broken file, or a bad value.
     """
-    overrides = [opened(quoted(text)) for text in overrides]
+    overrides = opened([quoted(text) for text in overrides])
     return checked(composition_of(overrides), overrides)
 
 
@@ -76,11 +77,19 @@ def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence
     """
     from training.settings.validation import validate  # see compose
 
+    command = [text.removeprefix("++") for text in command]
     chosen = {group: choice for group, choice in choices.items() if choice and not group.startswith("hydra")}
     chosen.pop(PRESET, None)
     if OmegaConf.select(cfg, "resume") not in (None, "auto"):
         cfg, chosen = _take_up(cfg, chosen, command)
-    return RunConfig(validate(resolve(cfg)), chosen, [text.removeprefix("++") for text in command])
+    dropped, names = superseded(cfg, command)
+    if dropped:
+        cfg = OmegaConf.create(OmegaConf.to_container(cfg))  # type: ignore[assignment]  # the caller's stays as it is
+        for key in dropped:
+            OmegaConf.select(cfg, key.rpartition(".")[0]).pop(key.rpartition(".")[2])
+    chosen |= {f"optimizer@{where}" if where in PLAYERS else where: name for where, name in names.items()
+               if "." not in where}  # fmt: skip
+    return RunConfig(validate(resolve(cfg)), chosen, command)
 
 
 def _take_up(composed: DictConfig, chosen: dict[str, str], command: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:

@@ -17,8 +17,9 @@ from training.errors import UserError
 from training.runs.record import RunConfig, find, load
 from training.settings.composing import FREE, compose, composition_of, settle
 from training.settings.faults import refuse_additions
-from training.settings.files import BEHAVIOUR, CONFIG_FOLDER, CONFIG_NAME, NOTHING, known_choices
+from training.settings.files import BEHAVIOUR, CONFIG_FOLDER, CONFIG_NAME, NOTHING, known_choices, without_hydra
 from training.settings.overrides import Arguments, flags_of, name_of, opened, parse, quoted
+from training.settings.own import is_own_choice, superseded
 from training.settings.sweeps import Sweep, label_of, prepare_sweep, taken_out
 
 __all__ = ["BEHAVIOUR", "CONFIG_FOLDER", "CONFIG_NAME", "Sweep", "compose", "current", "prepare", "settle"]
@@ -48,7 +49,7 @@ def prepare(argv: Sequence[str], tell: Callable[[str], None] = lambda line: None
     given, workers = taken_out(given, args.multirun)
     overrides = [parse(text) for text in given]
     refuse_additions(overrides, search)
-    given = [*search, *_groups_of_resumed(overrides), *map(opened, given)]
+    given = [*search, *_groups_of_resumed(overrides), *opened(given)]
     if args.multirun:
         sweep = prepare_sweep([parse(text) for text in given], workers, flags, tell)
         return sweep.arguments if args.cfg or args.info else sweep
@@ -58,8 +59,9 @@ def prepare(argv: Sequence[str], tell: Callable[[str], None] = lambda line: None
                 f"{override.input_line!r} holds several values: add -m to sweep over them, or write [a,b] for a list"
             )
     if args.cfg or args.info:  # which show what is composed: nothing is to be built, and torch would take a while
-        composition_of(given)
-        return [*flags, *(text for text in given if text not in NOTHING)]
+        cfg = composition_of(given)
+        dropped, _ = superseded(without_hydra(cfg), [text.removeprefix("++") for text in given])
+        return [*flags, *(f"~{key}" for key in dropped), *(text for text in given if text not in NOTHING)]
     return compose(given)
 
 
@@ -80,8 +82,11 @@ def _groups_of_resumed(overrides: Sequence[Override]) -> list[str]:
     if path in (None, "", "auto") or not isinstance(path, str):
         return []
     folder, _ = find(path)
-    _, choices = load(folder)
-    for group in given.keys() & known_choices(overrides).keys() - {*FREE}:
+    saved, choices = load(folder)
+    known = known_choices(overrides)
+    choices = {group: choice for group, choice in choices.items()
+               if choice in known.get(group, ()) or not is_own_choice(group, choice, saved)}  # fmt: skip
+    for group in given.keys() & known.keys() - {*FREE}:
         if given[group] != choices.get(group) and given[group] is not None:
             kind = f"with {group}={choices[group]}" if group in choices else f"without {group}"
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from training import tasks
 from training.errors import UserError
 from training.loop import rng
 from training.loop.distributed import World
-from training.names import PLAYERS
+from training.names import PLAYERS, TARGET
 from training.runs import checkpoints, record
 from training.runs.warm_start import warm_start
 from training.settings import schema
@@ -45,14 +46,56 @@ def build_parts(config: Mapping[str, Any], world: World) -> tuple[DataModule, Ta
     Raises:
         UserError: a value is refused, or something is not there.
     """
-    place: dict[str, Any] = {"device": world.device, "rank": world.rank, "world_size": world.world_size}
-    data = schema.build(config["dataset"], "dataset", seed=config["seed"], **place)
+    data = build_data(config["dataset"], config["seed"], world)
     with schema.refusals("trainer", config["trainer"]):
         task = tasks.build(data.task, data.facts, config["trainer"].get("label_smoothing", 0.0), config["seed"])
-    model = schema.build(config["model"], "model", through=build_model, facts=data.facts).to(world.device)
+    model = schema.build(config["model"], "model", through=build_model, facts=data.facts)
+    if not isinstance(model, nn.Module):
+        made = f"{config['model'][TARGET]} returned what is of type {type(model).__name__}"
+        raise UserError(f"model: {made}, and a model is a torch.nn.Module")
+    model = model.to(world.device)
     if statistics := getattr(model, "statistics", None):  # they were trained on pixels of this mean and std
         data.normalise(*statistics)
     return data, task, model
+
+
+def build_data(node: Mapping[str, Any], seed: int, world: World) -> DataModule:
+    """The data set of a checked node; what is no `DataModule`, such as a torch ``Dataset``, is wrapped into one.
+
+    Args:
+        node: names a callable, which is given ``seed``, ``device``, ``rank`` and ``world_size`` if it takes them.
+        seed: of the order.
+        world: where, and which share.
+
+    Raises:
+        UserError: a value is refused, or what it returns is no data set, or would be trained on by each process alone.
+        DataError: something is not there, or cannot be learned from.
+    """
+    from data import DataModule, wrap
+    from data.own import ASKED, served_to
+
+    place: dict[str, Any] = {"seed": seed, "device": world.device, "rank": world.rank, "world_size": world.world_size}
+    takes = inspect.signature(schema.locate(node[TARGET], "dataset")).parameters
+    every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    asked = {name: value for name, value in node.items() if name in ASKED and not every and name not in takes}
+    with served_to(asked, **place) as wrapping:
+        given = {name: value for name, value in place.items() if every or name in takes}
+        made = schema.build({name: node[name] for name in node if name not in asked}, "dataset", **given)
+        if isinstance(made, DataModule):
+            if asked and not wrapping.heard:
+                option = next(iter(asked))
+                raise UserError(f"dataset.{option}: {node[TARGET]} has no such option, and does not call data.wrap")
+            shared = "world_size" in given or getattr(made.train, "world_size", 1) == world.world_size
+            if world.world_size > 1 and not shared:
+                raise UserError(
+                    f"dataset: each of the {world.world_size} processes would train on all of what {node[TARGET]} "
+                    "returns: let it take rank and world_size, or make it by data.wrap, which knows them"
+                )
+            return made
+        if made is None:
+            raise UserError(f"dataset: {node[TARGET]} returned nothing: let it return a data set")
+        with schema.refusals("dataset", node):
+            return wrap(*made) if isinstance(made, tuple) else wrap(made)
 
 
 @dataclass

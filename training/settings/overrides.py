@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
 from training.errors import UserError
+from training.names import AROUND, PLAYERS, TARGET
 from training.runs.folder import exists
 
 #: The one key whose names are not in the files: those of the chosen optimizer's scalars, which are checked against it.
@@ -23,6 +24,9 @@ OPEN = "schedules"
 RATES = "finetune.lr_mult"
 #: And another, against the options of a class of torch.optim.
 GRAFTED = "step_length.options"
+#: Groups of one callable, and those of callables by names of their own.
+ONE = ("model", "dataset", "optimizer", "scheduler", "trainer", *PLAYERS, *AROUND)
+MANY = ("callbacks.", "logger.")
 #: The variable that makes of a sweep one of its jobs, by its number from 0: for the elements of a queue's array.
 JOB = "CURVLAB_SWEEP_JOB"
 # Regular expressions, which are full of what Hydra's grammar takes for its own.
@@ -102,10 +106,21 @@ def quoted(text: str) -> str:
     return f"{key}='{value}'" if special and exists(Path(value)) else text
 
 
-def opened(text: str) -> str:
-    """An override under `schedules` in the form that adds what is not there, which Hydra would refuse."""
-    key = text.partition("=")[0]
-    return f"++{text}" if key.split(".")[0] == OPEN or key.startswith((RATES, GRAFTED)) else text
+def opened(texts: Sequence[str]) -> list[str]:
+    """Overrides, those of keys that no file has in the form that adds them, which Hydra would refuse.
+
+    These are what lies under `schedules`, and the options of a callable that the command itself names: those of
+    `model._target_=mynet.MyNet`, `callbacks.mine._target_=...`. What it takes is checked against its signature.
+    """
+    named = [key.removesuffix(TARGET) for text in texts if (key := text.partition("=")[0]).endswith(f".{TARGET}")]
+    own = tuple(node for node in named if node[:-1] in ONE or (node.count(".") == 2 and node.startswith(MANY)))
+
+    def open_one(text: str) -> str:
+        key = text.partition("=")[0]
+        free = key.split(".")[0] == OPEN or key.startswith((RATES, GRAFTED)) or key.startswith(own)
+        return f"++{text}" if free else text
+
+    return [open_one(text) for text in texts]
 
 
 def values_of(overrides: Sequence[Override]) -> dict[str, list[str]]:

@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 
+from data import DataError, own
+from data.base import told
 from models import GAN
 from optimizers import Gaussian, build_optimizer
 from optimizers.packaged import Package
-from training.errors import UserError, did_you_mean
+from training.errors import UserError, did_you_mean, hidden
 from training.names import AROUND, PLAYERS, TARGET
+from training.runs.finetune import parameter_groups
 from training.schedules import Scalars, ScalarSchedule
-from training.settings.finetune import parameter_groups
 from training.tasks.players import Players
 
 # Parameters that the program supplies, by group: they have no entry in a YAML file and a user cannot set them.
@@ -44,6 +46,8 @@ MOVED = {
     "training.reconstructions": "training.show.reconstructions",
     "training.sample_text": "training.show.sample_text",
 }
+# Where our own callables are.
+OURS = ("optimizers", "models", "data", "training", "analysis")
 # Packages whose exceptions for a value that they refuse are no ValueErrors.
 PECULIAR = ("pytorch_optimizer",)
 
@@ -60,12 +64,19 @@ def locate(target: Any, where: str) -> Callable[..., Any]:
     module_name = MOVED.get(module_name, module_name)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{where}.{TARGET}: {module_name!r} cannot be imported ({error})") from error
+    except Exception as error:
+        why = str(error) if isinstance(error, ImportError) else told(error)
+        raise UserError(f"{where}.{TARGET}: {module_name!r} cannot be imported ({why}){hidden(module_name)}") from error
     found = getattr(module, name, None)
     if not callable(found):
-        raise UserError(f"{where}.{TARGET}: {module_name} has no callable {name!r}{did_you_mean(name, dir(module))}")
+        hint = hidden(module_name) or did_you_mean(name, dir(module))
+        raise UserError(f"{where}.{TARGET}: {module_name} has no callable {name!r}{hint}")
     return found
+
+
+def is_ours(function: Callable[..., Any]) -> bool:
+    """Whether a callable is a part of Curvlab."""
+    return str(getattr(function, "__module__", "")).removeprefix("curvlab.").partition(".")[0] in OURS
 
 
 def parameters(function: Callable[..., Any], group: str = "") -> dict[str, inspect.Parameter]:
@@ -74,6 +85,8 @@ def parameters(function: Callable[..., Any], group: str = "") -> dict[str, inspe
     found = {name: p for name, p in _signature(function).items() if p.kind not in variadic}
     if group == "optimizer":  # its first parameter takes the model or its tensors, whatever the name
         found.pop(next(iter(found)), None)
+    if group == "dataset" and not is_ours(function):  # which may call `wrap`
+        found = {name: _signature(own.wrap)[name] for name in own.ASKED} | found
     injected = INJECTED.get(group, frozenset())
     return {
         name: parameter
@@ -117,7 +130,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
         parameter.kind is parameter.VAR_KEYWORD for parameter in _signature(function).values()
     )
     names = list(known)
-    hints = _hints(function)
+    hints = ({name: _hints(own.wrap)[name] for name in own.ASKED} if group == "dataset" else {}) | _hints(function)
     checked: dict[str, Any] = {}
     for name, value in options.items():
         if name not in names and not open_ended:
@@ -125,6 +138,8 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
             raise UserError(f"{prefix}{name}: {_name(function)} has no such option{hint}")
         checked[name] = check_value(value, hints.get(name, Any), f"{prefix}{name}")
     missing = [name for name in names if known[name].default is inspect.Parameter.empty and name not in options]
+    if group == "model" and not is_ours(function):  # facts of the data set, it may be, of whatever kind
+        missing = []
     if missing:
         needs = f": {_name(function)} needs it" if where else " from the configuration"
         raise UserError(f"{prefix}{missing[0]} is missing{needs}")
@@ -181,7 +196,7 @@ def build(node: Mapping[str, Any], where: str, /, *, through: Callable[..., Any]
     """
     function = locate(node[TARGET], where)
     options = {name: value for name, value in node.items() if name != TARGET}
-    with refusals(where, options):
+    with refusals(where, options, function):
         return through(function, **options, **injected) if through else function(**options, **injected)
 
 
@@ -199,13 +214,13 @@ def build_optimizers(config: Mapping[str, Any], model: torch.nn.Module, **inject
     Raises:
         UserError: a value is refused, or an entry does not go with the model.
     """
-    own = [name for name in PLAYERS if config.get(name)]
+    theirs = [name for name in PLAYERS if config.get(name)]
     tuned = any(config["finetune"].values())
     if not isinstance(model, GAN):
-        if own:
+        if theirs:
             raise UserError(
-                f"optimizer@{own[0]} is for a model of two players and this one has no {own[0]}: leave it out, or "
-                "choose one of them, such as model=dcgan"
+                f"optimizer@{theirs[0]} is for a model of two players and this one has no {theirs[0]}: leave it out, "
+                "or choose one of them, such as model=dcgan"
             )
         if tuned:
             with refusals("finetune", config["finetune"]):
@@ -221,7 +236,7 @@ def build_optimizers(config: Mapping[str, Any], model: torch.nn.Module, **inject
         return build_optimizer(target, model.generator, **options)
 
     seed = injected.pop("seed")
-    names = [name if name in own else "optimizer" for name in PLAYERS]
+    names = [name if name in theirs else "optimizer" for name in PLAYERS]
     generator = build(config[names[0]], names[0], through=through, seed=seed, **injected)
     critic = build(config[names[1]], names[1], through=build_optimizer, model=model.critic, seed=seed + 1, **injected)
     return Players(wrap(config, generator, model.generator), wrap(config, critic, model.critic))
@@ -312,8 +327,13 @@ def _small(target: Callable[..., Any], **options: Any) -> torch.optim.Optimizer:
 
 
 @contextmanager
-def refusals(where: str, options: Collection[str] = ()) -> Iterator[None]:
+def refusals(where: str, options: Collection[str] = (), function: Callable[..., Any] | None = None) -> Iterator[None]:
     """Within it, a `ValueError` becomes a `UserError` that names the group, and the option where that leads.
+
+    Args:
+        where: dotted name of a node.
+        options: of the node.
+        function: that is called; of a user's own, whatever it raises becomes a sentence.
 
     Raises:
         UserError: it, or what the system says of a name that is too long for a file's.
@@ -321,6 +341,9 @@ def refusals(where: str, options: Collection[str] = ()) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        mendable = isinstance(error, UserError | ValueError | DataError)
+        if function is not None and not is_ours(function) and not mendable:
+            raise UserError(f"{where}: {_name(function)} raised {told(error)}") from error
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{where}: {str(error.filename)[:80]}... is too long for the name of a file") from error
         if not isinstance(error, ValueError) and type(error).__module__.partition(".")[0] not in PECULIAR:

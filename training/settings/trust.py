@@ -57,13 +57,14 @@ def require_own(saved: Mapping[str, Any], composed: Mapping[str, Any], folder: P
         UserError: a callable is neither known nor named by the user.
     """
     named = dict(targets(composed))
-    for where, target in targets(saved):
-        if named.get(where) != target and not is_known(where, target):
-            raise UserError(
-                f"resume={folder}: its config.yaml has {where}={target}, which is no part of Curvlab or of its "
-                "packages for this place, so that a foreign folder could run any code; if it is yours, say so: add "
-                f"{where}={target}, or have it in a file of the configuration folder"
-            )
+    strange = [f"{where}={target}" for where, target in targets(saved)
+               if named.get(where) != target and not is_known(where, target)]  # fmt: skip
+    if strange:
+        raise UserError(
+            f"resume={folder}: its config.yaml has {strange[0]}, which is no part of Curvlab or of its packages for "
+            "this place, so that a foreign folder could run any code; if it is yours, say so: add "
+            f"{' '.join(strange)}, or have it in a file of the configuration folder"
+        )
 
 
 def targets(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:

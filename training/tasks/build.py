@@ -20,7 +20,7 @@ def build(name: str, facts: dict[str, Any], label_smoothing: float = 0.0, seed: 
     """The task a data set asks for.
 
     Args:
-        name: ``DataModule.task``.
+        name: ``DataModule.task``: one of ``TASKS``, or the dotted name of a class.
         facts: ``DataModule.facts``.
         label_smoothing: of the training loss, where there are labels.
         seed: of what a task draws.
@@ -28,8 +28,13 @@ def build(name: str, facts: dict[str, Any], label_smoothing: float = 0.0, seed: 
     Raises:
         ValueError: for a task there is none of, or label smoothing out of its range.
     """
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
-    module, kind = TASKS[name]
-    task: Task = getattr(importlib.import_module(module), kind).of(facts, label_smoothing, seed)
-    return task
+    if name not in TASKS and "." not in name:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, or a dotted name of your own, got {name!r}")
+    module, kind = TASKS[name] if name in TASKS else (name.rpartition(".")[0], name.rpartition(".")[2])
+    try:
+        found = getattr(importlib.import_module(module), kind, None)
+    except ImportError as error:
+        raise ValueError(f"task {name} of this data set cannot be imported ({error})") from error
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ValueError(f"task {name} of this data set must be a class made from training.tasks.Task")
+    return found.of(facts, label_smoothing, seed)

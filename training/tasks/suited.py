@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.optim import Optimizer
 
+from data import DataError
+from data.base import told
 from optimizers.wrapper import innermost
 from training.errors import UserError
 from training.loop import rng
@@ -25,10 +27,28 @@ def check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
         model: on its device.
         data: whose first example is taken.
         task: what is to be learned.
+
+    Raises:
+        UserError: the model fails on it, or is none for the task.
+        DataError: the example cannot be read.
     """
     inputs, targets = next(iter(data.train.epoch(0)))
+    here = next((tensor.device for tensor in model.parameters()), inputs.device)
+    if inputs.device != here:
+        raise UserError(
+            f"the data set serves its batches on {inputs.device} and the model is on {here}: let its callable take "
+            "device, or make it by data.wrap, which knows it"
+        )
     with rng.observed(model, inputs.device):
-        task.check(model, inputs[:1], targets[:1])
+        try:
+            task.check(model, inputs[:1], targets[:1])
+        except (UserError, DataError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the model fails on an example of this data set, {list(inputs.shape[1:])}, with {told(error)}: choose "
+                "another model or another data set"
+            ) from error
 
 
 def check_optimizer(optimizer: Optimizer, task: Task, *, compiled: bool, clipped: bool) -> None:

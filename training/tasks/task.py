@@ -126,7 +126,13 @@ class Task(ABC):
                 f"a model of two players is for images to be imitated, and this data set is for {self.name}: choose a "
                 "data set such as dataset=mnist_generation, or another model"
             )
-        self.loss(model(inputs), targets)
+        outputs = model(inputs)
+        if not isinstance(outputs, Tensor):
+            raise UserError(
+                f"the model returns what is of type {type(outputs).__name__}, and {self.name} needs a tensor: let its "
+                "forward return the outputs alone"
+            )
+        self.loss(outputs, targets)
 
     def turns(self, run: Learning) -> Sequence[Turn]:
         """The updates that make up the next step, in order. Each has the step's batches."""
