@@ -11,6 +11,7 @@ Fisher block, of which the paper's Proposition 3.1 is an approximation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 from .base import CurvatureOptimizer, OfGroups, Params, descend_scaled, rate, real
 from .checks import check_choice, check_range
+from .curvature import spectra
 from .curvature.approximations import Approximation, Diagonal, KroneckerDiagonal
 from .curvature.layers import AffineLayer, Layer
+from .curvature.spectra import Spectrum
 
 
 def minmax(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -146,13 +149,22 @@ class AdaFisher(CurvatureOptimizer):
             if not block.factors:
                 continue
             diagonals = block.diagonal(block.factors)
-            unit = 1.0
-            if self.damping_mode == "relative":
-                mean = float(torch.stack([d.sum() for d in diagonals]).sum()) / sum(d.numel() for d in diagonals)
-                unit = max(mean, torch.finfo(torch.float32).tiny)
+            unit = self._damping_unit(diagonals)
             for p, diagonal in zip(block.layer.parameters, diagonals, strict=True):
                 if p in stale:
                     self._fisher[p] = (damping, (diagonal + damping * unit).to(p.dtype))
+
+    def _damping_unit(self, diagonals: list[Tensor]) -> float:
+        """What Lambda is in units of, for a layer of this curvature."""
+        if self.damping_mode == "absolute":
+            return 1.0
+        mean = float(torch.stack([d.sum() for d in diagonals]).sum()) / sum(d.numel() for d in diagonals)
+        return max(mean, torch.finfo(torch.float32).tiny)
+
+    @staticmethod
+    def _diagonals(block: Approximation) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter of a layer with its curvature; none before there is any."""
+        return list(zip(block.layer.parameters, block.diagonal(block.factors), strict=True)) if block.factors else []
 
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr, beta, decay = rate(group), group["momentum"], group["weight_decay"]
@@ -188,11 +200,30 @@ class AdaFisher(CurvatureOptimizer):
         damping = {p: g["damping"] for g in self.param_groups for p in g["params"]}
         above = total = 0.0
         for block in self.blocks.values():
-            if block.factors and self.damping_mode == "absolute":
-                for p, diagonal in zip(block.layer.parameters, block.diagonal(block.factors), strict=True):
-                    above += float((diagonal > damping[p]).sum())
-                    total += diagonal.numel()
+            for p, diagonal in self._diagonals(block) if self.damping_mode == "absolute" else ():
+                above += float((diagonal > damping[p]).sum())
+                total += diagonal.numel()
         return super().diagnostics() | ({"curvature/above_damping": above / total} if total else {})
+
+
+    def layer_diagnostics(self) -> dict[str, dict[str, float]]:
+        """See CurvatureOptimizer: of F~, whose entries are the eigenvalues."""
+        dampings = {p: float(g["damping"]) for g in self.param_groups for p in g["params"]}
+        rows = []
+        for name, block in self.blocks.items():
+            pairs = [(d, dampings[p]) for p, d in self._diagonals(block) if p in dampings]
+            if pairs:
+                unit = self._damping_unit([d for d, _ in pairs])
+                values = torch.cat([d.flatten() for d, _ in pairs])
+                shifts = torch.cat([d.new_full((d.numel(),), damping * unit) for d, damping in pairs])
+                rows.append((name, spectra.numbers(Spectrum(values, shifts), None, spectra.row(values))))
+        return spectra.told(rows)
+
+    def quadratic(self, steps: Mapping[Tensor, Tensor]) -> float | None:
+        """See CurvatureOptimizer. Only factors that are neither scaled nor summed anyhow are in the loss's units."""
+        if self.normalize != "none" or self.ema != "average" or not self._fisher:
+            return None
+        return float(sum((steps[p].square() * f).sum() for p, (_, f) in self._fisher.items() if p in steps))
 
 
 class AdaFisherW(AdaFisher):

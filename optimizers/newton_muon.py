@@ -136,6 +136,10 @@ class NewtonMuon(KroneckerMethod):
         found = [polar(direction, self.polar_steps) for direction in super()._solve_blocks(momenta)]
         return [direction * (0.2 * max(direction.shape[-2:]) ** 0.5) for direction in found]
 
+    def quadratic(self, steps: Mapping[Tensor, Tensor]) -> float | None:
+        """See CurvatureOptimizer. The inputs' covariance is half of a curvature, and none of the loss."""
+        return None
+
     def _update_parameters(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         covered = [p for p in params if p in self._directions]
         bare = [(p, g) for p, g in zip(params, grads, strict=True) if p not in self._directions]

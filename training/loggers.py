@@ -273,6 +273,8 @@ class Console(Logger):
             f"{duration(seconds['training'])} of training and {duration(seconds['evaluation'])} of evaluation"
         )
         self._out.print(_results_table(summary, list(run.task.metrics)))
+        if remark := summary.get("remark"):
+            self._print(remark)
         self._print(f"run folder:   {path}")
         self._print(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))}")
 

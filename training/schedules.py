@@ -139,6 +139,24 @@ def onecycle(
     )
 
 
+def range_test(optimizer: Optimizer, ticks: int, start_factor: float = 1e-3, end_factor: float = 100.0) -> LRScheduler:
+    """The rate grows by the same factor every step, to see which rates a problem bears (Smith, 2017, 1506.01186).
+
+    Args:
+        optimizer: whose learning rates to drive.
+        ticks: length of the budget.
+        start_factor: first rate, as a multiple of the optimizer's.
+        end_factor: last rate, as a multiple of the optimizer's.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+    _check("start_factor", start_factor, 0, math.inf, open_low=True)
+    _check("end_factor", end_factor, start_factor, math.inf, open_low=True)
+    growth = end_factor / start_factor
+    return LambdaLR(optimizer, lambda t: start_factor * growth ** (t / max(ticks - 1, 1)))
+
+
 # -- every other scalar ------------------------------------------------------------------------------------------------
 
 

@@ -343,7 +343,7 @@ class Trainer:
                     callback.on_step(run)
                 for logger in run.loggers:
                     logger.on_step(run)
-                if log_due(run.step):
+                if log_due(run.step) and run.window_steps:
                     self._log(run)
                 if eval_due(run.step) and not signal:
                     signal = evaluation.validate(run)
@@ -388,11 +388,12 @@ class Trainer:
             log.info("stopped: %s", run.stop_reason)
         if run.window_steps:
             self._log(run)
-        if run.evaluated != run.step:
+        if run.evaluated != run.step and not run.unexamined:
             evaluation.validate(run)
         self._heed(run, signals)
-        enter(run)  # and so the model stays
-        evaluation.test(run)
+        if not run.unexamined:
+            enter(run)  # and so the model stays
+            evaluation.test(run)
         self._heed(run, signals)
         summary = summarise(run, status)
         for callback in run.callbacks:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from training.runs.record import VOLATILE, load, replace_folder
+from training.runs.record import ONLOOKERS, VOLATILE, load, replace_folder
 from training.show.curves import read_metrics
 
 AXES = {"epoch": "epoch", "step": "step", "seconds": "training seconds"}
@@ -67,7 +67,7 @@ class LoadedRun:
         """Dotted names and values of all that shapes the training, the seed excepted."""
         values = replace_folder(self.values, str(self.values["paths"]["data"]), "<paths.data>")
         flat = {key: _text(value) for key, value in _flat(values)}
-        pictures = {f"{key.rpartition('.')[0]}." for key, value in flat.items() if value.endswith("Plots")}
+        pictures = {f"{key.rpartition('.')[0]}." for key, value in flat.items() if value.endswith(ONLOOKERS)}
         ignored = (*(f"{key}." for key in VOLATILE), "seed.", *pictures)
         return {key: value for key, value in flat.items() if not f"{key}.".startswith(ignored)}
 

@@ -7,7 +7,7 @@ Algorithm 1. With Rademacher z, ``D = |z * (H z)|`` is averaged over blocks of e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch.autograd.profiler import record_function
 
 from ..base import CURVATURE, CurvatureOptimizer, Params, descend_scaled, rate, real
 from ..checks import check_range
-from ..curvature import communication
+from ..curvature import communication, spectra
 from ..curvature.recorder import TwiceDifferentiable
+from ..curvature.spectra import Spectrum
 from .graphs import UNSEEN, differ, graph, may_hide, owned
 from .hutchinson import block_expand, block_mean, hutchinson
 
@@ -286,6 +287,26 @@ class AdaHessian(CurvatureOptimizer):
         """See CurvatureOptimizer."""
         square = torch.zeros_like(block_mean(real([p.detach()])[0], self.block_size))
         return {"step": 0, "exp_avg": torch.zeros_like(p), "hessian_step": 0, "exp_hessian_sq": square}
+
+    def layer_diagnostics(self) -> dict[str, dict[str, float]]:
+        """See CurvatureOptimizer: of the denominators, a layer being a module; eps is their damping."""
+        rows = []
+        for name, module in [] if self.model is None else self.model.named_modules():
+            known = [(p, g) for p in module.parameters(recurse=False) if (g := self._group_of(p)) is not None]
+            known = [(p, g) for p, g in known if p in self._denominators]
+            if known:
+                damped = [(d / scale).flatten() for d, scale in (self._denominators[p] for p, _ in known)]
+                shifts = [t.new_full((len(t),), g["eps"]) for t, (_, g) in zip(damped, known, strict=True)]
+                values, shift = torch.cat(damped) - torch.cat(shifts), torch.cat(shifts)
+                rows.append((name, spectra.numbers(Spectrum(values, shift), None, spectra.row(values))))
+        return spectra.told(rows)
+
+    def quadratic(self, steps: Mapping[Tensor, Tensor]) -> float | None:
+        """See CurvatureOptimizer. Denominators of power one are absolute values of the Hessian's diagonal."""
+        if not self._denominators or any(group["hessian_power"] != 1 for group in self.param_groups):
+            return None
+        known = [(steps[p], d, scale) for p, (d, scale) in self._denominators.items() if p in steps]
+        return float(sum((real([step])[0].square() * d).sum() / scale for step, d, scale in known))
 
     def _restore(self, saved: dict[str, Any]) -> None:
         super()._restore(saved)

@@ -360,6 +360,29 @@ class LayerwiseOptimizer(GroupedOptimizer):
         """Scalars worth a line in the log; computed only when asked for."""
         return {"curvature/rejected": float(self.rejected)} if self.blocks else {}
 
+    def layer_diagnostics(self) -> dict[str, dict[str, float]]:
+        """What the curvature in use says of each layer, by layer name; computed only when asked for.
+
+        ``above_damping``: share of the directions whose curvature is larger than lambda. ``condition``: largest over
+        smallest eigenvalue of the damped matrix that is inverted. ``floored``: share of directions in which its inverse
+        has a least eigenvalue in place of a smaller one. ``kl_scale``: what the layer's last step was multiplied by.
+        What a method cannot tell is left out. Of several processes, each must ask.
+        """
+        return {}
+
+    def quadratic(self, steps: Mapping[Tensor, Tensor]) -> float | None:
+        """``dᵀ (F + damping) d`` of a step d of the layers with curvature, with the F of the inverses in use.
+
+        Of several processes, each must ask.
+
+        Args:
+            steps: by parameter, what was added to it.
+
+        Returns:
+            None where the method has no F in units of the loss.
+        """
+        return None
+
     def close(self) -> None:
         """Remove every hook from the model. Idempotent; the optimizer then keeps the curvature it has."""
         if self._recorder is not None:

@@ -3,6 +3,7 @@
 Each imports from those above it alone:
 
 - ``linalg``: damped inverses and decompositions that do not fail; ``communication``: what ranks exchange;
+- ``spectra``: what eigenvalues say while training;
 - ``layers/``: one adapter a layer type, and what a backward pass leaves of a layer;
 - ``approximations``: the life of a layer's block, and the diagonal ones; ``samples``: gradients of single examples;
 - ``probe``: whose gradient is whose, judged; ``second_order``: layers with cheap second derivatives;

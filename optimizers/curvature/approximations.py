@@ -17,6 +17,7 @@ from torch import Tensor
 from . import communication
 from .layers import AffineLayer, ElementwiseLayer, Flow, Layer
 from .packing import Form
+from .spectra import Spectrum
 
 
 def absent(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -119,6 +120,27 @@ class Approximation(ABC):
     @abstractmethod
     def diagonal(self, factors: dict[str, Tensor]) -> list[Tensor]:
         """The diagonal that ``factors`` stand for, one tensor for each of the layer's parameters, in its shape."""
+
+    def spectrum(self, factors: dict[str, Tensor], cache: dict[str, Tensor], damping: Tensor) -> Spectrum | None:
+        """The block's eigenvalues, where the method has them or can tell them cheaply.
+
+        Args:
+            factors: of this block.
+            cache: what its solve takes.
+            damping: lambda, one a matrix of the block.
+        """
+        return None
+
+    def floored(self, cache: dict[str, Tensor]) -> Tensor | None:
+        """Share of the directions in which the inverse has a least eigenvalue in place of a smaller one.
+
+        Args:
+            cache: what the block's solve takes.
+
+        Returns:
+            None where nothing is floored.
+        """
+        return None
 
     def to_dense(self) -> Tensor:
         """The block as a matrix in the row-major order of the ``[d_out, d_in (+ 1)]`` weight matrix, bias last."""

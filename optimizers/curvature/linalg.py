@@ -33,6 +33,14 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         return torch.stack([r[0] for r in results]), torch.stack([r[1] for r in results])
 
 
+def eigvalsh(matrices: Tensor) -> Tensor:
+    """Eigenvalues alone (ascending), ``[n, d]``; where the plain routine fails, those of ``eigh``."""
+    try:
+        return torch.linalg.eigvalsh(matrices)
+    except torch.linalg.LinAlgError:
+        return eigh(matrices)[0]
+
+
 def _eigh_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
     double = matrix.double()
     scale = double.diagonal().abs().mean().clamp(min=torch.finfo(torch.float64).tiny)

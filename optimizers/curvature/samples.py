@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import communication
+from . import communication, linalg
 from .approximations import Approximation, statistics_dtype
 from .layers import AffineLayer, Flow, Layer, LinearLayer
+from .spectra import Spectrum
 
 #: A backward pass of a step: the number of its batch, and which pass over that batch it is.
 Pass = tuple[int, int]
@@ -219,6 +220,15 @@ class Samples(Approximation):
             rows = self.factors["V"].double()
             return rows @ rows.mT
         return self.layer.gram(self.factors["x"], self.factors["g"])
+
+    def spectrum(self, factors: dict[str, Tensor], cache: dict[str, Tensor], damping: Tensor) -> Spectrum | None:
+        """See Approximation. Those of ``Sᵀ S``, and zero in the directions that no sample has."""
+        width = sum(self._sizes)
+        values = linalg.eigvalsh(self.gram().unsqueeze(0))[0].clamp(min=0)[-width:]
+        counts = torch.ones_like(values)
+        if (rest := width - len(values)) > 0:
+            values, counts = torch.cat([values, values.new_zeros(1)]), torch.cat([counts, counts.new_full((1,), rest)])
+        return Spectrum(values, damping.to(values), counts=counts)
 
     def norms(self) -> tuple[Tensor, Tensor] | None:
         """Largest eigenvalues of K-FAC's factors A and G, by group; None where a layer has none."""

@@ -12,12 +12,13 @@ from torch.autograd.profiler import record_function
 
 from ..base import CURVATURE, LONG_AGO, CurvatureOptimizer, OfGroups, Params, adopted
 from ..checks import check_choice, check_range
+from ..curvature import communication, spectra
 from ..curvature.approximations import Approximation, statistics_dtype
 from ..curvature.damping import AdaptiveDamping
 from ..curvature.kronecker import Counts, ExactDiagonal, Factors, Invertible, Options
 from ..curvature.layers import AffineLayer, Layer
 from .owners import OwnedBlocks
-from .stacks import Block, Stack, kind_of, stacked
+from .stacks import Block, Stack, kind_of, reader, stacked
 
 
 class BlockInverses(OwnedBlocks):
@@ -281,6 +282,30 @@ class BlockInverses(OwnedBlocks):
             "curvature/fallbacks": float(self._counts.repaired),
             "curvature/floored": float(self._counts.floored),
         }
+
+    def layer_diagnostics(self) -> dict[str, dict[str, float]]:
+        """See CurvatureOptimizer. Of owned blocks, owners tell the others."""
+        members = [member for stack in self._stacks for member in stack.members()]
+        if not members:
+            return {}
+        if self.damping_unit == "layer":
+            self._unit(members[0][0])  # which all ranks have to ask for
+        rows = []
+        for block, cache in members:
+            row = spectra.row(block.layer.parameters[0])
+            if block.mine:
+                spectrum = block.spectrum(block.factors, cache, self._dampings([block]))
+                row = spectra.numbers(spectrum, block.floored(cache), row)
+            rows.append(row)
+        table = torch.stack(rows)
+        table = communication.total(table) if self._sharing else table
+        return spectra.told([(block.layer.name, row) for (block, _), row in zip(members, table, strict=True)])
+
+    def quadratic(self, steps: Mapping[Tensor, Tensor]) -> float | None:
+        """See CurvatureOptimizer."""
+        if not self._stacks:
+            return None
+        return float(torch.stack(self._squared(self._stacked(reader(steps)))).sum())
 
     def _cache_bytes(self, block: Approximation) -> int:
         assert isinstance(block, Invertible)

@@ -135,6 +135,17 @@ class NaturalSteps(BlockInverses):
         shortened = 1.0 if self._measured is None else float(self._measured)
         return super().diagnostics() | {"curvature/kl_scale": self._length.smallest() * shortened}
 
+    def layer_diagnostics(self) -> dict[str, dict[str, float]]:
+        """Adds ``kl_scale`` where a rule has made the last step of a layer longer or shorter."""
+        found = super().layer_diagnostics()
+        shortened = 1.0 if self._measured is None else float(self._measured)
+        for name in found:
+            layer = self.blocks[name].layer
+            factor = self._length.factor(layer, self._group(layer))
+            if factor is not None or self._measured is not None:
+                found[name]["kl_scale"] = shortened * (1.0 if factor is None else float(factor))
+        return found
+
     def _curvature(self) -> dict[str, Any]:
         """See BlockInverses; also what the rule for the length remembers."""
         saved = super()._curvature()

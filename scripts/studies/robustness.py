@@ -28,6 +28,7 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from analysis.sensitivity import near_best
 from scripts.problems.arguments import command, given_to
 from scripts.problems.catalogue import PROBLEMS
 from scripts.problems.cells import SEEDS, Cell, cell
@@ -71,29 +72,6 @@ def means(
     return result
 
 
-def width(values: Sequence[float | None], accuracy: bool) -> tuple[int, int, int]:
-    """Places of the lowest rate, the best one and the highest, as far as all values between are near the best.
-
-    Args:
-        values: by rate, ascending; None where a run did not come to an end.
-        accuracy: more is better, and near is meant in points; otherwise less is, and in shares of the best.
-    """
-    scores = [None if value is None else -value if accuracy else value for value in values]
-    best = min(score for score in scores if score is not None)
-    limit = best + NEAR if accuracy else best * (1 + NEAR)
-    place = low = high = scores.index(best)
-
-    def near(index: int) -> bool:
-        score = scores[index] if 0 <= index < len(scores) else None
-        return score is not None and score <= limit + 1e-12
-
-    while near(low - 1):
-        low -= 1
-    while near(high + 1):
-        high += 1
-    return low, place, high
-
-
 def page(found: dict[str, Outcome], choices: Choices) -> str:
     """The table."""
     rows = []
@@ -105,7 +83,7 @@ def page(found: dict[str, Outcome], choices: Choices) -> str:
                 values = means(found, problem, optimizer, options, choices.seeds)
                 if not any(value is not None for value in values):
                     break
-                low, place, high = width(values, accuracy)
+                low, place, high = near_best(values, accuracy, NEAR)
                 best = values[place]
                 assert best is not None
                 open_ends = ((low, low == 0), (high, high == len(values) - 1))

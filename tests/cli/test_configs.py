@@ -97,7 +97,7 @@ def test_help_lists_groups_and_choices(command: Callable[..., Outcome]) -> None:
     ours = ["adafisher", "adafisherw", "adahessian", "deflation", "ekfac", "exact_ng", "fishleg", "kfac"]
     ours += ["kfac_corrected", "kpsvd", "lanczos", "twolevel_kfac"]
     assert listed and set(re.findall(r"\w+", listed[1])) >= {*ours, "adam", "adamw", "sgd"}, outcome.out
-    assert re.search(r"debug: overfit, profile, smoke, summary, verify", outcome.out)
+    assert re.search(r"debug: lr_finder, overfit, profile, smoke, summary, verify", outcome.out)
     assert re.search(r"experiment/adafisher: [^:]*\bcifar10_resnet18\b", outcome.out)
     assert "python train.py -m optimizer=sgd,adam,adafisher seed=0,1" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 120

@@ -9,21 +9,6 @@ from scripts.studies import robustness
 from scripts.studies.defaults import Outcome, cell
 
 
-@pytest.mark.parametrize(
-    ("values", "accuracy", "expected"),
-    [
-        ([0.90, 0.97, 0.99, 0.98, 0.96, 0.98], True, (1, 2, 3)),  # past one that is worse nothing counts
-        ([0.99, 0.98, None, 0.99], True, (0, 0, 1)),  # nor past one that did not end
-        ([1.03, 1.02, 1.0, 1.02], False, (1, 2, 3)),
-        ([None, 2.0, None], False, (1, 1, 1)),
-    ],
-)
-def test_the_range_around_the_best(
-    values: list[float | None], accuracy: bool, expected: tuple[int, int, int]
-) -> None:
-    assert robustness.width(values, accuracy) == expected
-
-
 def test_a_mean_is_of_all_seeds() -> None:
     found = {}
     for seed, octave, value in ((0, -8, 0.5), (1, -8, 0.7), (0, -7, 0.9), (0, -6, 0.9), (1, -6, None)):

@@ -39,6 +39,7 @@ from training.callbacks import Callback, EarlyStopping
 from training.loop.distributed import barrier
 from training.runs import checkpoints
 from training.runs.run import Run
+from training.show.diagnostics import CurvatureDiagnostics
 from training.show.trajectory import Trajectory
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -213,6 +214,7 @@ def run_one(arguments: dict[str, Any], world: World) -> int:
     callbacks: list[Callback] = [Slow()] if slow else []
     callbacks += [EarlyStopping(patience=patience)] if patience else []
     callbacks += [Trajectory(every_steps=every)] if every else []
+    callbacks += [CurvatureDiagnostics(watch)] if (watch := arguments.pop("watch", None)) else []
     callbacks += [SignalAt(signal_at)] if signal_at is not None and world.rank == signal_rank else []
     try:
         _, model = fit(**arguments, world=world, callbacks=callbacks)

@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 from tests.training.small_run import OPTIMIZERS, differences, events, final_state, fit
 from training import UserError, session
 from training.loop.distributed import World, broadcast_object, gather_objects, maximum
+from training.show.diagnostics import CurvatureDiagnostics
 
 EXACT: dict[str, Any] = {
     "model": {"dropout": 0.0, "batch_norm": False, "float64": True},
@@ -40,13 +41,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"folder": f"{root}/minutes", "checkpoint_every_steps": None, "checkpoint_every_minutes": 0.001, "slow": True,
          "keep_checkpoints": 99, **EXACT},
         {"folder": f"{root}/early", "lr": 0.0, "patience": 2, "model": {"batch_norm": False}},
+        {"folder": f"{root}/watched", "optimizer": "kfac", "watch": 4, **EXACT},
         {"folder": f"{root}/diverged", "lr": 1e30, "schedule": "none", **EXACT},
     ]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tests.training.small_run", json.dumps(runs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, *(0 for _ in OTHERS), 0, 75, 0, 0, 0, 0, 1]
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, *(0 for _ in OTHERS), 0, 75, 0, 0, 0, 0, 0, 1]
     return root
 
 
@@ -85,6 +87,17 @@ def test_two_processes_resume_bit_for_bit(two: Path) -> None:
     assert events(two / "whole") == events(two / "parts")
     streams = [rank["rng"]["torch"] for rank in final_state(two / "whole")["ranks"]]
     assert len(streams) == 2 and not torch.equal(*streams)
+
+
+def test_what_is_seen_of_two_processes_is_that_of_one(two: Path, tmp_path: Path) -> None:
+    fit(tmp_path / "one", optimizer="kfac", callbacks=[CurvatureDiagnostics(4)], **EXACT)
+    pairs = zip(events(two / "watched"), events(tmp_path / "one"), strict=True)
+    seen = [(mine, other) for mine, other in pairs if mine["event"] == "curvature"]
+    assert [mine["step"] for mine, _ in seen] == [1, 4, 8, 12, 16, 20]
+    for mine, other in seen:
+        assert mine.pop("event") == other.pop("event")
+        assert mine == pytest.approx(other, rel=1e-6, abs=1e-9)
+    assert list(differences(weights(two / "watched", 0), weights(two / "kfac", 0))) == []
 
 
 def test_every_rank_ends_at_the_same_step(two: Path) -> None:

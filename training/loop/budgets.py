@@ -183,7 +183,7 @@ class Phases:
     _last: float = 0.0
 
     def mark(self, phase: str | None) -> None:
-        """What ran since the previous mark was this phase; None: it was no part of a step, and a step begins."""
+        """What ran since the previous mark was this phase; "": no part of a step; None: nor that, and a step begins."""
         self._steps += phase is None
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
@@ -191,7 +191,7 @@ class Phases:
             self._marks.append((phase or "", event))
             return
         now = time.perf_counter()
-        if phase is not None:
+        if phase:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now
 

@@ -32,7 +32,7 @@ NEUTRAL = {"dataset.limit_test": 1.0}
 _GROUP = re.compile(r"(?!hydra)\w+(@\w+)?")
 _CHOICE = re.compile(r"\w[\w.+/-]*")
 # How the names of callbacks end that only show what was learned.
-ONLOOKERS = ("Plots", "SampleText", "Trajectory")
+ONLOOKERS = ("Plots", "SampleText", "Trajectory", "Diagnostics")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from training.loop.precision import Precision
 from training.runs.folder import RunFolder
 from training.schedules import Scalars
 from training.tasks.metrics import Meters
-from training.tasks.task import Task
+from training.tasks.task import Task, Turn
 
 if TYPE_CHECKING:
     from data import DataModule
@@ -62,6 +62,7 @@ class Run:
         evaluated: the step last evaluated at.
         resumed: whether it goes on from a checkpoint.
         stop_reason: why to stop before the budget is used up.
+        unexamined: whether the end is neither validated nor tested, since nothing was to be learned.
         training_buffers: while the model is as it is evaluated, with averaged weights: its buffers in training, by
             name.
         calibrated: step and statistics of the last calibration.
@@ -96,6 +97,7 @@ class Run:
     evaluated: int | None = None
     resumed: bool = False
     stop_reason: str | None = None
+    unexamined: bool = False
     training_buffers: dict[str, Tensor] | None = None
     calibrated: tuple[int, dict[str, Tensor]] | None = None
     scaler: torch.amp.GradScaler = field(init=False)
@@ -170,9 +172,16 @@ class Run:
         """Ask the loop to end after this step. Every rank must ask alike."""
         self.stop_reason = reason
 
-    def emit(self, event: str, values: dict[str, float]) -> None:
-        """Hand an event to the loggers and remember its values."""
-        self.latest |= values
+    def emit(self, event: str, values: dict[str, float], remember: bool = True) -> None:
+        """Hand an event to the loggers.
+
+        Args:
+            event: its kind.
+            values: what it tells.
+            remember: whether they become the last known values of the run, which checkpoints hold.
+        """
+        if remember:
+            self.latest |= values
         record = {
             "event": event,
             "step": self.step,
@@ -203,6 +212,12 @@ class Callback:
 
     def on_fit_start(self, run: Run) -> None:
         """Before the first step, after a checkpoint was restored."""
+
+    def on_batch(self, run: Run, turn: Turn, inputs: Tensor, targets: Tensor) -> None:
+        """Before a forward pass of training, with its batch."""
+
+    def on_gradients(self, run: Run, turn: Turn, losses: Sequence[Tensor]) -> None:
+        """Before an update: gradients are those of all its batches and ranks, not clipped yet; losses, a batch each."""
 
     def on_step(self, run: Run) -> None:
         """After every optimizer step."""

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from optimizers.curvature.communication import average_
 from training.loop.backward import backward
@@ -31,16 +30,21 @@ def take(run: Run, batches: Iterator[tuple[Tensor, Tensor]], clip_norm: float | 
     served = served if len(turns) == 1 else list(served)
     for turn in turns:
         turn.optimizer.zero_grad()
-        for part, (inputs, targets) in enumerate(served, 1):
+        losses = [
             _micro_batch(run, turn, inputs, targets, last=part == run.accumulate)
-        _update(run, turn.optimizer, clip_norm)
+            for part, (inputs, targets) in enumerate(served, 1)
+        ]
+        _update(run, turn, losses, clip_norm)
     run.lr = float(run.optimizer.param_groups[0]["lr"])
     run.scaler.update()
     run.phases.mark("update")
 
 
-def _micro_batch(run: Run, turn: Turn, inputs: Tensor, targets: Tensor, last: bool) -> None:
+def _micro_batch(run: Run, turn: Turn, inputs: Tensor, targets: Tensor, last: bool) -> Tensor:
+    """Add a batch's share to the gradients of an update; its loss."""
     run.phases.mark("data")
+    for callback in run.callbacks:
+        callback.on_batch(run, turn, inputs, targets)
     # Gradients travel between ranks once an update, with the last batch.
     with nullcontext() if last or not run.replicated else run.forward.no_sync():  # type: ignore[attr-defined]
         with run.precision.autocast():
@@ -52,14 +56,18 @@ def _micro_batch(run: Run, turn: Turn, inputs: Tensor, targets: Tensor, last: bo
         run.phases.mark("backward")
     turn.measure(run.precision.full(outputs.detach()), targets, loss.detach())
     run.phases.mark("measure")
+    return loss.detach()
 
 
-def _update(run: Run, optimizer: Optimizer, clip_norm: float | None) -> None:
+def _update(run: Run, turn: Turn, losses: list[Tensor], clip_norm: float | None) -> None:
+    optimizer = turn.optimizer
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not run.replicated:
         average_([p.grad for p in params if p.grad is not None])
+    run.scaler.unscale_(optimizer)
+    for callback in run.callbacks:
+        callback.on_gradients(run, turn, losses)
     if clip_norm is not None:
-        run.scaler.unscale_(optimizer)
         run.grad_norm = nn.utils.clip_grad_norm_(params, clip_norm)
     try:
         run.scaler.step(optimizer)

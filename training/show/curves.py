@@ -82,7 +82,7 @@ def plot_run(metrics_jsonl: str | Path, name: str | None = None) -> dict[str, Fi
     """
     path = Path(metrics_jsonl)
     events = read_metrics(path, whole=False)
-    title = name or _name(path if path.is_dir() else path.parent)
+    title = name or name_of_run(path)
     figures: dict[str, Figure] = {}
     if _has(events, "wasserstein"):
         figures["loss"] = _game(events, title)
@@ -100,7 +100,7 @@ def plot_run(metrics_jsonl: str | Path, name: str | None = None) -> dict[str, Fi
     return figures
 
 
-def _canvas(width: float, height: float, title: str) -> Figure:
+def canvas(width: float, height: float, title: str) -> Figure:
     """An empty figure with a title, and margins in inches that its labels fit into.
 
     Measuring the labels instead (a layout of matplotlib's) takes three times as long as all the rest of a picture.
@@ -113,7 +113,7 @@ def _canvas(width: float, height: float, title: str) -> Figure:
 
 
 def _loss(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    figure = _canvas(10, 4.2, title)
+    figure = canvas(10, 4.2, title)
     by_epoch, by_time = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.06})
     _, plateau = series(events, "plateau/loss")
     for axes, x, label in ((by_epoch, "epoch", "epoch"), (by_time, "seconds", "training seconds")):
@@ -131,7 +131,7 @@ def _loss(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def _accuracy(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    figure = _canvas(6.4, 4.2, title)
+    figure = canvas(6.4, 4.2, title)
     axes = figure.subplots()
     values = _draw_splits(axes, events, "accuracy", "epoch", best=max)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(values) - min(values) > 0.05 else 1))
@@ -142,7 +142,7 @@ def _accuracy(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 def _game(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """What two players lose, and the distance that the critic sees."""
-    figure = _canvas(10, 4.2, title)
+    figure = canvas(10, 4.2, title)
     losses, distance = figure.subplots(1, 2, gridspec_kw={"wspace": 0.28})
     for metric, (player, colour) in PLAYERS.items():
         _draw_training(losses, *series(events, f"train/{metric}"), colour, label=player)
@@ -157,7 +157,7 @@ def _game(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def _logarithmic(events: Sequence[Mapping[str, Any]], title: str, metric: str, label: str) -> Figure:
-    figure = _canvas(6.4, 4.2, title)
+    figure = canvas(6.4, 4.2, title)
     axes = figure.subplots()
     _draw_splits(axes, events, metric, "epoch", best=min)
     axes.set_yscale("log")
@@ -170,7 +170,7 @@ def _logarithmic(events: Sequence[Mapping[str, Any]], title: str, metric: str, l
 
 
 def _learning_rate(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    figure = _canvas(6.4, 3.2, title)
+    figure = canvas(6.4, 3.2, title)
     axes = figure.subplots()
     axes.plot(*series(events, "lr"), color=GREY, linewidth=1.8)
     axes.set_ylim(bottom=0)
@@ -252,6 +252,11 @@ def _has_metric(events: Sequence[Mapping[str, Any]], metric: str) -> bool:
     return any(event.get(metric) is not None for event in events)
 
 
-def _name(folder: Path) -> str:
-    folder = folder.resolve()
+def name_of_run(path: Path) -> str:
+    """The title of a run's pictures: the names of its folder and of the one above it.
+
+    Args:
+        path: the folder, or its `metrics.jsonl`.
+    """
+    folder = (path if path.is_dir() else path.parent).resolve()
     return f"{folder.parent.name} / {folder.name}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..approximations import Diagonal, statistics_dtype
 from ..layers import Layer
+from ..spectra import Spectrum
 from .invertible import Invertible
 from .options import Counts, Factors, Options
 
@@ -35,6 +36,10 @@ class ExactDiagonal(Invertible, Diagonal):
     def mean_eigenvalue(self, factors: Factors) -> Tensor:
         """See Invertible."""
         return factors["D"].mean(1)
+
+    def spectrum(self, factors: Factors, cache: Factors, damping: Tensor) -> Spectrum | None:
+        """See Approximation."""
+        return Spectrum(factors["D"], damping.unsqueeze(-1))
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See Invertible."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import linalg
 from ..layers import AffineLayer, Flow
 from ..linalg import product as _product
+from ..spectra import Spectrum
 from .factored import DECOMPOSED
 from .kfac import KroneckerFactors
 from .options import Counts, Factors, Options
@@ -81,6 +82,10 @@ class EigenFactors(KroneckerFactors):
     def mean_eigenvalue(self, factors: Factors) -> Tensor:
         """See Invertible."""
         return factors["S"].mean((1, 2))
+
+    def spectrum(self, factors: Factors, cache: Factors, damping: Tensor) -> Spectrum | None:
+        """See Approximation."""
+        return Spectrum(factors["S"], damping.view(-1, 1, 1))
 
     def _renewed(self, key: str, old: Tensor | None, counts: Counts) -> Tensor:
         """The basis that follows the last one, or, where there is none or it has lost its factor, a fresh one."""

@@ -17,6 +17,7 @@ from ..approximations import Approximation, statistics_dtype
 from ..layers import AffineLayer, Flow
 from ..linalg import product as _product
 from ..packing import Form
+from ..spectra import Spectrum, spectrum_of
 from .invertible import Invertible
 from .options import Counts, Factors, Options
 
@@ -159,6 +160,24 @@ class Kronecker(Invertible, Approximation):
     def mean_eigenvalue(self, factors: Factors) -> Tensor:
         """See Invertible."""
         return self._mean(factors, "A") * self._mean(factors, "G")
+
+    def spectrum(self, factors: Factors, cache: Factors, damping: Tensor) -> Spectrum | None:
+        """See Approximation. Of wide factors that are not decomposed, a quadrature: see ``spectra``."""
+        shift = damping.view(-1, 1, 1)
+        if "W" in cache:  # which was made of the eigenvalues
+            return Spectrum(1 / cache["W"] - shift, shift)
+        found = {}
+        for key in ("A", "G"):
+            factor = factors[key]
+            found[key] = spectrum_of(factor) if factor.dim() == 3 else (factor, torch.ones_like(factor))
+        shares = self._shares(factors, damping)
+
+        def outer(g: Tensor, a: Tensor) -> Tensor:
+            return g.unsqueeze(-1) * a.unsqueeze(-2)
+
+        (a, many_a), (g, many_g) = found["A"], found["G"]
+        damped = outer(g + shares["G"].unsqueeze(-1), a + shares["A"].unsqueeze(-1))
+        return Spectrum(outer(g, a), shift, damped, outer(many_g, many_a))
 
     def _mean(self, factors: Factors, key: str) -> Tensor:
         """Mean eigenvalue of a factor, ``[n]``."""

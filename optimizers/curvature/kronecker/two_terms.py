@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..linalg import product as _product
+from ..spectra import Spectrum
 from .factored import DECOMPOSED, PASSES, Kronecker
 from .options import Counts, Factors
 
@@ -131,6 +132,18 @@ class TwoTerms(Kronecker):
         first = (left * right).flatten(1).sum(1)
         second = (_product(factors["D"], matrix) * _product(matrix, factors["C"])).flatten(1).sum(1)
         return torch.maximum(first + second, self.options.floor * first)
+
+    def spectrum(self, factors: Factors, cache: Factors, damping: Tensor) -> Spectrum | None:
+        """See Approximation. The eigenvalues of a sum of two products are not those of its factors."""
+        return super().spectrum(factors, cache, damping) if self.terms == 1 else None
+
+    def floored(self, cache: Factors) -> Tensor | None:
+        """See Approximation. Not told of antisymmetric pairs, of which the cache has sums over either sign."""
+        if self.terms == 1 or "W_odd" in cache:
+            return None
+        largest = 1 / self.options.floor - (1 if self._truncated else 0)
+        floored = (cache["W"] >= largest * (1 - 8 * torch.finfo(cache["W"].dtype).eps)).sum()
+        return floored.to(cache["W"].dtype) / (self.layer.groups * self.dims["A"] * self.dims["G"])
 
     def mean_eigenvalue(self, factors: Factors) -> Tensor:
         """See Invertible."""
