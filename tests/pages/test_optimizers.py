@@ -34,6 +34,18 @@ def test_no_option_of_a_file_is_left_out(entry: str) -> None:
     assert [key for key, _, _ in options.options(entry)] == [key for key in values if key != "_target_"]
 
 
+def test_the_state_that_pages_tell_is_that_of_the_table() -> None:
+    """Bytes a parameter, which a test compares with what is measured."""
+    rows = [line.split("|")[1:-1] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    states = {row[0].strip(" `"): row[5].strip() for row in rows if len(row) == 9 and row[5].strip()}
+    assert len(states) > 20
+    for path in PAGES:
+        text = path.read_text()
+        for entry in set(options.names(text)) & set(states):
+            told = rf"\b{float(states[entry]):g}(\.0)? bytes\s+a\s+parameter"
+            assert re.search(told, text), (path.stem, states[entry])
+
+
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_a_page_says_what_a_reader_looks_for(path: Path) -> None:
     text = path.read_text()
