@@ -42,7 +42,11 @@ LIMITS: dict[str, tuple[str, ...]] = {
         "SPlus", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD",
     ),
     "needs the package einops": ("DeMo",),
+    "does not heed its learning rate": ("A2Grad",),
 }  # fmt: skip
+
+#: Options without which a class steps by a rate of its own, whatever ``lr`` and its schedule say.
+HEEDING: dict[str, dict[str, Any]] = {"AdaFactor": {"relative_step": False}}
 
 #: Classes that draw from the global random generator, which differs between processes: their copies would part ways.
 DRAWING = ("DASH", "Gravity", "Kron", "Magma")
@@ -102,12 +106,12 @@ class Package:
             params: parameters or groups.
             name: of its class.
             lr: learning rate.
-            options: what else the class takes.
+            options: what else the class takes; where it would not heed ``lr`` by default, it does here (``HEEDING``).
 
         Raises:
             ValueError: for a name that ``choose`` refuses, or a value that the class refuses.
         """
-        return self.choose(name)(params, lr=lr, **options)
+        return self.choose(name)(params, lr=lr, **HEEDING.get(name, {}) | options)
 
     def installed(self) -> bool:
         """Whether the package is there."""

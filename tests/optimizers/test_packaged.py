@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ package = pytest.importorskip("pytorch_optimizer")
 
 BASELINES = ("shampoo", "soap", "lamb", "lion")
 EXTRA = {"Ranger21": {"num_iterations": 12}}  # mandatory options
+DEAF = next(names for reason, names in LIMITS.items() if "learning rate" in reason)
 SWITCHED = next(names for reason, names in LIMITS.items() if "other weights" in reason)
 
 
@@ -105,6 +107,9 @@ def test_limits_are_limits_still(name: str) -> None:
         if name in SWITCHED:
             assert callable(getattr(kind, "eval"))  # noqa: B009 - torch's base class has none
             continue
+        if name in DEAF:
+            assert moves_without_a_rate(kind)
+            continue
         model = net()
         with pytest.raises(Exception):  # noqa: B017 - each fails in its own way, and that it does is what counts
             optimizer = kind(model.parameters(), lr=1e-3)  # type: ignore[call-arg]
@@ -113,6 +118,20 @@ def test_limits_are_limits_still(name: str) -> None:
             torch.save(optimizer.state_dict(), file)
             file.seek(0)
             torch.load(file, weights_only=True)
+
+
+def moves_without_a_rate(make: Callable[..., Optimizer]) -> bool:
+    """Whether weights move at a learning rate of nearly zero."""
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, make(model.parameters(), lr=1e-12), range(5))
+    return not all(torch.allclose(p, old, rtol=0, atol=1e-6) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_adafactor_heeds_its_rate_and_can_be_told_not_to() -> None:
+    assert not moves_without_a_rate(partial(pytorch_optimizer, name="AdaFactor"))
+    assert moves_without_a_rate(partial(pytorch_optimizer, name="AdaFactor", relative_step=True))
+    assert not moves_without_a_rate(partial(pytorch_optimizer, name="StableAdamW"))
 
 
 def test_every_limit_is_of_a_class_there_is() -> None:
@@ -311,7 +330,7 @@ def test_options_of_any_class_by_its_name() -> None:
         ("optimizer=torch optimizer.eps=1", r"not in the file of this optimizer: add it with \+optimizer.eps=1$"),
         ("optimizer=torch +optimizer.lr=1", r"cannot be added with \+: write optimizer.lr=1$"),
         ("optimizer=torch +model.widht=1", r"cannot be added with \+; "),
-        ("optimizer=pytorch_optimizer +optimizer.foo=1", r"^optimizer.foo: AdaFactor has no such option; it takes lr"),
+        ("optimizer=pytorch_optimizer +optimizer.foo=1", r"^optimizer.foo: StableAdamW has no such option; it takes "),
         ("optimizer=pytorch_optimizer optimizer.name=Ranger21", r"^optimizer.num_iterations is missing: Ranger21"),
         ("optimizer=pytorch_optimizer optimizer.lr=-1", r"^optimizer: learning rate must be positive"),
         ("optimizer=soap optimizer.lr=-1", r"^optimizer: learning rate must be positive"),
