@@ -23,6 +23,8 @@ from training.show.curves import GREY
 KEYS = ("optimizer.lr", "optimizer.damping")
 #: What is near the best: points of accuracy, or share of the loss.
 NEAR = 0.02
+#: Points of accuracy below the best that colours tell apart.
+SHOWN = 0.2
 #: How the ends of a range of values are written: a base and a power.
 _POWER = re.compile(r"(\d+(?:\.\d+)?)\^(-?\d+)")
 
@@ -334,11 +336,12 @@ def plot(found: Sequence[Grid], metric: str, near: float = NEAR, title: str = ""
         near: see ``near_best``.
         title: above all.
     """
-    columns = min(len(found), 3)
+    found = sorted(found, key=lambda grid: grid.y_key is None)  # strips come last, beside each other
+    columns = 2 if len(found) in (2, 4) else min(len(found), 3)
     rows = -(-len(found) // columns)
     tallest = [max(len(grid.ys) for grid in found[i * columns : (i + 1) * columns]) for i in range(rows)]
     widest = max(len(grid.xs) for grid in found)
-    size = 0.52
+    size = 0.47
     shape = (columns * (widest * size + 1.1) + 1.0, sum(n * size + 1.2 for n in tallest) + 0.5)
     canvas = Figure(figsize=(max(shape[0], 4.5), shape[1]), layout="constrained")
     panels = canvas.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": [n + 1.5 for n in tallest]})
@@ -348,7 +351,8 @@ def plot(found: Sequence[Grid], metric: str, near: float = NEAR, title: str = ""
     for axes in list(panels.flat)[len(found) :]:
         axes.remove()
     drawn = list(panels.flat)[: len(found)]
-    bar = canvas.colorbar(matplotlib.cm.ScalarMappable(scale, colours), ax=drawn, fraction=0.05)
+    beyond: Any = "min" if found[0].higher else "max"
+    bar = canvas.colorbar(matplotlib.cm.ScalarMappable(scale, colours), ax=drawn, fraction=0.05, extend=beyond)
     bar.set_label(metric + (" (%)" if found[0].higher else ""), fontsize=9)
     if found[0].higher:
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
@@ -362,7 +366,8 @@ def _scale(found: Sequence[Grid]) -> Normalize:
     if not len(values):
         return Normalize(0, 1)
     if found[0].higher:
-        return Normalize(float(np.quantile(values, 0.1)), float(values.max()), clip=True)
+        best = float(values.max())
+        return Normalize(max(best - SHOWN, float(values.min())), best, clip=True)
     low, high = float(values.min()), float(np.quantile(values, 0.9))
     if low > 0:
         return LogNorm(low, max(high, 1.01 * low), clip=True)
@@ -398,5 +403,7 @@ def _draw(axes: Axes, grid: Grid, scale: Normalize, colours: Any, near: float) -
         axes.set_ylabel(grid.y_key, fontsize=8)
     axes.tick_params(length=2)
     axes.spines[:].set_visible(False)
-    extents = [f"{extent.octaves:.3g} octaves of {axis}" for axis in "xy" if (extent := grid.extent(axis, near))]
-    axes.set_title("\n".join([grid.label, " × ".join(extents)]), fontsize=9)
+    keys = {"x": grid.x_key, "y": grid.y_key or ""}
+    known = [(keys[axis].rpartition(".")[2], extent) for axis in "xy" if (extent := grid.extent(axis, near))]
+    extents = [f"{name} {extent.octaves:.3g}" for name, extent in known]
+    axes.set_title(f"{grid.label}\noctaves of {', '.join(extents)}" if extents else grid.label, fontsize=9)

@@ -145,7 +145,7 @@ def _show(choices: Choices, folder: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with atomic_file(out / "sensitivity.png") as file:
             sensitivity.plot(grids, metric, choices.near, f"{title}: framed is what is within {share}").savefig(
-                file, format="png", dpi=110
+                file, format="png", dpi=110, pil_kwargs={"optimize": True}
             )
         with atomic_file(out / "sensitivity.md") as file:
             file.write(text.encode())

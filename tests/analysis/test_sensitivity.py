@@ -99,7 +99,7 @@ def test_the_picture_has_a_map_an_optimizer(sweep: Path) -> None:
     runs = [compare.read_run(path) for path in compare.find_runs([sweep])]
     figure = plot(grids(runs, "optimizer.lr", "optimizer.damping"), "val/accuracy", title="mlp on digits")
     kfac, sgd = figure.axes[:2]
-    assert kfac.get_title() == "kfac\n1 octaves of x × 3.32 octaves of y"
+    assert kfac.get_title() == "kfac\noctaves of lr 1, damping 3.32"
     shown = [text.get_text() for text in kfac.texts]
     assert shown == ["95.1", "99.1", "98.1", "90.1", "98.1", "×"]
     assert len(kfac.patches) == 3 and len(sgd.patches) == 2

@@ -125,10 +125,13 @@ def _draw_decreases(axes: Axes, events: Sequence[Mapping[str, Any]]) -> None:
                 values += own
     dress(axes, "step", "")
     axes.set_title("decrease of the batch's loss", fontsize="medium")
-    axes.axhline(0, color=GREY, linewidth=0.8)
+    # Decades, and both signs where there are two: the first steps change more than all others.
     widest = max(map(abs, values))
-    if widest > 0:
-        # Both signs, and decades of either: the first steps change more than all others.
+    if min(values) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif widest > 0:
+        axes.axhline(0, color=GREY, linewidth=0.8)
         axes.set_yscale("symlog", linthresh=max(widest / 1000, 1e-12), linscale=1)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize="small")
