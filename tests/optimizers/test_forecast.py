@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -170,8 +170,8 @@ def test_a_forecast_prices_what_an_average_step_adds() -> None:
     """With a price of one a call, seconds are calls."""
 
     class Ones(Prices):
-        def seconds(self, operation: Operation) -> float:
-            return 1.0
+        def total(self, weighted: Mapping[Operation, float]) -> float:
+            return sum(weighted.values())
 
     model, (x, y) = mlp(), NETS["mlp"][1]()
     adam: Make = lambda m: torch.optim.Adam(m.parameters())  # noqa: E731

@@ -12,7 +12,7 @@ from optimizers.forecast import Forecast
 
 #: Of the whole table; and the widths that names and kinds are cut to.
 WIDTH = 100
-NAME, KIND = 32, 18
+NAME, KIND, SHORTEST = 40, 24, 12
 
 #: What parts of a step are called: what they do, every so many steps.
 PARTS = {
@@ -42,9 +42,19 @@ def layer_table(layers: Sequence[LayerSummary], coverage: Coverage | None = None
         if covers:
             line.append(_curvature(covers.get(layer.name, []), reasons))
         lines.append(line)
-    table = columns([titles, *lines], "<<>>><" if covers else "<<>>>")
+    aligned = "<<>>><" if covers else "<<>>>"
+    excess = max(map(len, columns([titles, *lines], aligned))) - WIDTH
+    if excess > 0:  # at the cost of names, then of types
+        room = max(SHORTEST, max(len(line[0]) for line in lines) - excess)
+        lines = [[_cut(line[0], room), *line[1:]] for line in lines]
+        excess = max(map(len, columns([titles, *lines], aligned))) - WIDTH
+    if excess > 0:
+        room = max(SHORTEST, max(len(line[1]) for line in lines) - excess)
+        lines = [[line[0], line[1][:room], *line[2:]] for line in lines]
+    table = columns([titles, *lines], aligned)
     table.insert(1, "-" * min(max(map(len, table)), WIDTH))
-    return "\n".join([*table, *(f"  [{i}] fallback: {reason}" for i, reason in enumerate(reasons, 1))])
+    notes = [_wrapped(f"  [{i}] fallback: {reason}", "      ") for i, reason in enumerate(reasons, 1)]
+    return "\n".join([*table, *notes])
 
 
 def covering(layers: Sequence[LayerSummary], coverage: Coverage) -> dict[str, list[tuple[str, str]]]:
@@ -79,21 +89,24 @@ def _curvature(rows: Sequence[tuple[str, str]], reasons: list[str]) -> str:
 
 
 def short_factors(factors: str) -> str:
-    """Shapes of factors as a table has room for: ``A 577² G 64²``; bases and moments, which follow, are left out.
+    """Shapes of factors as a table has room for, alike ones together: ``A,C 577² G,D 64²``.
+
+    Bases and moments, which follow from these, are left out.
 
     Args:
         factors: as ``coverage`` has them, such as ``A[1, 577, 577] G[1, 64, 64]``.
     """
-    words: list[str] = []
+    keys: dict[str, list[str]] = {}
     for key, shape in re.findall(r"(\w+)\[([\d, ]*)\]", factors):
         sizes = [int(n) for n in shape.split(",") if n.strip()]
-        if key.startswith("U_") or (key == "S" and words):
+        if key.startswith("U_") or (key == "S" and keys):
             continue
         groups = f"{sizes[0]}·" if len(sizes) > 1 and sizes[0] > 1 else ""
         own = sizes[1:] if len(sizes) > 1 else sizes
         square = len(own) == 2 and own[0] == own[1]
-        words.append(f"{key} {groups}{own[0]}²" if square else f"{key} {groups}{'×'.join(map(str, own))}")
-    return " ".join(words)
+        size = f"{groups}{own[0]}²" if square else f"{groups}{'×'.join(map(str, own))}"
+        keys.setdefault(size, []).append(key)
+    return " ".join(f"{','.join(names)} {size}" for size, names in keys.items())
 
 
 def totals(layers: Sequence[LayerSummary], coverage: Coverage | None = None) -> str:
