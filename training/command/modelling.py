@@ -77,10 +77,30 @@ def show(argv: Sequence[str]) -> None:
     Raises:
         UserError: for whatever is wrong with them.
     """
-    names = sorted(path.stem for path in (CONFIG_FOLDER / "model").glob("*.yaml"))
-    if not argv:
-        say(listing(names))
-        return
+    if argv:
+        present(*read(argv))
+    else:
+        say(listing(known()))
+
+
+def known() -> list[str]:
+    """The names that there are."""
+    return sorted(path.stem for path in (CONFIG_FOLDER / "model").glob("*.yaml"))
+
+
+def read(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, int], bool]:
+    """What is asked for, checked.
+
+    Args:
+        argv: a name first, then ``key=value``.
+
+    Returns:
+        A configuration, facts of the data, and whether an optimizer is named.
+
+    Raises:
+        UserError: for whatever is wrong with them.
+    """
+    names = known()
     name, *given = argv
     name = name.removeprefix("model=")
     if "=" in name or name.startswith("-"):
@@ -104,8 +124,7 @@ def show(argv: Sequence[str]) -> None:
             raise UserError(f"{key} must be a whole number of at least 1, got {text.partition('=')[2]}")
         facts[key] = value
     config = compose([f"model={name}", *overrides]).values
-    asked = any(name_of(parse(text)).split(".")[0] == "optimizer" for text in overrides)
-    present(config, facts, asked)
+    return config, facts, any(name_of(parse(text)).split(".")[0] == "optimizer" for text in overrides)
 
 
 def present(config: Mapping[str, Any], facts: Mapping[str, int], asked: bool) -> None:
