@@ -50,6 +50,18 @@ def test_models_lists_what_there_is_and_shows_one(ask: Callable[..., Outcome], w
     assert list(work.iterdir()) == []
 
 
+def test_an_optimizer_that_looks_at_numbers_has_no_forecast(
+    command: Callable[..., Outcome], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = "self.param_groups[0]['params'][0].grad.masked_select(torch.tensor(True)); return super().step(closure)"
+    own = f"import torch\nclass Picky(torch.optim.SGD):\n    def step(self, closure=None):\n        {step}\n"
+    (work / "picky.py").write_text(own)
+    monkeypatch.syspath_prepend(work)
+    done = command("debug=summary", "model=mlp", "model.hidden=[16]", "optimizer=sgd", "optimizer._target_=picky.Picky")
+    assert done.code == 1 and "no forecast for Picky, which looks at numbers in its step" in done.sentence()
+    assert "1,210 parameters" in done.out
+
+
 def test_two_players_are_shown_without_a_forecast(ask: Callable[..., Outcome]) -> None:
     shown = ask("dcgan", "model.width=4", "image_size=8", "optimizer=adam")
     assert shown.code == 0, shown.err

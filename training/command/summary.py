@@ -74,20 +74,32 @@ def describe(
 
     Returns:
         The forecast; None without an optimizer, and for a model of two players.
+
+    Raises:
+        UserError: the model or the optimizer does what cannot be done without numbers.
     """
     if isinstance(model, GAN):
         _players(model, inputs)
         return None
-    layers = layers_of(model, inputs)
+    try:
+        layers = layers_of(model, inputs)
+    except RuntimeError as error:
+        name = type(model).__name__
+        raise UserError(f"no summary of {name}, whose forward pass looks at numbers ({_said(error)})") from error
     if not asked:
         say(f"{layer_table(layers)}\n\n{totals(layers)}")
         return None
     make: Callable[[nn.Module], Optimizer] = partial(
         build_optimizers, config, likelihood=task.likelihood, seed=config["seed"]
     )
-    found = forecast(model, make, inputs, targets, task.loss)
+    name = name_of_optimizer(config)
+    try:
+        found = forecast(model, make, inputs, targets, task.loss)
+    except RuntimeError as error:
+        say(f"{layer_table(layers)}\n\n{totals(layers)}\n")
+        raise UserError(f"no forecast for {name}, which looks at numbers in its step ({_said(error)})") from error
     found.notes.append(UNSEEN)
-    text = forecast_text(found, name_of_optimizer(config), len(inputs))
+    text = forecast_text(found, name, len(inputs))
     say(f"{layer_table(layers, found.coverage)}\n\n{totals(layers, found.coverage)}\n\n{text}")
     return found
 
@@ -105,3 +117,8 @@ def name_of_optimizer(config: Mapping[str, Any]) -> str:
     """The class of the configured optimizer; of a package's, the one that is asked for."""
     node = config["optimizer"]
     return str(node.get("name") or node[TARGET].rpartition(".")[2])
+
+
+def _said(error: Exception) -> str:
+    """The first line of an exception, and its kind."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
