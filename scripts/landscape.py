@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--calibrate", type=int, default=500, metavar="N", help="examples to estimate them on (default: 500)")
     add("--examples", type=int, default=2000, metavar="N", help="to evaluate on, at most (default: 2000)")
     add("--split", choices=SPLITS, default="train", help="that they are from (default: train, as training sees it)")
-    add("--batch-size", type=int, default=250, metavar="N", help="of the evaluation (default: 250)")
+    add("--batch-size", type=int, default=100, metavar="N", help="of the evaluation (default: 100)")
     add("--data", metavar="FOLDER", help="where data sets lie (default: where they lay when the runs were trained)")
     add("--own", action="append", default=[], metavar="NAME", help="a callable of yours that runs may call: mine.Net")
     add("--metric", default="loss", help="what is drawn, of the task's (default: loss)")

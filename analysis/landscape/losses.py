@@ -41,7 +41,7 @@ class Examples:
             raise ValueError("examples must be at least one, and the set has none")
 
     @classmethod
-    def first(cls, loader: BatchLoader, count: int, batch_size: int = 250) -> Examples:
+    def first(cls, loader: BatchLoader, count: int, batch_size: int = 100) -> Examples:
         """The first examples that a loader serves, in batches of another size.
 
         Those of a training set are what training sees in its first epoch: shuffled and, where the data set augments,
