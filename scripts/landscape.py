@@ -32,6 +32,7 @@ from rich.table import Table
 
 from analysis import compare, landscape
 from training.errors import UserError
+from training.names import TARGET
 from training.runs.folder import atomic_file
 from training.settings.loading import LoadedRun, load_run
 from training.show.snapshots import Snapshots
@@ -95,6 +96,9 @@ def _under(
     folders: Sequence[Path], labels: dict[Path, str], options: argparse.Namespace, out: Path
 ) -> list[landscape.Surface]:
     ways = [landscape.Way.of(labels[folder], Snapshots(folder), options.snapshots) for folder in folders]
+    sets = {str(compare.read_run(folder).values["dataset"].get(TARGET)) for folder in folders}
+    if len(sets) > 1:
+        raise ValueError(f"runs must have learned from one data set, and these have from {', '.join(sorted(sets))}")
     loaded, examples = _loaded(folders[0], options)
     label = f"the way of {ways[0].label}" if len(ways) == 1 else f"the ways of {len(ways)} runs"
     with _bar("ways") as progress:
@@ -114,7 +118,9 @@ def _common(options: argparse.Namespace, out: Path, progress: Callable[[int, int
 
 def _loaded(folder: Path, options: argparse.Namespace) -> tuple[LoadedRun, landscape.Examples]:
     """A run, and the examples on which its losses are evaluated."""
-    loaded = load_run(folder, options.weights, data=options.data, own=options.own)
+    loaded = load_run(folder, options.weights, data=options.data, device=options.device, own=options.own)
+    if options.metric not in loaded.task.metrics:
+        raise ValueError(f"metric must be one of {', '.join(loaded.task.metrics)}, got {options.metric!r}")
     examples = landscape.Examples.first(getattr(loaded.data, options.split), options.examples, options.batch_size)
     return loaded, examples
 
@@ -217,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metric", default="loss", help="what is drawn, of the task's (default: loss)")
     add("--snapshots", type=int, default=40, metavar="N", help="of each run, evenly spread, at most (default: 40)")
     add("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    add("--device", default="cpu", help="to evaluate on (default: cpu)")
     add("--dpi", type=int, default=120, help="of the picture (default: 120)")
     add("--out", help="folder of the results (default: landscape/ in the folder that all runs have in common)")
     return parser

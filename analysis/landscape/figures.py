@@ -19,6 +19,8 @@ from analysis.landscape.surface import Surface
 from training.show.curves import GREY
 
 COLOURS = "viridis"
+# Under ways, colours end at so many times the largest value that these have met.
+BEYOND = 3
 # A logarithmic scale from this ratio of the largest to the smallest value on.
 LOG_RANGE = 10
 
@@ -43,7 +45,7 @@ def plot(surfaces: Sequence[Surface], metric: str = "loss") -> Figure:
         return _lines(surfaces, metric)
     rows = len(surfaces)
     figure = Figure(figsize=(12, 4.9 * rows + 0.2), layout="constrained")
-    norm = _norm(np.concatenate([s.metric(metric).ravel() for s in surfaces]))
+    norm = _norm(np.concatenate([_shown(s, metric) for s in surfaces]))
     for row, surface in enumerate(surfaces):
         left = figure.add_subplot(rows, 2, 2 * row + 1)
         _contours(left, surface, metric, norm)
@@ -59,6 +61,13 @@ def plot(surfaces: Sequence[Surface], metric: str = "loss") -> Figure:
 def _title(surface: Surface, metric: str) -> str:
     lines = [f"{metric} {surface.title}", *surface.notes]
     return "\n".join(line for text in (lines[0], "; ".join(lines[1:])) for line in textwrap.wrap(text, 84))
+
+
+def _shown(surface: Surface, metric: str) -> np.ndarray:
+    """The values that colours are for; under ways, none that is far above all that these have met."""
+    values = surface.metric(metric).ravel()
+    met = [v for track in surface.tracks for v in (*track.true[metric], *track.projected[metric]) if np.isfinite(v)]
+    return values[values <= BEYOND * max(met)] if met and max(met) > 0 else values
 
 
 def _norm(values: np.ndarray) -> Normalize:
@@ -97,11 +106,10 @@ def _lines(surfaces: Sequence[Surface], metric: str) -> Figure:
 
 def _contours(axes: Axes, surface: Surface, metric: str, norm: Normalize) -> None:
     values = np.ma.masked_invalid(surface.metric(metric))
-    filled = axes.contourf(surface.x, surface.y, values, levels=_levels(norm, 33), norm=norm, cmap=COLOURS)
+    filled = axes.contourf(surface.x, surface.y, values, levels=_levels(norm, 33), norm=norm, cmap=COLOURS,
+                           extend="max")  # fmt: skip
     filled.set_edgecolor("face")
-    axes.contour(
-        surface.x, surface.y, values, levels=_levels(norm, 17), colors="white", linewidths=0.4, alpha=0.55
-    )  # fmt: skip
+    axes.contour(surface.x, surface.y, values, levels=_levels(norm, 17), colors="white", linewidths=0.4, alpha=0.55)
     ticks = MaxNLocator(6) if not isinstance(norm, LogNorm) else LogLocator(subs=(1, 2, 5) if _few(norm) else (1,))
     bar = axes.figure.colorbar(filled, ax=axes, pad=0.02, shrink=0.9, ticks=ticks, format=FuncFormatter(_short))
     bar.outline.set_visible(False)
