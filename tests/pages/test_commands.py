@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from scripts import benchmark
 from tests.conftest import ROOT
 from tests.pages.reading import PAGES, Command, commands, fences, name
 from training.command import modelling
@@ -43,8 +44,8 @@ RUN_ELSEWHERE = {
     "dataset._target_=mydata.make": "tests/cli/test_own.py",
 }
 
-#: What a command line of scripts/ that is made of key=value is checked against, where it is no argument parser.
-KEY_VALUE = {"benchmark": "Options", "benchmarks.ranks": "Shared"}
+#: Commands without a ``main``, and what their key=value are checked against.
+WITHOUT_MAIN = {"scripts.benchmarks.ranks": "Shared"}
 
 
 class Parsed(BaseException):
@@ -81,18 +82,20 @@ def check_run(words: list[str]) -> None:
 def check_script(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a script parse its arguments, and no more; of key=value ones, compare names and types."""
     found = importlib.import_module(module)
-    kind = KEY_VALUE.get(module.removeprefix("scripts."))
-    if kind:
+    if kind := WITHOUT_MAIN.get(module):
         found.parsed(getattr(found, kind), words)
         return
-    accepted: list[argparse.Namespace] = []
-    plain = argparse.ArgumentParser.parse_args
+    accepted: list[Any] = []
 
-    def parse(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> argparse.Namespace:
-        accepted.append(plain(parser, *args, **kwargs))
-        raise Parsed
+    def stopping(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def parse(*args: Any, **kwargs: Any) -> Any:
+            accepted.append(plain(*args, **kwargs))
+            raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        return parse
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
+    monkeypatch.setattr(benchmark, "parsed", stopping(benchmark.parsed))  # key=value of all benchmarks
     monkeypatch.setattr(sys, "argv", [module, *words])
     with contextlib.suppress(Parsed):
         found.main(*([words] if inspect.signature(found.main).parameters else []))
