@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -105,9 +105,11 @@ def _lines(surfaces: Sequence[Surface], metric: str) -> Figure:
 
 
 def _contours(axes: Axes, surface: Surface, metric: str, norm: Normalize) -> None:
+    assert norm.vmax is not None
     values = np.ma.masked_invalid(surface.metric(metric))
-    filled = axes.contourf(surface.x, surface.y, values, levels=_levels(norm, 33), norm=norm, cmap=COLOURS,
-                           extend="max")  # fmt: skip
+    beyond: Literal["max", "neither"] = "max" if values.max() > norm.vmax else "neither"
+    levels = _levels(norm, 33)
+    filled = axes.contourf(surface.x, surface.y, values, levels=levels, norm=norm, cmap=COLOURS, extend=beyond)
     filled.set_edgecolor("face")
     axes.contour(surface.x, surface.y, values, levels=_levels(norm, 17), colors="white", linewidths=0.4, alpha=0.55)
     ticks = MaxNLocator(6) if not isinstance(norm, LogNorm) else LogLocator(subs=(1, 2, 5) if _few(norm) else (1,))
@@ -148,6 +150,8 @@ def _view(axes: Any, surface: Surface, metric: str, norm: Normalize) -> None:
     axes.xaxis.label.set_size(8)
     axes.yaxis.label.set_size(8)
     axes.tick_params(labelsize=7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
     if isinstance(norm, LogNorm):
         axes.zaxis.set_major_locator(MaxNLocator(5))
         axes.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10**value:.2g}"))
