@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .checks import refuse_sharded
+from .proxies import hand_on
 
 #: Where a state says which wrappers were around the optimizer, from the outermost on.
 WRAPPERS = "wrappers"
@@ -115,6 +116,10 @@ class Wrapper(Optimizer):
     of_pieces: ClassVar[bool] = False
 
     inner: Optimizer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hand_on(cls)
 
     def __init__(self, optimizer: Optimizer) -> None:
         # Without Optimizer's own: groups and state stay the inner one's, which replaces them when it loads its state.

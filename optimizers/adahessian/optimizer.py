@@ -29,7 +29,8 @@ class AdaHessian(CurvatureOptimizer):
 
     On due steps ``backward`` differentiates the gradient once more (at about the cost of two more backward passes),
     through ``autograd.grad``: nothing is left in ``.grad`` that keeps the graph alive. A script that calls
-    ``loss.backward(create_graph=True)`` itself works too. Probes depend on (seed, step) alone, so a resumed run and
+    ``loss.backward(create_graph=True)`` itself works too; with ``before_backward``, a due step takes one more backward
+    pass. Probes depend on (seed, step) alone, so a resumed run and
     every rank draw the same; across ranks the estimate is averaged *before* the absolute value, as on the joint batch.
 
     Given a module, fused attention (which has no second derivative) is switched to the plain kernel on due steps.
@@ -135,9 +136,25 @@ class AdaHessian(CurvatureOptimizer):
         Raises:
             RuntimeError: an operation of the model has no second derivative, or hides parameters.
         """
+        self._drop_skipped()
         if not self._due():
             loss.backward(retain_graph=retain_graph)
             return
+        found = self._differentiate(loss, float(scale), retain_graph)
+        gradients = owned([g.detach().resolve_conj() for _, g in found])
+        communication.average_(real(gradients))
+        for (p, _), g in zip(found, gradients, strict=True):
+            p.grad = g if p.grad is None else p.grad + g
+
+    def _begin_pass(
+        self, loss: Tensor, outputs: Any, targets: Tensor | None, mask: Tensor | None, scale: float, retain_graph: bool
+    ) -> None:
+        """See AnnouncedLosses. A pass of its own, through a graph that the other's is to go through yet."""
+        if self._due():
+            self._differentiate(loss, scale, True)
+
+    def _differentiate(self, loss: Tensor, scale: float, retain_graph: bool) -> list[tuple[Tensor, Tensor]]:
+        """Gather curvature; parameters and their gradients."""
         params = self._trainable()
         try:
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
@@ -155,10 +172,7 @@ class AdaHessian(CurvatureOptimizer):
                 "AdaHessian needs second derivatives and an operation of this model has none (fused attention is the "
                 f"usual one: give AdaHessian the whole module, not its parameters). PyTorch says: {error}"
             ) from error
-        gradients = owned([g.detach().resolve_conj() for _, g in found])
-        communication.average_(real(gradients))
-        for (p, _), g in zip(found, gradients, strict=True):
-            p.grad = g if p.grad is None else p.grad + g
+        return found
 
     def _check_complete(self, loss: Tensor, params: list[Tensor], grads: Sequence[Tensor | None]) -> None:
         """See to it that ``loss.backward()`` reaches no parameters that differentiating by them does not.
@@ -239,8 +253,8 @@ class AdaHessian(CurvatureOptimizer):
         if params and not any(p.grad.requires_grad for p in params):  # type: ignore[union-attr]
             raise RuntimeError(
                 "AdaHessian has no second derivatives for this step: call optimizer.backward(loss) in place of "
-                "loss.backward() (or loss.backward(create_graph=True)); a checkpoint in the model must have "
-                "use_reentrant=False."
+                "loss.backward(), or, where a loop calls that itself, loss = optimizer.before_backward(loss) before it "
+                "(or loss.backward(create_graph=True)); a checkpoint in the model must have use_reentrant=False."
             )
         self._refuse_sparse([p.grad for p in params])  # type: ignore[misc]
         bare = [p for p in params if not p.grad.requires_grad]  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ..checks import check_range, refuse_sharded
+from ..proxies import hand_on
 from .model import unwrap
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -46,6 +47,10 @@ class GroupedOptimizer(Optimizer):
         ValueError: for a flag that asks for what there is not, or nothing to train.
         TypeError: for an argument that is none.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hand_on(cls)
 
     def __init__(
         self, model: nn.Module | None, params: Params | None, defaults: dict[str, Any], flags: Mapping[str, Any]

@@ -12,14 +12,14 @@ from torch.autograd.profiler import record_function
 
 from ..curvature import communication
 from ..curvature.losses import stated
+from .announced import AnnouncedLosses
 from .groups import Params
 from .layers import CURVATURE
 from .model import placed_mask
-from .state import StatefulOptimizer
 from .update import real
 
 
-class CurvatureOptimizer(StatefulOptimizer):
+class CurvatureOptimizer(AnnouncedLosses):
     """Base of the optimizers that take more from the backward pass than the gradient.
 
     Training differs from any other optimizer in one line::
@@ -30,6 +30,7 @@ class CurvatureOptimizer(StatefulOptimizer):
         optimizer.backward(loss, outputs)      # in place of loss.backward()
         optimizer.step()
 
+    Where another's loop calls ``loss.backward()``, ``before_backward`` or ``follow_model`` make it do the same.
     Several ``backward`` calls on ``loss / k`` before one ``step`` are gradient accumulation: k micro-batches equal one
     batch. Hyper-parameters that may differ between parameters live in ``param_groups``; curvature is kept under layer
     *names* in ``state_dict()["curvature"]``, so a checkpoint of a wrapped model loads into a bare one and back.
@@ -93,15 +94,22 @@ class CurvatureOptimizer(StatefulOptimizer):
         Raises:
             ValueError: mask or targets do not fit the outputs.
         """
-        if self._recorder is not None and self._recorder.recording:
-            self._announce(loss, outputs, targets, mask, retain_graph)
-        elif self._recorder is not None and not self._recorder.deferred and outputs is not None and self._due():
-            self._place(0)
+        self._drop_skipped()
+        self._begin_pass(loss, outputs, targets, mask, float(scale), retain_graph)
         self._scale = float(scale)
         try:
             loss.backward(retain_graph=retain_graph)
         finally:
             self._scale = 1.0
+
+    def _begin_pass(
+        self, loss: Tensor, outputs: Any, targets: Tensor | None, mask: Tensor | None, scale: float, retain_graph: bool
+    ) -> None:
+        """See AnnouncedLosses."""
+        if self._recorder is not None and self._recorder.recording:
+            self._announce(loss, outputs, targets, mask, retain_graph)
+        elif self._recorder is not None and not self._recorder.deferred and outputs is not None and self._due():
+            self._place(0)
 
     def _announce(
         self, loss: Tensor, outputs: Any, targets: Tensor | None, mask: Tensor | None, retain_graph: bool
@@ -218,10 +226,13 @@ class CurvatureOptimizer(StatefulOptimizer):
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients and whatever curvature was gathered since the last step (an overflowed AMP step, say)."""
+        """Clear gradients and whatever curvature was gathered since the last step (an overflowed AMP step, say).
+
+        A forward pass whose backward pass has not come yet is kept for it: some loops clear gradients between the two.
+        """
         self._come_alive()
         super().zero_grad(set_to_none)
-        self._reset()
+        self._skip()
 
     def _moments(self, params: list[Tensor], grads: list[Tensor], beta: float) -> tuple[list[Tensor], list[float]]:
         """Adam's first moments with this step's gradients in them, and their bias corrections ``1 - beta^t``.

@@ -221,28 +221,28 @@ class FishLeg(CurvatureOptimizer):
         own = float(self._group(block.layer)["damping"])
         return [dampings.get(p, own) for p in block.layer.parameters]
 
-    def backward(
-        self,
-        loss: Tensor,
-        outputs: Tensor | None = None,
-        *,
-        targets: Tensor | None = None,
-        mask: Tensor | None = None,
-        scale: float = 1.0,
-        retain_graph: bool = False,
+    def _begin_pass(
+        self, loss: Tensor, outputs: Any, targets: Tensor | None, mask: Tensor | None, scale: float, retain_graph: bool
     ) -> None:
-        """See CurvatureOptimizer. ``outputs`` are needed where some observations count less or not at all.
+        """See AnnouncedLosses. ``outputs`` are needed where some observations count less or not at all.
 
         Raises:
             ValueError: for a mask, which the auxiliary passes cannot apply: let targets say what counts.
         """
         if mask is not None:
             raise ValueError("mask must be None for FishLeg: let targets say what counts, such as -100 for padding")
-        if self._stream is None and self._due():
-            if targets is None and outputs is not None:
-                targets = targets_of(self.likelihood, loss, outputs)
-            self._targets.append(targets)
-        super().backward(loss, outputs, targets=targets, scale=scale, retain_graph=retain_graph)
+        if self._due():
+            self._inputs.locate(outputs, len(self._targets))
+            if self._stream is None:
+                if targets is None and outputs is not None:
+                    targets = targets_of(self.likelihood, loss, outputs)
+                self._targets.append(targets)
+        super()._begin_pass(loss, outputs, targets, mask, scale, retain_graph)
+
+    def _skip(self) -> None:
+        under_way = self._inputs.under_way(len(self._targets))
+        super()._skip()
+        self._inputs.go_on(under_way)
 
     # -- the auxiliary loss --------------------------------------------------------------------------------------------
 
@@ -368,6 +368,7 @@ class FishLeg(CurvatureOptimizer):
         descend(params, buffers, lr)
 
     def _reset(self) -> None:
+        self._begun = False
         self._inputs.reset()
         self._targets.clear()
         self._directions.clear()

@@ -151,19 +151,26 @@ class SampledProducts:
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """Forward passes that leave no trace, and all find the same random state."""
+        """Forward passes that leave no trace, and all find the same random state, in the weights' precision.
+
+        Also where the model turns autocast on by itself: some packages wrap its ``forward`` so.
+        """
         kind = next(self.model.parameters()).device.type
-        with self.inputs.aside(), torch.autocast(kind, enabled=False):
-            yield
+
+        def plain(module: nn.Module, args: Any) -> None:
+            if torch.is_autocast_enabled(kind):
+                torch.set_autocast_enabled(kind, False)  # until whoever turned it on leaves
+
+        handles = [m.register_forward_pre_hook(plain) for m in self.model.modules()]
+        try:
+            with self.inputs.aside(), torch.autocast(kind, enabled=False):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _outputs(self, call: Call) -> Tensor:
-        outputs = self.model(*call[0], **call[1])
-        if not isinstance(outputs, Tensor):
-            raise ValueError(
-                f"model must return its outputs as one tensor for FishLeg to sample targets, got "
-                f"{type(outputs).__name__}: wrap it in a module that does."
-            )
-        return outputs
+        return self.inputs.outputs_in(self.model(*call[0], **call[1]))
 
     def placed(self, call: Call) -> Call:
         """A call's tensors where the model is, in its precision (autocast is off in the auxiliary passes)."""

@@ -48,10 +48,13 @@ class FisherEstimate:
     def __init__(self, likelihood: Likelihood, fisher: Fisher, seed: int, say: Once) -> None:
         self.likelihood, self.fisher, self.seed, self.say = likelihood, fisher, seed, say
         self._generator: torch.Generator | None = None
+        #: Sum of what ``share`` has found in this step; None: passes count by their examples.
+        self.shares: Tensor | None = None
 
     def reset(self) -> None:
         """Begin a step: targets are drawn anew."""
         self._generator = None
+        self.shares = None
 
     def compare_losses(self, loss: Tensor, outputs: Tensor) -> None:
         """Say where the loss, as far as its graph tells, is another one than the likelihood's.
@@ -108,6 +111,35 @@ class FisherEstimate:
                         "which count all the same: if they are padding, say so by backward(..., mask=...)"
                     )
         return weights
+
+    def share(self, loss: Tensor, outputs: Tensor, targets: Tensor | None, scale: float) -> Tensor | None:
+        """What part of the step's loss a pass has, where that is not a micro-batch's plain share.
+
+        Micro-batches whose losses are means have equal parts. Where each is a sum that is divided by what the whole
+        batch counts (tokens, in the package transformers), it is those with more to count that weigh more.
+
+        Args:
+            loss: with its graph.
+            outputs: that it was computed from.
+            targets: of the loss, if they are known.
+            scale: a scaler's factor in the loss.
+
+        Returns:
+            The loss's factor to the likelihood's nll; None: it is not reduced otherwise than the likelihood.
+        """
+        if targets is None or not isinstance(self.likelihood, Categorical) or self.likelihood.reduction != "mean":
+            return None
+        if not any(s.kind == "cross_entropy" and s.reduction == "sum" for s in stated(loss, outputs)):
+            return None
+        leaf = outputs.detach().requires_grad_()
+        with set_aside(), torch.enable_grad():
+            (own,) = torch.autograd.grad(loss, outputs, retain_graph=True)
+            (mean,) = torch.autograd.grad(self.likelihood.nll(leaf, targets), leaf)
+        own, mean = own.double(), mean.double()
+        square = mean.square().sum()
+        found = ((own * mean).sum() / square.where(square > 0, 1) / scale).clamp(min=0)
+        self.shares = found if self.shares is None else self.shares + found
+        return found
 
     @staticmethod
     def multiplier(weights: Tensor, chosen: Tensor | None) -> Tensor:

@@ -226,17 +226,10 @@ class NaturalGradient(RegulatedSteps):
 
     # -- the estimate --------------------------------------------------------------------------------------------------
 
-    def backward(
-        self,
-        loss: Tensor,
-        outputs: Tensor | None = None,
-        *,
-        targets: Tensor | None = None,
-        mask: Tensor | None = None,
-        scale: float = 1.0,
-        retain_graph: bool = False,
+    def _begin_pass(
+        self, loss: Tensor, outputs: Any, targets: Tensor | None, mask: Tensor | None, scale: float, retain_graph: bool
     ) -> None:
-        """See CurvatureOptimizer. ``outputs`` are needed on the steps that sample targets, so always give them.
+        """See AnnouncedLosses. ``outputs`` are needed on the steps that sample targets, so always give them.
 
         Curvature is that of ``likelihood.nll(outputs, targets)``. Where targets are not given, those that the loss was
         computed from are found in its graph, if it is ``F.cross_entropy``.
@@ -254,7 +247,7 @@ class NaturalGradient(RegulatedSteps):
             assert self.likelihood is not None and self._estimate is not None
             if check_outputs(outputs).requires_grad is False:
                 raise ValueError("outputs must be what the model returned, with its graph: they were detached")
-            self._scale = float(scale)
+            self._scale = scale
             try:
                 with record_function(CURVATURE):
                     self._estimate.compare_losses(loss, outputs)
@@ -264,6 +257,9 @@ class NaturalGradient(RegulatedSteps):
                     self._place(len(seen))
                     chosen = recorder.choose(len(seen))
                     multiplier = self._estimate.multiplier(weights, chosen)
+                    if (share := self._estimate.share(loss, outputs, told, scale)) is not None:  # see _scaling
+                        shown = len(weights) if chosen is None else len(chosen)
+                        multiplier = multiplier * (share / max(shown, 1)).to(multiplier.dtype)
                     gradients = self._estimate.gradients(seen, weights, chosen, multiplier, scale, self.steps)
                     recorder.differentiate(seen, gradients)
             finally:
@@ -274,13 +270,14 @@ class NaturalGradient(RegulatedSteps):
             nothing = torch.zeros(0, device=loss.device)
             self._estimate.multiplier(nothing, recorder.choose(0))
         if self._replay is not None and self._replay.inputs.calls and outputs is not None:
+            self._replay.inputs.locate(outputs, len(self._replay.shown))
             assert self.likelihood is not None and self._estimate is not None
             told = targets_of(self.likelihood, loss, check_outputs(outputs)) if targets is None else targets
             weights = self._estimate.weights(loss, outputs, told, mask, told=True)
             self._replay.shown.append((outputs.detach(), told, weights))
             if self._judges():
-                self._replay.note_loss(loss.detach() / float(scale), outputs.detach(), told, mask)
-        super().backward(loss, outputs, targets=targets, mask=mask, scale=scale, retain_graph=retain_graph)
+                self._replay.note_loss(loss.detach() / scale, outputs.detach(), told, mask)
+        super()._begin_pass(loss, outputs, targets, mask, scale, retain_graph)
 
     def _as_observations(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         if self.likelihood is None:
@@ -296,6 +293,9 @@ class NaturalGradient(RegulatedSteps):
 
     def _scaling(self) -> tuple[float, int]:
         gradient_scale, examples = super()._scaling()  # F is a mean over examples
+        if self._estimate is not None and self._estimate.shares is not None:  # or over passes by their shares
+            whole = float(self._estimate.shares)
+            return (examples / whole) ** 0.5 if whole > 0 else 1.0, examples
         return (gradient_scale if self.fisher == "empirical" else 1.0), examples
 
     def _reset(self) -> None:
@@ -309,5 +309,6 @@ class NaturalGradient(RegulatedSteps):
         if self._recorder.waiting and not self._recorder.observed:
             raise RuntimeError(
                 f"{type(self).__name__} with fisher={self.fisher!r} saw a forward pass but no backward of its own: "
-                "call optimizer.backward(loss, outputs) in place of loss.backward()."
+                "call optimizer.backward(loss, outputs) in place of loss.backward(), or, where a loop calls that "
+                "itself, loss = optimizer.before_backward(loss, outputs) before it."
             )

@@ -151,6 +151,12 @@ class RegulatedSteps(NaturalSteps):
         if self._replay is not None:
             self._replay.reset()
 
+    def _skip(self) -> None:
+        under_way = None if self._replay is None else self._replay.under_way()
+        super()._skip()
+        if self._replay is not None and under_way is not None:
+            self._replay.inputs.go_on(under_way)
+
     def _prepare(self, moves: Moves) -> None:
         if not self._is_auto:
             super()._prepare(moves)

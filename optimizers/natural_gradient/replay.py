@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..base import placed_mask
 from ..curvature.approximations import statistics_dtype
-from ..curvature.recorder import RootInputs
+from ..curvature.recorder import RootInputs, UnderWay
 from ..likelihoods import Likelihood
 
 
@@ -41,6 +41,10 @@ class Replay:
         for kept in (self.shown, self.losses, self.stated, self._masks):
             kept.clear()
         self.inputs.reset()
+
+    def under_way(self) -> UnderWay:
+        """Calls that no ``backward`` has shown the outputs of yet."""
+        return self.inputs.under_way(len(self.shown))
 
     def close(self) -> None:
         """Remove every hook from the model."""

@@ -18,7 +18,7 @@ from .conv_transpose import ConvTransposeLayer
 from .embedding import EmbeddingLayer
 from .flow import Flow
 from .layer import ElementwiseLayer, ImageRows, Layer
-from .linear import LinearLayer
+from .linear import LinearLayer, TransposedLinearLayer
 from .norm import NormLayer
 from .registry import COMPUTED, OPERATIONS, adapt, adapts, layer_kinds
 
@@ -35,6 +35,7 @@ __all__ = [
     "Layer",
     "LinearLayer",
     "NormLayer",
+    "TransposedLinearLayer",
     "adapt",
     "adapts",
     "layer_kinds",

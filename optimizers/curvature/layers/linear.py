@@ -1,4 +1,4 @@
-"""``nn.Linear``, and the input projection of ``nn.MultiheadAttention``."""
+"""``nn.Linear``, the input projection of ``nn.MultiheadAttention``, and GPT-2's layer ``y = x W + b``."""
 
 from __future__ import annotations
 
@@ -63,3 +63,30 @@ class LinearLayer(AffineLayer):
 def _input_projection(name: str, module: nn.MultiheadAttention) -> LinearLayer | None:
     plain = module.in_proj_weight is not None and module.bias_k is None and module.bias_v is None
     return LinearLayer(name, module, ("in_proj_weight", "in_proj_bias")) if plain else None
+
+
+@adapts("transformers.pytorch_utils.Conv1D")
+class TransposedLinearLayer(LinearLayer):
+    """A linear layer that keeps its weight as ``[d_in, d_out]``: ``Conv1D`` of the package transformers."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        self.d_in, self.d_out = self.parameters[0].shape
+
+    def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See AffineLayer."""
+        return super().to_matrix(weight.mT, bias)
+
+    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
+        """See AffineLayer."""
+        weight = matrix[0, :, : self.d_in].mT
+        return [weight, matrix[..., -1].flatten()] if self.has_bias else [weight]
+
+    def respond(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """See Layer."""
+        return F.linear(x, tensors[0].mT, *tensors[1:])
+
+    def combine(self, x: Tensor, g: Tensor, weights: Tensor) -> list[Tensor]:
+        """See Layer."""
+        weight, *bias = super().combine(x, g, weights)
+        return [weight.mT, *bias]

@@ -13,7 +13,8 @@ from .layer import Layer
 Adapter = Callable[[str, Any], Layer | None]
 AdapterT = TypeVar("AdapterT", bound=Callable[..., Layer | None])
 
-_ADAPTERS: dict[type[nn.Module], Adapter] = {}
+#: By class, or by the full name of one in a package that is not imported here.
+_ADAPTERS: dict[type[nn.Module] | str, Adapter] = {}
 
 #: Where the operations that layers are made of have their input and their weight.
 OPERATIONS: dict[Any, tuple[str, ...]] = {}
@@ -23,13 +24,14 @@ COMPUTED = "its weight is computed from other tensors (parametrized, pruned or s
 
 
 def adapts(
-    *kinds: type[nn.Module], operations: Mapping[Any, tuple[str, ...]] | None = None
+    *kinds: type[nn.Module] | str, operations: Mapping[Any, tuple[str, ...]] | None = None
 ) -> Callable[[AdapterT], AdapterT]:
     """Register an adapter: a decorator of a ``Layer`` class, or of a function ``(name, module)`` that returns one.
 
     Args:
-        kinds: modules that it is for, with all that derives from them and has no nearer adapter. A further adapter of
-            the same kind takes the place of the first.
+        kinds: modules that it is for, with all that derives from them and has no nearer adapter; classes, or full names
+            (``"package.file.Class"``) of those that are not to be imported. A further adapter of the same kind takes
+            the place of the first.
         operations: torch's functions that the weights of these modules are used in, and the names of their positional
             arguments up to ``weight``, ``input`` among them. They are then recorded whoever calls them; of a module
             whose operations are not known, its own input and output are.
@@ -80,5 +82,8 @@ def _adapter(name: str, module: nn.Module) -> Layer | None:
     A subclass may compute something else. What is recorded is what goes through the operations that its weights are
     used in, and where that is not all, the recorder's check finds out.
     """
-    adapter = next((_ADAPTERS[kind] for kind in type(module).__mro__ if kind in _ADAPTERS), None)
-    return None if adapter is None else adapter(name, module)
+    for kind in type(module).__mro__:
+        known = kind if kind in _ADAPTERS else f"{kind.__module__}.{kind.__qualname__}"
+        if known in _ADAPTERS:
+            return _ADAPTERS[known](name, module)
+    return None

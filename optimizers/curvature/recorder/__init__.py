@@ -8,10 +8,10 @@
 - ``root_inputs``: what the whole model was called with; ``twice_differentiable``: passes differentiated twice.
 """
 
-from .hooks import remove_dead_hooks, set_aside
+from .hooks import Hook, remove_dead_hooks, set_aside
 from .reasons import BEHIND, NOT_CALLED, NOT_SEEN, TWICE
 from .recorder import Observer, Recorder
-from .root_inputs import Call, RootInputs
+from .root_inputs import Call, RootInputs, UnderWay
 from .twice_differentiable import TwiceDifferentiable
 
 __all__ = [
@@ -20,10 +20,12 @@ __all__ = [
     "NOT_SEEN",
     "TWICE",
     "Call",
+    "Hook",
     "Observer",
     "Recorder",
     "RootInputs",
     "TwiceDifferentiable",
+    "UnderWay",
     "remove_dead_hooks",
     "set_aside",
 ]

@@ -78,6 +78,7 @@ class Pass:
     serial: int = 0  # its number, once it is counted
     started: bool = False  # a gradient has arrived
     keep: bool = False  # another backward pass will come
+    waiting: bool = False  # gradients were cleared since; what comes next is its backward pass, or it has none
 
     def merge(self, other: Pass) -> None:
         """Take in what another forward pass has left."""
@@ -98,6 +99,24 @@ def row_sizes(record: Record) -> tuple[int, ...]:
 def signature_of(records: Sequence[Record]) -> tuple[int, ...]:
     """How many leading dimensions each record has."""
     return tuple(len(row_sizes(record)) for record in records)
+
+
+def used(passes: list[Pass], outputs: Tensor) -> list[Pass]:
+    """The passes that outputs were computed by: others of the model's were for something else.
+
+    Args:
+        passes: that no backward pass has come through.
+        outputs: with their graph.
+    """
+    if len(passes) < 2 or outputs.grad_fn is None:
+        return passes
+    nodes = _ancestors([outputs.grad_fn])
+    found = []
+    for now in passes:
+        records = [record for own in now.records.values() for record in own]
+        if not records or any(record.edge.node in nodes for record in records):
+            found.append(now)
+    return found
 
 
 def behind(now: Pass, roots: Sequence[Root]) -> set[Node]:

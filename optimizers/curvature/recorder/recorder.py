@@ -13,7 +13,7 @@ from .. import communication, probe
 from ..layers import Flow, Layer
 from ..probe import Layout
 from .hooks import set_aside
-from .passes import Pass, Record, Root, behind
+from .passes import Pass, Record, Root, behind, used
 from .reasons import BEHIND, TWICE
 from .rows import Rows
 from .watcher import Watcher
@@ -80,6 +80,17 @@ class Recorder(Watcher):
         self._unseen.clear()
         self._open.clear()
 
+    def under_way(self) -> list[Pass]:
+        """The passes that no backward pass has come through yet."""
+        return [now for now in self._open if not now.started]
+
+    def go_on(self, under_way: list[Pass]) -> None:
+        """After a reset: go on with passes that were under way before, until there is another."""
+        for now in under_way:
+            now.waiting = True
+        self._open += under_way
+        self._unseen.update(layer for now in under_way for layer in now.unseen)
+
     def __enter__(self) -> Recorder:
         return self
 
@@ -106,7 +117,7 @@ class Recorder(Watcher):
         if not self._open:
             return outputs
         gone_through = [before for before in self._open if before.started]
-        now, *others = [one for one in self._open if not one.started] or [gone_through.pop()]
+        now, *others = used(self.under_way(), outputs) or [gone_through.pop()]
         for other in others:
             now.merge(other)
         self._open = [*gone_through, now]

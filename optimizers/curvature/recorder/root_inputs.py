@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .hooks import Hook
+from .hooks import hooked
 
 #: Positional and keyword arguments of one forward pass of the model.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+#: What a call has returned, leaf by leaf: tensors that are still there.
+Leaves = list["weakref.ref[Tensor] | None"]
+
+
+class UnderWay(NamedTuple):
+    """Calls that are kept, what each depends on, and what it returned."""
+
+    calls: list[Call]
+    conditions: list[_Conditions]
+    returned: list[Leaves]
+
+
+def _leaves(result: Any) -> list[Any]:
+    """What there is in what a model returns: in containers, and in objects with attributes."""
+    found: list[Any] = []
+    for leaf in tree_leaves(result):
+        found += [leaf] if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__") else vars(leaf).values()
+    return found
+
+
 class RootInputs:
     """Keeps what the whole model was called with, in training mode, with gradients, in the steps that are due.
+
+    Models may return their outputs among other things: ``locate`` finds out where.
 
     Args:
         root: the whole model.
@@ -36,13 +59,82 @@ class RootInputs:
         self.paused = False
         self.device = next((p.device for p in root.parameters()), torch.device("cpu"))
         self._conditions: list[_Conditions] = []
-        self._handle = root.register_forward_pre_hook(Hook(self._enter), with_kwargs=True)
+        self._returned: list[Leaves] = []
+        self._inside = False  # whether a call that is kept is under way
+        self._place: int | None = None  # of the outputs in what is returned
+        self._waiting = 0  # calls from before gradients were cleared, which have a backward pass next or never
+        self._handles = hooked([root], self._enter, self._leave)
 
     @torch._disable_dynamo
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and module.training and not self.paused and self._due():
+            del self.calls[: self._waiting], self._conditions[: self._waiting], self._returned[: self._waiting]
+            self._waiting = 0
+            self._inside = True
+            self._returned.append([])
             self._conditions.append(_Conditions.of(self.device))
             self.calls.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs)))
+
+    @torch._disable_dynamo
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if self._inside and self._returned and not self.paused:
+            self._returned[-1] = [weakref.ref(x) if isinstance(x, Tensor) else None for x in _leaves(result)]
+        self._inside = False
+
+    def locate(self, outputs: Any, gone: int) -> None:
+        """Before a backward pass: find the outputs in what the model has returned, for ``outputs_in``.
+
+        Where one call has returned them, others without a backward pass so far were for something else.
+
+        Args:
+            outputs: that a loss was computed from; where they are not found, their place is that of before.
+            gone: how many calls have had their backward pass.
+        """
+        self._waiting = 0
+        if not isinstance(outputs, Tensor):
+            return
+        for index in range(len(self.calls) - 1, gone - 1, -1):
+            for place, leaf in enumerate(self._returned[index]):
+                if leaf is not None and leaf() is outputs:
+                    self._place = place
+                    self.calls[gone:] = [self.calls[index]]
+                    self._conditions[gone:] = [self._conditions[index]]
+                    self._returned[gone:] = [self._returned[index]]
+                    return
+
+    def outputs_in(self, result: Any) -> Tensor:
+        """The outputs in what the model has returned.
+
+        Args:
+            result: the outputs themselves, or more than them.
+
+        Raises:
+            ValueError: it is not known which of it they are.
+        """
+        if isinstance(result, Tensor):
+            return result
+        leaves = _leaves(result)
+        if self._place is None or self._place >= len(leaves) or not isinstance(leaves[self._place], Tensor):
+            raise ValueError(
+                "model must return its outputs as one tensor (or give backward, or before_backward, that among what it "
+                f"returns, such as result.logits, itself), got {type(result).__name__}: wrap it in a module that does."
+            )
+        return leaves[self._place]
+
+    def under_way(self, gone: int) -> UnderWay:
+        """The calls but the first ones.
+
+        Args:
+            gone: how many of them were gone through.
+        """
+        return UnderWay(self.calls[gone:], self._conditions[gone:], self._returned[gone:])
+
+    def go_on(self, under_way: UnderWay) -> None:
+        """After a reset: keep calls of before, until there is another."""
+        self._waiting = len(under_way.calls)
+        self.calls += under_way.calls
+        self._conditions += under_way.conditions
+        self._returned += under_way.returned
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -64,9 +156,11 @@ class RootInputs:
         """Forget what was kept: a new step begins."""
         self.calls.clear()
         self._conditions.clear()
+        self._returned.clear()
+        self._waiting = 0
 
-    def again(self, index: int, parameters: dict[str, Tensor] | None = None) -> Any:
-        """What the model returns for a call now, under the random state and the autocast that it was made with.
+    def again(self, index: int, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """The outputs of a call now, under the random state and the autocast that it was made with.
 
         Args:
             index: of the call.
@@ -75,12 +169,13 @@ class RootInputs:
         args, kwargs = self.calls[index]
         with self.aside(), torch.no_grad(), self._conditions[index].restored(self.device):
             if parameters is None:
-                return self._root(*args, **kwargs)
-            return torch.func.functional_call(self._root, parameters, args, kwargs)
+                return self.outputs_in(self._root(*args, **kwargs))
+            return self.outputs_in(torch.func.functional_call(self._root, parameters, args, kwargs))
 
     def close(self) -> None:
-        """Remove the hook. Idempotent."""
-        self._handle.remove()
+        """Remove the hooks. Idempotent."""
+        for handle in self._handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

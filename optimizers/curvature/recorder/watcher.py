@@ -123,6 +123,7 @@ class Watcher(ABC):
             return
         quieten(self._root)
         if whole and not recomputing:
+            self._open = [before for before in self._open if before.started or not before.waiting]
             if self._open and not self._open[-1].records and not self._open[-1].unseen:
                 self._open.pop()
             sizes = [len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
