@@ -69,7 +69,7 @@ def _main(options: argparse.Namespace) -> None:
             name = f"{name} / {run.folder.name}"
         study = _study(run, name, options)
         out = _folder(run.folder / "factors")
-        names = factors.save(study, out)
+        names = factors.save(study, out, options.dpi)
         console.print(_table(study))
         for name, why in study.left_out.items():
             console.print(f"without factors: {name or '(root)'} ({why})", soft_wrap=True)
@@ -80,7 +80,7 @@ def _main(options: argparse.Namespace) -> None:
         names = []
         for layer in studies[0].pictured:
             names.append(f"runs_{file_name(layer)}.png")
-            factors.save_figure(factors.runs(studies, layer), out / names[-1])
+            factors.save_figure(factors.runs(studies, layer), out / names[-1], options.dpi)
         console.print(f"{out}: {', '.join(names)}", soft_wrap=True)
 
 
@@ -198,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of sampled labels, dropout and noise (0)")
     parser.add_argument("--device", default="cpu", help="where models run (cpu)")
     parser.add_argument("--data", help="where the data lies here (default: where it lay, paths.data)")
+    parser.add_argument("--dpi", type=_count, default=100, help="dots an inch of the pictures (100)")
     parser.add_argument("--out", help="folder of the pictures of several runs (factors)")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
@@ -18,8 +19,8 @@ from analysis.factors.kept import diagonals
 from analysis.factors.study import Study, spread
 from training.show.curves import GREY
 
-#: Decades below the largest entry that heat maps tell apart.
-DECADES = 4.0
+#: Decades below the largest entry that heat maps tell apart, and steps of a decade.
+DECADES, STEPS = 4.0, 4
 #: What the axis of spectra beside diagonals ends at.
 LEAST = 1e-7
 BLUE, RED, GREEN = "#4477aa", "#cc6677", "#228833"
@@ -40,7 +41,10 @@ def _image(axes: Axes, values: Tensor, title: str, colormap: str) -> None:
     largest = float(size.max())
     shown = (size / largest).clamp(min=10**-DECADES).log10() if largest > 0 else torch.full_like(size, -DECADES)
     # "auto": means, where there are fewer pixels than entries
-    picture = axes.imshow(shown.numpy(), cmap=colormap, vmin=-DECADES, vmax=0, interpolation="auto")
+    levels = matplotlib.colormaps[colormap].resampled(int(DECADES * STEPS))
+    picture = axes.imshow(
+        shown.numpy(), cmap=levels, vmin=-DECADES, vmax=0, interpolation="auto", interpolation_stage="data"
+    )
     axes.set_title(title, fontsize="small", loc="left")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -66,10 +70,10 @@ def heat_maps(study: Study, most: int = 3) -> Figure:
         key, _, name = label.partition(" ")
         for axes, point in zip(axes_row, points, strict=True):
             if name in point.factors and point.factors[name].full:
-                _image(axes, _group(getattr(point.factors[name], key)), f"{key}, step {point.step}", "magma")
+                said = f"{key} of {name}, step {point.step}" if axes is axes_row[0] else f"step {point.step}"
+                _image(axes, _group(getattr(point.factors[name], key)), said, "magma")
             else:
                 axes.set_axis_off()
-        axes_row[0].set_ylabel(name, fontsize="small")
     return figure
 
 
@@ -158,9 +162,9 @@ def fourier_fields(study: Study) -> Figure:
         for (plain_axes, noisy_axes), key in zip((axes_row[:2], axes_row[2:]), "AG", strict=True):
             matrix = getattr(point.factors[name], key)
             found = noise.Perturbation.of(matrix, strength * noise.unit(matrix), study.plan.seed)
-            _image(plain_axes, matrices.fourier(_group(matrix)), key, "viridis")
+            said = f"{key} of {name}, step {point.step}" if key == "A" else key
+            _image(plain_axes, matrices.fourier(_group(matrix)), said, "viridis")
             _image(noisy_axes, matrices.fourier(_group(found.matrix)), f"{key}, {found.snr:.1f} dB", "viridis")
-        axes_row[0].set_ylabel(f"{name}, step {point.step}", fontsize="small")
     return figure
 
 

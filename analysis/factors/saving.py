@@ -147,12 +147,13 @@ def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
         picture.save(file, format="png", optimize=True)
 
 
-def save(study: Study, folder: Path) -> list[str]:
+def save(study: Study, folder: Path, dpi: int = 100) -> list[str]:
     """Write ``factors.json``, ``factors.md`` and the pictures.
 
     Args:
         study: of one run.
-        folder: that is made if it is missing.
+        folder: that is there.
+        dpi: of the pictures.
 
     Returns:
         Names of the files.
@@ -166,6 +167,6 @@ def save(study: Study, folder: Path) -> list[str]:
             file.write(text.encode())
     names = list(texts)
     for name, figure in pictures(study):
-        save_figure(figure, folder / f"{name}.png")
+        save_figure(figure, folder / f"{name}.png", dpi)
         names.append(f"{name}.png")
     return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -297,7 +298,7 @@ def test_numbers_of_a_product_equal_dense_matrices() -> None:
     assert numbers["zero"] > 0.3
 
 
-def test_a_study_is_saved_whole_and_repeats_itself(tmp_path: Path) -> None:
+def test_a_study_is_told_whole_and_repeats_itself() -> None:
     model, (x, y) = conv_net(), data(12)
     texts = []
     for _ in range(2):
@@ -309,18 +310,21 @@ def test_a_study_is_saved_whole_and_repeats_itself(tmp_path: Path) -> None:
             with torch.no_grad():
                 twin[4].weight.mul_(1.5)
         texts.append(factors.to_json(study))
-    names = factors.save(study, tmp_path)
-    assert texts[0] == texts[1] == (tmp_path / "factors.json").read_text()
-    assert len(names) == 10 and all((tmp_path / name).stat().st_size > 0 for name in names)
+    assert texts[0] == texts[1]
     record = json.loads(texts[0])
     assert [point["step"] for point in record["points"]] == [0, 10] and record["labels"] == "sampled"
     last = {row["layer"]: row for row in record["points"][1]["layers"]}
     assert last["4"]["drift_from"] == 0 and last["4"]["drift_G"] > 0 and last["4"]["drift_A"] == 0
     assert all(row["contained_A"] == row["contained_G"] == 1 for row in last.values())
     assert len(record["points"][1]["noise"]) == 2 * 3
-    page = (tmp_path / "factors.md").read_text()
+    page = factors.to_markdown(study)
     assert "labels sampled from the model (Monte Carlo)" in page and page.count("| 4 |") == 2
     assert study.series("4", "drift_A")[0] == [10]
+    both = factors.runs([study, dataclasses.replace(study, name="again")], "4", ["mean_G", "fit_cosine"])
+    drawn = [line.get_ydata() for line in both.axes[0].get_lines()]
+    assert [list(values) for values in drawn] == [study.series("4", "mean_G")[1]] * 2
+    with pytest.raises(ValueError, match="is in none of the runs"):
+        factors.runs([study], "nowhere")
 
 
 def test_names_are_spread_evenly() -> None:
@@ -334,15 +338,14 @@ def test_the_command_looks_at_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("one", "two"):
-        shutil.copytree(ROOT / "tests" / "cli" / "stored_run", tmp_path / name)
+    shutil.copytree(ROOT / "tests" / "cli" / "stored_run", tmp_path / "one")
     asked = ["--examples", "12", "--fit", "8", "--pictured", "1", "--labels", "empirical", "--layers", "3"]
-    assert command.main(["one", "two", *asked, "--out", "both"]) == 0
+    assert command.main(["one", *asked]) == 0
     out, record = capsys.readouterr().out, json.loads((tmp_path / "one" / "factors" / "factors.json").read_text())
     assert "true labels (empirical Fisher)" in out and record["examples"] == 12
     assert [point["step"] for point in record["points"]] == [0, 2]
-    assert (tmp_path / "one" / "factors" / "gershgorin.png").stat().st_size > 0
-    assert [path.name for path in (tmp_path / "both").iterdir()] == ["runs_3.png"]
+    files = {path.name: path.stat().st_size for path in (tmp_path / "one" / "factors").iterdir()}
+    assert len(files) == 10 and all(files.values()), "two texts and eight pictures"
     for wrong, said in {
         "one --layers nowhere": "is found in the name of no layer; there are",
         "one --steps 1": "has none of [1]; there are 0, 2",
