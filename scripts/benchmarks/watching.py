@@ -30,7 +30,7 @@ from data import DataModule
 from scripts import benchmark
 from training import RunFolder, Trainer, tasks
 from training.runs.run import Callback, Run
-from training.show.diagnostics import CurvatureDiagnostics
+from training.show.watching.diagnostics import CurvatureDiagnostics
 
 EVERY = 8
 

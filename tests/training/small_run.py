@@ -39,8 +39,8 @@ from training.callbacks import Callback, EarlyStopping
 from training.loop.distributed import barrier
 from training.runs import checkpoints
 from training.runs.run import Run
-from training.show.diagnostics import CurvatureDiagnostics
 from training.show.trajectory import Trajectory
+from training.show.watching.diagnostics import CurvatureDiagnostics
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}),

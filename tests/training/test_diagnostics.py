@@ -16,8 +16,8 @@ from training import Interrupted
 from training.loop import rng
 from training.runs.run import Callback, Run
 from training.settings.composition import compose
-from training.show.curvature import layers_in, plot_curvature
-from training.show.diagnostics import CurvatureDiagnostics, Products, layers_of
+from training.show.watching.curvature import layers_in, plot_curvature
+from training.show.watching.diagnostics import CurvatureDiagnostics, Products, layers_of
 
 PLAIN: dict[str, Any] = {"model": {"dropout": 0.0, "batch_norm": False, "float64": True}, "writers": None}
 

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.training.small_run import OPTIMIZERS, differences, events, final_state, fit
 from training import UserError, session
 from training.loop.distributed import World, broadcast_object, gather_objects, maximum
-from training.show.diagnostics import CurvatureDiagnostics
+from training.show.watching.diagnostics import CurvatureDiagnostics
 
 EXACT: dict[str, Any] = {
     "model": {"dropout": 0.0, "batch_norm": False, "float64": True},

@@ -14,7 +14,7 @@ from tests.training import small_run
 from tests.training.small_run import SignalAt, fit
 from training import Interrupted, UserError, schedules
 from training.runs.checkpoints import latest
-from training.show.lr_finder import LRFinder, examine, plot
+from training.show.watching.lr_finder import LRFinder, examine, plot
 
 
 def test_the_rate_grows_by_the_same_factor() -> None:

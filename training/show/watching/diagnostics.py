@@ -221,7 +221,7 @@ class CurvatureDiagnostics(Callback):
         """See Callback."""
         if not run.world.is_main or not run.folder.metrics_file.exists():
             return
-        from training.show.curvature import plot_curvature  # see CurvePlots
+        from training.show.watching.curvature import plot_curvature  # see CurvePlots
 
         figure = plot_curvature(run.folder.metrics_file)
         if figure is not None:
