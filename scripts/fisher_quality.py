@@ -18,12 +18,14 @@ of one draw of targets an example, the same for all methods. AdaFisher sees the 
 --fisher says, and FishLeg learns its inverse in --updates updates on halves of the batch.
 
 Writes fisher_quality.jsonl (with which an interrupted call goes on), .csv, .md, and for each net NET_errors.png,
-NET_directions.png and, of several steps, NET_training.png. The same command gives the same numbers.
+NET_directions.png, of several steps NET_training.png, and with --profile NET_profile.png. The same command gives the
+same numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import sys
 import time
@@ -35,6 +37,8 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -81,11 +85,14 @@ def _main(options: argparse.Namespace) -> None:
     nets = [_known(name, fisher.NETS, "nets") for name in _words(options.nets) or fisher.NETS]
     titles = {net.name: net.title for net in nets}
     plan: dict[tuple[str, float], None] = {}
+    last: dict[str, fisher.Problem] = {}
     with _progress() as progress:
         task = progress.add_task("")
         for problem in _of_run(options, titles) if options.run else _of_nets(options, nets):
             for damping in dampings or [problem.settings.damping]:
                 plan[problem.net, damping] = None
+                if problem.net not in last or problem.step >= last[problem.net].step:
+                    last[problem.net] = problem
                 if results.has(problem.net, problem.step, damping):
                     continue
                 began = time.perf_counter()
@@ -98,6 +105,9 @@ def _main(options: argparse.Namespace) -> None:
                 results.add(fisher.measure(damped, methods, options.tolerance, say))
                 progress.console.print(f"{lead}: {time.perf_counter() - began:.0f} s")
     written = _write(out, results, list(plan), titles)
+    for net, problem in last.items() if options.profile else ():
+        title = f"{titles.get(net, net)}: step {problem.step}"
+        written.append(_picture(out, f"{net}_profile", fisher.profile(fisher.profiles(problem, methods), title)))
     for net, damping in plan:
         console.print(_table(results.of(net, damping), titles.get(net, net)))
     loose = max((row.bound for row in results.rows), default=0.0)
@@ -195,8 +205,8 @@ def _write(
         with atomic_file(out / name) as file:
             file.write(text.encode())
         written.append(name)
-    several = len({damping for _, damping in plan}) > 1
     for net, damping in plan:
+        several = sum(net == other for other, _ in plan) > 1
         own = results.of(net, damping)
         last = max(row.step for row in own)
         at_last = [row for row in own if row.step == last]
@@ -205,11 +215,17 @@ def _write(
         if len({row.step for row in own}) > 1:
             pictures["training"] = fisher.training(own, f"{titles.get(net, net)}: damping {damping:g}")
         for kind, figure in pictures.items():
-            name = f"{net}_{kind}{f'_{damping:g}' if several else ''}.png"
-            with atomic_file(out / name) as file:
-                figure.savefig(file, format="png", dpi=100)
-            written.append(name)
+            written.append(_picture(out, f"{net}_{kind}{f'_{damping:g}' if several else ''}", figure))
     return written
+
+
+def _picture(out: Path, name: str, figure: Figure) -> str:
+    """Write a picture in 128 colours, which halves the file; returns its name."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    with atomic_file(out / f"{name}.png") as file:
+        Image.open(drawn).convert("RGB").quantize(128).save(file, format="png", optimize=True)
+    return f"{name}.png"
 
 
 def _table(rows: Sequence[fisher.Row], title: str) -> Table:
@@ -279,6 +295,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--aux-lr", type=float, default=1e-3, help="FishLeg's rate of learning it (default: 0.001)")
     parser.add_argument(
         "--tolerance", type=float, default=1e-2, help="to which operator norms are worked out (default: 0.01)"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also NET_profile.png: curvature along the eigenvectors of F, last step"
     )
     parser.add_argument("--out", help="folder of the results (default: the run's, or fisher_quality)")
     parser.add_argument("--fresh", action="store_true", help="leave results of an earlier call behind")

@@ -4,14 +4,16 @@
 - ``blocks``: a layer's exact block and the errors of what approximates it;
 - ``reading``: what an optimizer's state keeps, as operators;
 - ``methods``: the optimizers that are compared; ``measure``: all of them on one batch;
+- ``profiles``: where in the spectrum an approximation is wrong;
 - ``nets``: four nets to begin with; ``results``: rows on disk; ``tables``, ``figures``: what is seen.
 """
 
 from analysis.fisher.blocks import Errors, ExactBlock
-from analysis.fisher.figures import directions, errors, training
+from analysis.fisher.figures import directions, errors, profile, training
 from analysis.fisher.measure import Problem, Row, angle, measure
 from analysis.fisher.methods import METHODS, Method, Settings
 from analysis.fisher.nets import NETS, Net, batch, trained
+from analysis.fisher.profiles import Profile, profiles
 from analysis.fisher.results import Results
 from analysis.fisher.tables import order, summary, to_csv, to_markdown
 
@@ -23,6 +25,7 @@ __all__ = [
     "Method",
     "Net",
     "Problem",
+    "Profile",
     "Results",
     "Row",
     "Settings",
@@ -32,6 +35,8 @@ __all__ = [
     "errors",
     "measure",
     "order",
+    "profile",
+    "profiles",
     "summary",
     "to_csv",
     "to_markdown",

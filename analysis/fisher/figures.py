@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,6 +16,7 @@ from analysis.compare.figures import PALETTE
 from analysis.fisher.measure import Row
 from analysis.fisher.methods import OWN
 from analysis.fisher.methods import label as label_of
+from analysis.fisher.profiles import Profile
 from analysis.fisher.tables import DIRECTIONS, ERRORS, middle
 from training.show.curves import GREY
 
@@ -40,6 +42,8 @@ LOOKS: dict[str, tuple[str, Literal["-", "--", ":"], str]] = {
 }
 #: More layers than this are numbered rather than named.
 NAMED = 8
+#: Larger errors are told rather than drawn: approximations are no better than none long before.
+TOP = 3.0
 
 
 def errors(rows: Sequence[Row], title: str) -> Figure:
@@ -56,12 +60,13 @@ def errors(rows: Sequence[Row], title: str) -> Figure:
     for axes, (measure, name) in zip(grid.flat, ERRORS.items(), strict=True):
         drawn |= _lines(axes, rows, layers, measure)
         _dress(axes, "", f"relative error: {name}")
-        _logarithmic(axes)
+        _logarithmic(axes, [row.method for row in rows if row.layer and getattr(row, measure) > TOP])
+    named = len(layers) <= NAMED
     for axes in grid[1]:
-        axes.set_xticks(range(len(layers)), layers if len(layers) <= NAMED else range(1, len(layers) + 1))
-        axes.set_xlabel("layer" if len(layers) <= NAMED else "layer, from the input on")
-        if len(layers) <= NAMED and max(map(len, layers)) > 6:
-            axes.tick_params(axis="x", rotation=30)
+        axes.set_xticks(range(len(layers)), layers if named else [str(k + 1) for k in range(len(layers))])
+        axes.set_xlabel("layer" if named else "layer, from the input on")
+        if named and max(map(len, layers)) > 6:
+            axes.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
     _legend(figure, [m for m in LOOKS if m in drawn])
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -100,7 +105,7 @@ def directions(rows: Sequence[Row], title: str) -> Figure:
             name = "of the exact blocks" if measure.endswith("block") else "of the whole Fisher matrix"
             axes.barh(places, values, height=0.36, color=colour, label=name)
             for place, value in zip(places, values, strict=True):
-                text = f" {value:.0f}°" if measure.startswith("angle") else f" {value:.2f}"
+                text = f" {value:.0f}°" if measure.startswith("angle") else f" {value:.2g}"
                 axes.text(value, place, text, va="center", fontsize=7, color=GREY)
         axes.set_xlabel(label)
         axes.margins(x=0.1)
@@ -134,6 +139,7 @@ def training(rows: Sequence[Row], title: str) -> Figure:
     figure = Figure(figsize=(10, 7.2), layout="constrained")
     drawn: set[str] = set()
     for axes, (label, value, logarithmic) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        beyond = []
         for method in LOOKS:
             own = [[row for row in rows if row.method == method and row.step == step] for step in steps]
             line = [value(some) if some else math.nan for some in own]
@@ -141,9 +147,10 @@ def training(rows: Sequence[Row], title: str) -> Figure:
                 colour, style, mark = LOOKS[method]
                 axes.plot(steps, line, style, color=colour, marker=mark, markersize=5, linewidth=1.4)
                 drawn.add(method)
+                beyond += [method] if max(line) > TOP else []
         _dress(axes, "step of training", label + (", degrees" if "angle" in label else ""))
         if logarithmic:
-            _logarithmic(axes)
+            _logarithmic(axes, beyond)
         if min(steps) > 0 and max(steps) / min(steps) > 5:
             axes.set_xscale("log")
             axes.set_xticks(steps, [str(step) for step in steps])
@@ -153,9 +160,55 @@ def training(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def _logarithmic(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers on it."""
+def profile(found: Sequence[Profile], title: str) -> Figure:
+    """Curvature of approximations along the eigenvectors of the exact block, a panel a layer.
+
+    A point is the median over a quarter of a decade of eigenvalues; of equal approximations the first one is drawn.
+
+    Args:
+        found: of one net, step and damping.
+        title: of the picture.
+    """
+    layers = list(dict.fromkeys(one.layer for one in found))
+    rows = math.ceil(len(layers) / 2)
+    drawn: set[str] = set()
+    figure = Figure(figsize=(10, 3.4 * rows + 0.9), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False)
+    for axes in grid.flat[len(layers) :]:
+        axes.set_axis_off()
+    for axes, layer in zip(grid.flat, layers, strict=False):
+        seen: list[Profile] = []
+        for one in (one for one in found if one.layer == layer):
+            if any(torch.allclose(one.ratios, other.ratios, rtol=1e-6) for other in seen):
+                continue
+            seen.append(one)
+            colour, style, mark = LOOKS[one.method]
+            axes.plot(*_by_decades(one), style, color=colour, marker=mark, markersize=4, linewidth=1.3)
+            drawn.add(one.method)
+        axes.axhline(1, color=GREY, linewidth=1)
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+        _dress(axes, f"eigenvalue of F, layer {layer}", "curvature / true curvature")
+        _logarithmic(axes)
+    _legend(figure, [m for m in LOOKS if m in drawn])
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _by_decades(one: Profile) -> tuple[list[float], list[float]]:
+    """Medians over quarters of a decade of eigenvalues."""
+    places = (4 * one.eigenvalues.log10()).round().to(torch.int64)
+    kept = places.unique(sorted=True).flip(0).tolist()
+    return [10 ** (place / 4) for place in kept], [float(one.ratios[places == place].median()) for place in kept]
+
+
+def _logarithmic(axes: Axes, beyond: Sequence[str] = ()) -> None:
+    """A logarithmic vertical axis with plain numbers on it; which methods go beyond its top, it says."""
     axes.set_yscale("log")
+    if beyond and axes.get_ylim()[0] < TOP:
+        axes.set_ylim(top=TOP)
+        text = f"also above {TOP:g}: {', '.join(label_of(method) for method in dict.fromkeys(beyond))}"
+        axes.text(0.99, 0.98, text, ha="right", va="top", fontsize=8, transform=axes.transAxes)
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

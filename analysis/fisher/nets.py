@@ -22,6 +22,8 @@ from optimizers.natural_gradient import Fisher
 CURVES = 2000  # images
 #: Of ResNet-20: both ends, and the first block of each stage.
 BLOCKS = ("conv1", *(f"layer{stage}.0.conv{k}" for stage in (1, 2, 3) for k in (1, 2)), "fc")
+#: Of the auto-encoder: all but the first and the last one, whose 314,000 weights each take as long as all the others.
+INNER = (*(f"encoder.{k}" for k in (3, 5, 7, 9, 11)), *(f"decoder.{k}" for k in (0, 2, 4, 6, 8)))
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,14 @@ NETS = {
             Categorical(), "exact", 128,
         ),
         Net(
-            "autoencoder", "auto-encoder of CURVES, 784-400-200-100-50-25-6-...",
+            "autoencoder", "auto-encoder 784-400-200-100-50-25-6-... of CURVES, inner layers",
             lambda: autoencoder([400, 200, 100, 50, 25, 6], in_channels=1, image_size=28), curves,
-            Bernoulli(), "sampled", 128, damping=1e-1, updates=100,
+            Bernoulli(), "sampled", 128, INNER, (10, 400), damping=1e-1, updates=100,
         ),
         Net("convnet", "two convolutions, digits", convnet, digits, Categorical(), "exact", 64),
         Net(
-            "resnet20", "ResNet-20, digits", lambda: cifar_resnet(20, in_channels=1, num_classes=10), digits,
+            "resnet20", "ResNet-20, first block of each stage, digits",
+            lambda: cifar_resnet(20, in_channels=1, num_classes=10), digits,
             Categorical(), "exact", 32, BLOCKS, (10, 400),
         ),
     )

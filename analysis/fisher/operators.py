@@ -16,6 +16,9 @@ from torch import Tensor
 #: Numbers that a temporary tensor may hold.
 ROOM = 2**23
 
+#: Up to this size vectors of a Lanczos process are kept and made orthogonal to each other.
+KEPT = 2**16
+
 
 class Operator(ABC):
     """A symmetric matrix over the parameter matrix ``[groups, d_out, columns]`` of a layer."""
@@ -170,10 +173,10 @@ class Scaled(Operator):
 def operator_norm(
     apply: Callable[[Tensor], Tensor], shape: tuple[int, ...], tolerance: float = 1e-2, limit: int = 60
 ) -> tuple[float, float]:
-    """The largest magnitude of an eigenvalue of a symmetric matrix, by a Lanczos process with reorthogonalisation.
+    """The largest magnitude of an eigenvalue of a symmetric matrix, by a Lanczos process.
 
     It stops where an eigenvalue is known to ``tolerance``, after ``limit`` products, or when as many products as the
-    matrix has rows have told everything. What it finds is never too large.
+    matrix has rows have told everything. What it finds is never too large but for rounding.
 
     Args:
         apply: the product with a vector of the shape.
@@ -185,18 +188,20 @@ def operator_norm(
         The norm, and the bound of its relative error that was reached.
     """
     size = torch.Size(shape).numel()
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(size, generator=generator, dtype=torch.float64)
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     most = min(limit, size)
-    basis = torch.empty(most, size, dtype=torch.float64)
+    # Without the others, rounding brings eigenvalues that are known back: none is lost, and none is made up.
+    whole = size <= KEPT
+    basis = torch.zeros(most if whole else 2, size, dtype=torch.float64)
     basis[0] = vector / vector.norm()
     diagonal: list[float] = []
     below: list[float] = []
     largest, bound = 0.0, 0.0
     for count in range(1, most + 1):
-        known = basis[:count]
-        image = apply(known[-1].view(shape)).flatten()
-        diagonal.append(float(image @ known[-1]))
+        last = basis[(count - 1) % len(basis)]
+        image = apply(last.view(shape)).flatten()
+        diagonal.append(float(image @ last))
+        known = basis[:count] if whole else basis
         for _ in range(2):  # once would leave what rounding has made of it
             image = image - known.mT @ (known @ image)
         length = float(image.norm())
@@ -208,10 +213,10 @@ def operator_norm(
         place = int(values.abs().argmax())
         largest = abs(float(values[place]))
         bound = length * abs(float(vectors[-1, place])) / largest if largest else 0.0
-        whole = max(map(abs, [*diagonal, *below]), default=0.0)
-        if length <= 1e-14 * whole or (bound <= tolerance and count > 3) or count == most:
+        scale = max(map(abs, [*diagonal, *below]), default=0.0)
+        if length <= 1e-14 * scale or (bound <= tolerance and count > 3) or count == most:
             break
-        basis[count] = image / length
+        basis[count % len(basis)] = image / length
         below.append(length)
     return largest, bound
 

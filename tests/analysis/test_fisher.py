@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from analysis.fisher import reading
 from analysis.fisher.blocks import ExactBlock
 from analysis.fisher.measure import exact, see
 from analysis.fisher.methods import METHODS, Settings
-from analysis.fisher.operators import operator_norm
+from analysis.fisher.operators import KEPT, operator_norm
 from optimizers import Bernoulli, Categorical
 from optimizers.curvature.layers import adapt
 from scripts import fisher_quality
@@ -52,6 +53,11 @@ def problem(net: str, kind: str = "exact", examples: int = 6, **options: object)
     return fisher.Problem(net, 0, model, inputs, targets, settings)
 
 
+@cache
+def measured(net: str) -> list[fisher.Row]:
+    return fisher.measure(problem(net), METHODS.values(), tolerance=1e-12)
+
+
 def dense_blocks(p: fisher.Problem) -> dict[str, Tensor]:
     """Each affine layer's block of the exact Gauss-Newton matrix, by autograd alone."""
     torch.set_default_dtype(torch.float64)
@@ -85,8 +91,7 @@ def test_errors_are_those_of_dense_matrices(net: str) -> None:
     """Of every method: the optimizer's own dense block and its own solve, against what autograd assembles."""
     p = problem(net)
     blocks = dense_blocks(p)
-    rows = fisher.measure(p, METHODS.values(), tolerance=1e-12)
-    at = {(row.method, row.layer): row for row in rows}
+    at = {(row.method, row.layer): row for row in measured(net)}
     eye = {name: torch.eye(len(block), dtype=torch.float64) for name, block in blocks.items()}
     for method in [m for m in MATRICES if (m, next(iter(blocks))) in at]:
         model = p.twin()
@@ -110,17 +115,17 @@ def dense_solve(optimizer: torch.optim.Optimizer, name: str, shape: tuple[int, i
         layer = optimizer.blocks[name].layer
         return torch.diag(1 / layer.vector([optimizer._fisher[p][1] for p in layer.parameters]))
     for stack in optimizer._stacks:
-        for block, cache in stack.members():
+        for block, inverse in stack.members():
             if block.layer.name == name:
                 rows = torch.eye(size, dtype=torch.float64)
-                return torch.stack([block.solve(cache, row.view(shape)).flatten() for row in rows])
+                return torch.stack([block.solve(inverse, row.view(shape)).flatten() for row in rows])
     raise AssertionError(name)
 
 
 def test_fishlegs_errors_are_those_of_its_own_dense_inverse() -> None:
     p = problem("convnet")
     blocks = dense_blocks(p)
-    (row, *_) = [r for r in fisher.measure(p, [METHODS["fishleg"]], tolerance=1e-12) if r.layer == "3"]
+    (row,) = [r for r in measured("convnet") if (r.method, r.layer) == ("fishleg", "3")]
     curvature = see(p, METHODS["fishleg"]).curvature
     layer = adapt("3", p.twin()[3])
     factors = {key: t for key, t in curvature["layers"]["3"].items()}
@@ -139,7 +144,7 @@ def test_fishlegs_errors_are_those_of_its_own_dense_inverse() -> None:
 def test_approximations_are_those_of_their_formulas(kind: str) -> None:
     """K-FAC and its kin against matrices made of gradients that were sent back one by one."""
     p = problem("mlp", kind)
-    rows = fisher.measure(p, METHODS.values(), tolerance=1e-12)
+    rows = measured("mlp") if kind == "exact" else fisher.measure(p, METHODS.values(), tolerance=1e-12)
     truth = exact(p)
     torch.set_default_dtype(torch.float64)
     try:
@@ -171,7 +176,7 @@ def test_approximations_are_those_of_their_formulas(kind: str) -> None:
 
 def test_directions_are_held_against_dense_natural_gradients() -> None:
     p = problem("mlp")
-    rows = {row.method: row for row in fisher.measure(p, METHODS.values()) if not row.layer}
+    rows = {row.method: row for row in measured("mlp") if not row.layer}
     torch.set_default_dtype(torch.float64)
     try:
         model = p.twin()
@@ -202,7 +207,7 @@ def test_directions_are_held_against_dense_natural_gradients() -> None:
 @pytest.mark.parametrize("net", ["mlp", "convnet"])
 def test_the_order_of_the_kpsvd_study_holds_in_the_frobenius_norm(net: str) -> None:
     """By construction: rank two <= KPSVD <= K-FAC, and EKFAC's diagonal is the best one in K-FAC's basis."""
-    rows = fisher.measure(problem(net, examples=8), METHODS.values())
+    rows = measured(net)
     verdicts = fisher.order(rows, ["fisher_frobenius"])
     assert len(verdicts) == 4
     assert all(v.holds == v.of > 0 for v in verdicts), verdicts
@@ -235,6 +240,25 @@ def test_operator_norms_by_iteration() -> None:
     assert operator_norm(lambda v: 3 * v, (40,))[0] == pytest.approx(3)
     _, bound = operator_norm(lambda v: matrix @ v, (40,), 1e-12, limit=5)
     assert bound > 1e-3  # and says so
+    wide = torch.linspace(-1, 0.9, KEPT + 1, dtype=torch.float64)  # too wide for its vectors to be kept
+    wide[7] = -1.4
+    assert operator_norm(lambda v: wide * v, wide.shape, 1e-6)[0] == pytest.approx(1.4, rel=1e-9)
+
+
+def test_profiles_are_curvature_along_dense_eigenvectors() -> None:
+    p = problem("mlp")
+    truth = dense_blocks(p)["2"]
+    values, vectors = torch.linalg.eigh(truth)
+    found = {one.method: one for one in fisher.profiles(p, [METHODS["kfac"], METHODS["fishleg"]]) if one.layer == "2"}
+    assert set(found) == {"kfac"}
+    model = p.twin()
+    optimizer = METHODS["kfac"].build(model, p.params(model), p.settings)
+    p.step_on(model, optimizer)
+    along = (vectors * (optimizer.blocks["2"].to_dense() @ vectors)).sum(0) / values
+    count = len(found["kfac"].ratios)
+    assert 2 <= count < len(values)
+    assert torch.allclose(found["kfac"].eigenvalues, values.flip(0)[:count], rtol=1e-8)
+    assert torch.allclose(found["kfac"].ratios, along.flip(0)[:count], rtol=1e-6)
 
 
 def test_some_layers_alone_and_what_cannot_be() -> None:
@@ -251,11 +275,11 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Capture
     common = ["--nets", "mlp", "--methods", "kfac,kpsvd,deflation", "--examples", "12", "--out", str(tmp_path)]
     assert fisher_quality.main([*common, "--steps", "0", "--layers", "3"]) == 0
     first = (tmp_path / "fisher_quality.jsonl").read_text()
-    assert fisher_quality.main([*common, "--steps", "0,2", "--layers", "3"]) == 0
+    assert fisher_quality.main([*common, "--steps", "0,2", "--layers", "3", "--profile"]) == 0
     both = (tmp_path / "fisher_quality.jsonl").read_text()
     assert both.startswith(first) and both.count("\n") == 2 * first.count("\n") - 1
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"fisher_quality.csv", "fisher_quality.md", "mlp_errors.png", "mlp_training.png"} <= names
+    assert {"fisher_quality.csv", "fisher_quality.md", "mlp_errors.png", "mlp_training.png", "mlp_profile.png"} <= names
     assert "KPSVD ≤ K-FAC (expand) | 2 of 2" in (tmp_path / "fisher_quality.md").read_text()
     capsys.readouterr()
     assert fisher_quality.main([*common, "--steps", "0", "--layers", "1"]) == 1
