@@ -106,11 +106,11 @@ def _main(options: argparse.Namespace) -> None:
                 progress.console.print(f"{lead}: {time.perf_counter() - began:.0f} s")
     written = _write(out, results, list(plan), titles)
     for net, problem in last.items() if options.profile else ():
-        title = f"{titles.get(net, net)}: step {problem.step}"
+        title = f"{titles.get(net, net)}: step {problem.step}, damping {problem.settings.damping:g}"
         written.append(_picture(out, f"{net}_profile", fisher.profile(fisher.profiles(problem, methods), title)))
     for net, damping in plan:
         console.print(_table(results.of(net, damping), titles.get(net, net)))
-    loose = max((row.bound for row in results.rows), default=0.0)
+    loose = max((row.bound for row in results.rows if row.layer), default=0.0)
     if loose > options.tolerance:
         console.print(
             f"Operator norms of the largest layers are known to {100 * loose:.2g} %: the iteration ended at its limit."
@@ -297,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=1e-2, help="to which operator norms are worked out (default: 0.01)"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="also NET_profile.png: curvature along the eigenvectors of F, last step"
+        "--profile", action="store_true", help="also NET_profile.png: curvature and step by eigenvalue of F, last step"
     )
     parser.add_argument("--out", help="folder of the results (default: the run's, or fisher_quality)")
     parser.add_argument("--fresh", action="store_true", help="leave results of an earlier call behind")

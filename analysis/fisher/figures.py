@@ -161,45 +161,43 @@ def training(rows: Sequence[Row], title: str) -> Figure:
 
 
 def profile(found: Sequence[Profile], title: str) -> Figure:
-    """Curvature of approximations along the eigenvectors of the exact block, a panel a layer.
+    """Curvature and steps along the eigenvectors of the exact block, in units of the true ones: a row a layer.
 
-    A point is the median over a quarter of a decade of eigenvalues; of equal approximations the first one is drawn.
+    A point is of a quarter of a decade of eigenvalues: the median of the curvatures, the length of the step there.
 
     Args:
         found: of one net, step and damping.
         title: of the picture.
     """
     layers = list(dict.fromkeys(one.layer for one in found))
-    rows = math.ceil(len(layers) / 2)
-    drawn: set[str] = set()
-    figure = Figure(figsize=(10, 3.4 * rows + 0.9), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False)
-    for axes in grid.flat[len(layers) :]:
-        axes.set_axis_off()
-    for axes, layer in zip(grid.flat, layers, strict=False):
-        seen: list[Profile] = []
+    figure = Figure(figsize=(10, 3.2 * len(layers) + 0.9), layout="constrained")
+    for pair, layer in zip(figure.subplots(len(layers), 2, squeeze=False), layers, strict=True):
         for one in (one for one in found if one.layer == layer):
-            if any(torch.allclose(one.ratios, other.ratios, rtol=1e-6) for other in seen):
-                continue
-            seen.append(one)
             colour, style, mark = LOOKS[one.method]
-            axes.plot(*_by_decades(one), style, color=colour, marker=mark, markersize=4, linewidth=1.3)
-            drawn.add(one.method)
-        axes.axhline(1, color=GREY, linewidth=1)
-        axes.set_xscale("log")
-        axes.invert_xaxis()
-        _dress(axes, f"eigenvalue of F, layer {layer}", "curvature / true curvature")
-        _logarithmic(axes)
-    _legend(figure, [m for m in LOOKS if m in drawn])
+            middles, *lines = _by_decades(one)
+            for axes, line in zip(pair, lines, strict=True):
+                axes.plot(middles, line, style, color=colour, marker=mark, markersize=4, linewidth=1.3)
+        for axes, label in zip(pair, ("curvature / true curvature", "step / natural gradient"), strict=True):
+            axes.axhline(1, color=GREY, linewidth=1)
+            axes.set_xscale("log")
+            axes.invert_xaxis()
+            _dress(axes, f"eigenvalue of F, layer {layer}", label)
+            _logarithmic(axes)
+    _legend(figure, [m for m in LOOKS if m in {one.method for one in found}])
     figure.suptitle(title, fontsize="medium")
     return figure
 
 
-def _by_decades(one: Profile) -> tuple[list[float], list[float]]:
-    """Medians over quarters of a decade of eigenvalues."""
+def _by_decades(one: Profile) -> tuple[list[float], list[float], list[float]]:
+    """Eigenvalues by quarters of a decade; there, the median of the curvatures and the length of the step."""
     places = (4 * one.eigenvalues.log10()).round().to(torch.int64)
     kept = places.unique(sorted=True).flip(0).tolist()
-    return [10 ** (place / 4) for place in kept], [float(one.ratios[places == place].median()) for place in kept]
+    curvatures, lengths = [], []
+    for place in kept:
+        own = places == place
+        curvatures.append(float(one.ratios[own].median()))
+        lengths.append(float(one.steps[own].norm() / one.best[own].norm()))
+    return [10 ** (place / 4) for place in kept], curvatures, lengths
 
 
 def _logarithmic(axes: Axes, beyond: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Where an approximation is wrong: its curvature along the eigenvectors of the exact block, from the largest on."""
+"""Where an approximation is wrong: its curvature and its step along the eigenvectors of the exact block."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from analysis.fisher import reading
 from analysis.fisher.blocks import ExactBlock
-from analysis.fisher.measure import Problem, exact, see
+from analysis.fisher.measure import Direction, Problem, exact, see
 from analysis.fisher.methods import Method
+from optimizers.curvature.layers import AffineLayer
 
 #: Eigenvalues below this share of the largest are left out: they are rounding, or nearly.
 SMALLEST = 1e-6
@@ -19,19 +20,23 @@ SMALLEST = 1e-6
 
 @dataclass(frozen=True)
 class Profile:
-    """An approximation M of a layer's block F along the eigenvectors q of F.
+    """A method along the eigenvectors q of a layer's exact block F: its approximation M, and the step d that it takes.
 
     Attributes:
         layer: its name.
         method: its name.
         eigenvalues: of F, ``qᵀ F q``, the largest first.
-        ratios: ``qᵀ M q / qᵀ F q``: 1 where M is right, above where its steps are too short, below where too long.
+        ratios: ``qᵀ M q / qᵀ F q``: the curvature that M sees, in units of what there is.
+        steps: ``qᵀ d``, d at its best length in the quadratic model of the layer.
+        best: ``qᵀ (F + lambda I)^-1 g``, the natural gradient.
     """
 
     layer: str
     method: str
     eigenvalues: Tensor
     ratios: Tensor
+    steps: Tensor
+    best: Tensor
 
 
 def profiles(problem: Problem, methods: Iterable[Method]) -> list[Profile]:
@@ -41,17 +46,29 @@ def profiles(problem: Problem, methods: Iterable[Method]) -> list[Profile]:
         problem: where.
         methods: which.
     """
-    truth = exact(problem)
-    kept = {method.name: see(problem, method).curvature for method in methods}
+    truth, damping = exact(problem), problem.settings.damping
+    kept = {method.name: see(problem, method) for method in methods}
     found = []
     for layer in truth.affine():
+
+        def matrix(entries: Direction, layer: AffineLayer = layer) -> Tensor:
+            own = [entries[name] for name in truth.names[layer.name]]
+            return layer.to_matrix(own[0], own[1] if len(own) > 1 else None)
+
         block = ExactBlock(truth.samples[layer.name])
         values, vectors = torch.linalg.eigh(block.gram)  # q = S u / sqrt(s)
         few = values > SMALLEST * values[-1]
         values, vectors = values[few].flip(0), vectors[:, few].flip(1)
-        for name, curvature in kept.items():
-            own = None if curvature is None else reading.approximation(curvature, layer)
-            if own is not None:
-                along = ((vectors.mT @ own.kernel(block.a, block.g)) * vectors.mT).sum(1) / values
-                found.append(Profile(layer.name, name, values, along / values))
+        gradient = matrix(truth.gradient)
+        best = (vectors.mT @ block.dots(gradient)) / values.sqrt() / (values + damping)
+        for name, seen in kept.items():
+            own = None if seen.curvature is None else reading.approximation(seen.curvature, layer)
+            if own is None:
+                continue
+            along = ((vectors.mT @ own.kernel(block.a, block.g)) * vectors.mT).sum(1) / values
+            step = matrix(seen.direction)
+            image = block.dots(step)
+            length = (gradient * step).sum() / (image.square().sum() + damping * step.square().sum())
+            steps = length * (vectors.mT @ image) / values.sqrt()
+            found.append(Profile(layer.name, name, values, along / values, steps, best))
     return found

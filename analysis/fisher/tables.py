@@ -20,10 +20,10 @@ ERRORS = {
     "inverse_operator": "inverse, operator",
 }
 DIRECTIONS = {
-    "angle_block": "angle to exact blocks",
-    "angle_full": "angle to whole F",
+    "angle_block": "angle, blocks",
+    "angle_full": "angle, whole",
     "decrease_block": "decrease, blocks",
-    "decrease_full": "decrease, whole F",
+    "decrease_full": "decrease, whole",
 }
 #: The order that the KPSVD study reports (Koroko et al. 2022), from the smallest error on: rank two, KPSVD, K-FAC.
 PAIRS = (("deflation", "kpsvd"), ("lanczos", "kpsvd"), ("kfac_corrected", "kfac"), ("kpsvd", "kfac"))
@@ -149,7 +149,7 @@ def _orders(rows: Sequence[Row]) -> str:
         mine = {entry.measure: entry for entry in found if (entry.better, entry.worse) == (better, worse)}
         if mine:
             cells = [f"{mine[key].holds} of {mine[key].of}" if key in mine else "–" for key in measures]
-            lines.append([f"{label(better)} ≤ {label(worse)}", *cells])
+            lines.append([f"{label(better)} before {label(worse)}", *cells])
     return _table(header, lines) if lines else ""
 
 
