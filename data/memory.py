@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,6 +142,17 @@ class InMemoryLoader:
         mean_, std_ = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
         self._scale = (1 / (255 * std_)).to(self.device, torch.float32)
         self._shift = (-mean_ / std_).to(self.device, torch.float32)
+
+    def preparation(self) -> dict[str, Any] | None:
+        """How an image file becomes what is served, as ``data.kept.Preparation`` has it; None where nobody knows."""
+        channels, height, width = self.store.shape
+        return {
+            "channels": channels,
+            "size": [height, width],
+            "resize": getattr(self.store, "resize", min(height, width)),
+            "scale": self._scale.tolist(),
+            "shift": self._shift.tolist(),
+        }
 
     def __len__(self) -> int:
         """Batches an epoch, the same number on every rank."""

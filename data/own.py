@@ -241,6 +241,10 @@ class OwnLoader(StreamedLoader):
             )
         super().normalise(mean, std)
 
+    def preparation(self) -> dict[str, Any] | None:
+        """See InMemoryLoader; of floats, only who made them knows."""
+        return super().preparation() if self.known and len(self.store.shape) == 3 else None
+
     def _finished(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if not self.served_as_they_are:
             inputs, targets = super()._finished(inputs, targets)

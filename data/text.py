@@ -136,6 +136,9 @@ class TextLoader(InMemoryLoader):
     def __init__(self, store: ImageStore, rows: Tensor, **options: Any) -> None:
         super().__init__(store, rows, mean=[0.0], std=[1.0], **options)
 
+    def preparation(self) -> None:
+        """See InMemoryLoader; a text has no images."""
+
     def _batch(self, plan: Tensor) -> tuple[Tensor, Tensor]:
         found = self.store.windows(plan[1].to(self.store.device)).to(self.device, non_blocking=True)
         tokens = found.view(torch.int32).flatten(1).long()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from training.loop.signals import Interrupted
     from training.runs.finite import Diverged
     from training.runs.folder import RunFolder
+    from training.settings.loading import load_run
     from training.trainer import Trainer
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "UserError",
     "World",
     "backward",
+    "load_run",
     "seed_everything",
     "session",
 ]
@@ -38,6 +40,7 @@ _HOMES = {
     "Trainer": "trainer",
     "World": "loop.distributed",
     "backward": "loop.backward",
+    "load_run": "settings.loading",
     "seed_everything": "loop.rng",
     "session": "loop.distributed",
 }

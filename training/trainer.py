@@ -29,7 +29,7 @@ from training.runs import checkpoints, evaluation, provenance, step
 from training.runs.averaging import averaged, averages, enter
 from training.runs.finite import Diverged, require_finite, require_finite_loss
 from training.runs.folder import RunFolder, WriteError, writing
-from training.runs.provenance import summarise
+from training.runs.provenance import keep_facts, summarise
 from training.runs.run import Run
 from training.schedules import Scalars, ScalarSchedule
 from training.tasks import suited
@@ -312,6 +312,7 @@ class Trainer:
         if run.world.is_main:
             with writing(run.folder.summary_file):  # of an earlier session: a summary speaks of the end
                 run.folder.summary_file.unlink(missing_ok=True)
+            keep_facts(run)
         log.info("configuration %s, %s", run.config_id, provenance.hardware(run.world.device, run.world.world_size))
         if coverage := getattr(run.optimizer, "coverage", None):
             log.info("curvature of %s:\n%s", type(innermost(run.optimizer)).__name__, coverage())

@@ -35,6 +35,7 @@ class ImageFiles(Dataset):
         # Arrays: workers would copy the pages of a million objects by counting references to them.
         self._files = np.array([os.fsencode(file) for file, _ in files])
         self.targets = torch.tensor([target for _, target in files])
+        self.shape, self.resize = (3, size, size), resize
         resized: list[Any] = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
         self._transform = v2.Compose(resized if crop else [v2.Resize(resize), v2.CenterCrop(size)])
 

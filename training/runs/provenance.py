@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from training.runs.folder import atomic_file
 from training.runs.run import Run
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "numpy", "scikit-learn", "tensorboard")
@@ -49,6 +51,21 @@ def summarise(run: Run, status: str, error: str | None = None) -> dict[str, Any]
         "hardware": hardware(run.world.device, run.world.world_size),
         "peak_memory_bytes": peak_memory(run.world.device),
     }
+
+
+def keep_facts(run: Run) -> None:
+    """Write what of the data set its model needs into the run folder, so that it predicts where the data are not.
+
+    Args:
+        run: before its first step.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    from data import kept
+
+    with atomic_file(run.folder.path / kept.FILE) as file:
+        file.write((json.dumps(kept.describe(run.data), indent=1, allow_nan=False) + "\n").encode())
 
 
 def versions() -> dict[str, str | None]:

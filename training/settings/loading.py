@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from data import kept
+from data.kept import Preparation
 from models import build_model
 from training import tasks
 from training.errors import UserError
 from training.loop import rng
 from training.loop.distributed import World
+from training.loop.precision import Precision
 from training.names import PLAYERS, TARGET
 from training.runs import checkpoints, record
 from training.runs.warm_start import warm_start
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
 #: Which weights: of the best evaluation, of the newest checkpoint, of a step, of a file, or None: untrained.
 Weights = Literal["best", "last"] | int | Path | None
 # What of a configuration is called to load a run.
-BUILT = ("model", "dataset", "optimizer", *PLAYERS)
+BUILT = ("model", "optimizer", *PLAYERS)
 
 
 def build_parts(config: Mapping[str, Any], world: World) -> tuple[DataModule, Task, nn.Module]:
@@ -47,16 +52,30 @@ def build_parts(config: Mapping[str, Any], world: World) -> tuple[DataModule, Ta
         UserError: a value is refused, or something is not there.
     """
     data = build_data(config["dataset"], config["seed"], world)
+    task, model = build_learning(config, data, world)
+    if statistics := getattr(model, "statistics", None):  # they were trained on pixels of this mean and std
+        data.normalise(*statistics)
+    return data, task, model
+
+
+def build_learning(config: Mapping[str, Any], data: DataModule, world: World) -> tuple[Task, nn.Module]:
+    """The task and the model for a data set; see ``build_parts``.
+
+    Args:
+        config: a checked configuration.
+        data: whose facts alone are looked at.
+        world: where.
+
+    Raises:
+        UserError: a value is refused.
+    """
     with schema.refusals("trainer", config["trainer"]):
         task = tasks.build(data.task, data.facts, config["trainer"].get("label_smoothing", 0.0), config["seed"])
     model = schema.build(config["model"], "model", through=build_model, facts=data.facts)
     if not isinstance(model, nn.Module):
         made = f"{config['model'][TARGET]} returned what is of type {type(model).__name__}"
         raise UserError(f"model: {made}, and a model is a torch.nn.Module")
-    model = model.to(world.device)
-    if statistics := getattr(model, "statistics", None):  # they were trained on pixels of this mean and std
-        data.normalise(*statistics)
-    return data, task, model
+    return task, model.to(world.device)
 
 
 def build_data(node: Mapping[str, Any], seed: int, world: World) -> DataModule:
@@ -106,11 +125,13 @@ class LoadedRun:
         folder: the run folder.
         config: its values, as in ``config.yaml``.
         choices: the file of each group ({"optimizer": "kfac", ...}).
-        data: its data, split as they were.
+        data: its data, split as they were. Name, facts and class names are the run folder's own; loaders are made when
+            they are asked for, and say then if the data set is not here.
         task: loss and metrics; ``task.likelihood`` is what curvature is of.
         model: in evaluation mode, with the weights that were asked for.
         step: at which step of training these were; 0: untrained.
         device: that all of it is on.
+        preparation: how image files become inputs; None: the task has no images, or nobody knows.
     """
 
     folder: Path
@@ -121,11 +142,65 @@ class LoadedRun:
     model: nn.Module
     step: int
     device: torch.device
+    preparation: Preparation | None = None
 
     @property
     def name(self) -> str:
         """What a picture calls it: its optimizer and its folder's name."""
         return f"{self.choices.get('optimizer', '?')} ({self.folder.name})"
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by target; of a text, its tokens."""
+        return self.data.class_names
+
+    def prepare(self, images: Sequence[str | Path | Tensor]) -> Tensor:
+        """Images as the model has seen them in training: of its size, normalised as its data were.
+
+        Args:
+            images: files, or bytes (uint8 ``[C, H, W]``) of the model's size.
+
+        Returns:
+            float32 ``[n, C, H, W]``, on ``device``.
+
+        Raises:
+            UserError: nobody knows how.
+            DataError: a file is no image.
+        """
+        if self.preparation is None:
+            raise UserError(
+                f"{self.folder} does not say how images become inputs: its data set has none, yields floats of its own "
+                "making (data.wrap(..., normalised=(mean, std)) tells), or lies elsewhere (say where, by data)"
+            )
+        read = [one if isinstance(one, Tensor) else self.preparation.read(one) for one in images]
+        return self.preparation(torch.stack(read).to(self.device))
+
+    @torch.no_grad()
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """What the model makes of inputs, in the number format that it was trained in.
+
+        Args:
+            inputs: as `prepare` returns them, or the loaders of ``data``.
+        """
+        asked = self.config["trainer"].get("precision", "fp32")
+        name = "fp32" if asked == "fp16" and self.device.type != "cuda" else asked
+        precision = Precision(name, self.device, self.config["trainer"].get("channels_last", False))
+        precision.place(self.model)
+        with precision.autocast():
+            outputs = self.model(precision.prepare(inputs.to(self.device)))
+        return precision.full(outputs)
+
+    def predict(self, images: Sequence[str | Path | Tensor] | Tensor) -> Tensor:
+        """Probabilities of the classes, of a classification; else the model's outputs.
+
+        Args:
+            images: see `prepare`; or inputs, a tensor of floats.
+
+        Raises:
+            UserError, DataError: see `prepare`.
+        """
+        outputs = self.outputs(images if isinstance(images, Tensor) else self.prepare(images))
+        return outputs.softmax(-1) if self.task.name == "classification" else outputs
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Step and file of each numbered checkpoint, oldest first."""
@@ -192,9 +267,11 @@ def load_run(
     device: str | torch.device = "cpu",
     own: Collection[str] = (),
 ) -> LoadedRun:
-    """Build what a run folder's configuration says, with the weights that it reached.
+    """Build what a run folder's configuration says, with the weights that it reached, ready to predict.
 
-    Nothing in the folder is changed, and the global generators stay as they are.
+    Nothing in the folder is changed, and the global generators stay as they are. The data set need not be here, until
+    an example of it is asked for: what the model and the task need of it lies in the folder. That of a folder of an
+    earlier version has to be.
 
     Args:
         folder: of a run of train.py.
@@ -206,29 +283,68 @@ def load_run(
 
     Raises:
         UserError: it is no run folder, or something in it cannot be built or read.
+        DataError: what it keeps of its data set is damaged.
     """
     path, _ = record.find(str(folder), asked="")
     config, choices = record.load(path)
-    built = {group: config[group] for group in BUILT if config.get(group)}
-    for where, target in targets(built):
-        if target not in own and not is_known(where, target):
-            raise UserError(
-                f"{path}/config.yaml has {where}={target}, which is no part of Curvlab or of its packages for this "
-                f"place: if it is yours, say so by own=['{target}']"
-            )
+    held = kept.read(path)
+    if held is not None and not (held["whole"] and ("." in held["task"] or held["task"] in tasks.TASKS)):
+        held = None
+    _require_known({group: config[group] for group in BUILT if config.get(group)}, own, path)
+    if held is None or weights is None:  # which are drawn after what the data set draws
+        _require_known({"dataset": config["dataset"]}, own, path)
+    if held is not None and "." in held["task"] and held["task"] not in own:
+        raise UserError(
+            f"{path} is of a task that is no part of Curvlab: if it is yours, say so by own=['{held['task']}']"
+        )
     if data is not None:
         config = record.replace_folder(config, str(config["paths"]["data"]), str(data))
     world = World(device=torch.device(device))
-    before = rng.get_state(world.device)
-    try:
-        rng.seed_everything(config["seed"])
-        parts = build_parts(config, world)
-    finally:
-        rng.set_state(before, world.device)
-    loaded = LoadedRun(path, config, choices, *parts, step=0, device=world.device)
+
+    @functools.cache
+    def examples() -> DataModule:
+        _require_known({"dataset": config["dataset"]}, own, path)
+        with _seeded(config["seed"], world.device):
+            found = build_data(config["dataset"], config["seed"], world)
+        if held is not None and held["preparation"] is not None and config["model"].get("pretrained"):
+            scale, shift = (torch.tensor(held["preparation"][name]).double().flatten() for name in ("scale", "shift"))
+            found.normalise((-shift / (255 * scale)).tolist(), (1 / (255 * scale)).tolist())
+        return found
+
+    with _seeded(config["seed"], world.device):
+        if held is None or weights is None:
+            loaded = LoadedRun(path, config, choices, *build_parts(config, world), step=0, device=world.device)
+            loaded.preparation = kept.preparation(loaded.data)
+        else:
+            recalled = kept.recalled(held, examples)
+            spared = {"pretrained": False} if "pretrained" in config["model"] else {}  # its weights are replaced anyway
+            learning = build_learning({**config, "model": {**config["model"], **spared}}, recalled, world)
+            loaded = LoadedRun(path, config, choices, recalled, *learning, step=0, device=world.device)
+            if held["preparation"] is not None:
+                loaded.preparation = Preparation(**held["preparation"])
     if weights is not None:
         loaded.load(weights)
     elif config.get("init_from"):
         warm_start(loaded.model, config["init_from"])
     loaded.model.eval()
     return loaded
+
+
+def _require_known(nodes: Mapping[str, Any], own: Collection[str], path: Path) -> None:
+    for where, target in targets(nodes):
+        if target not in own and not is_known(where, target):
+            raise UserError(
+                f"{path}/config.yaml has {where}={target}, which is no part of Curvlab or of its packages for this "
+                f"place: if it is yours, say so by own=['{target}']"
+            )
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it, the global generators begin as a run's do; then they are as they were."""
+    before = rng.get_state(device)
+    try:
+        rng.seed_everything(seed)
+        yield
+    finally:
+        rng.set_state(before, device)
