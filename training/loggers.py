@@ -8,7 +8,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from torch.utils.tensorboard.summary import text as text_summary
 
 from training.runs.folder import Record, plain
 from training.runs.run import Logger, Run
+from training.show import heart, report
 from training.show.event_file import EventFile, sizes, take_back
+from training.show.header import header, shown
 from training.show.report import duration
 
 #: Keys of an event that are not metrics.
@@ -200,9 +202,10 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, bool | int | fl
 
 
 class Console(Logger):
-    """The terminal: a live progress bar, a line an evaluation, and a table of results at the end.
+    """The terminal: what the run is, a live progress bar, a line an evaluation, and a table of results at the end.
 
-    Where output is no terminal there is no bar.
+    Where output is no terminal there is no bar, and a line at least every half a minute. Of a sweep's runs it draws the
+    bar alone.
 
     Args:
         progress: whether to draw the bar at all.
@@ -215,34 +218,36 @@ class Console(Logger):
         self._next = 0.0
         self._since = (0.0, 0.0)
         self._out = rich.console.Console(highlight=False)
+        self._stack = ExitStack()
 
     def start(self, run: Run) -> None:
         """See Logger."""
         self._out = rich.console.Console(highlight=False)
+        if not report.brief():
+            self._print(header(run))
+        self._stack.enter_context(heart.at(lambda: "" if self._bar is not None else _at(run, self._shown)))
         screen = self._out if self._out.is_terminal else rich.console.Console(stderr=True)
         if self.progress and screen.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[values]}"))
-            self._bar = Progress(*columns, console=screen)
+            width = max(5, min(40, screen.width - 75))
+            columns = TextColumn("{task.description}"), BarColumn(width), TextColumn("{task.fields[values]}")
+            self._bar = Progress(*columns, console=screen, transient=True)  # what it says is over with the run
             task = self._bar.add_task("starting", total=1.0, values="")
             self._bar.update(task, completed=run.progress)
             self._bar.start()
         self._since = time.perf_counter(), run.progress
-        if run.resumed:
+        if run.resumed and not report.brief():
             self._print(f"resumed at step {run.step}, epoch {run.epoch:.2f}")
 
     def _print(self, text: str) -> None:
         out = self._bar.console if self._bar is not None and self._out.is_terminal else self._out
         out.print(text, soft_wrap=True, markup=False)
+        heart.spoke()
 
     def log(self, record: dict[str, Any]) -> None:
         """See Logger."""
         self._shown |= {k: v for k, v in record.items() if k not in HEADER}
-        if record["event"] == "eval":
-            values = {k: v for k, v in record.items() if k.startswith("val/")} | {
-                k: v for k, v in self._shown.items() if k == "train/loss"
-            }
-            numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self._print(f"epoch {record['epoch']:.2f}  step {record['step']}  {numbers}  {record['seconds']:.1f} s")
+        if record["event"] == "eval" and not report.brief():
+            self._print(epoch_line(record, self._shown.get("train/loss")))
 
     def on_step(self, run: Run) -> None:
         """See Logger."""
@@ -265,8 +270,9 @@ class Console(Logger):
     def finish(self, run: Run, summary: dict[str, Any]) -> None:
         """See Logger."""
         self.close()
-        path = run.folder.path.absolute()
-        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        if report.brief():
+            return
+        path = shown(run.folder.path)
         seconds = summary["seconds"]
         self._print(
             f"{summary['status'].replace('_', ' ')} after {summary['steps']} steps, {summary['epochs']:.4g} epochs, "
@@ -276,13 +282,36 @@ class Console(Logger):
         if remark := summary.get("remark"):
             self._print(remark)
         self._print(f"run folder:   {path}")
-        self._print(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))}")
+        self._print(f"TensorBoard:  tensorboard --logdir {shlex.quote(path)}")
 
     def close(self) -> None:
         """See Logger."""
+        self._stack.close()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def epoch_line(record: dict[str, Any], loss: float | None, width: int = 80) -> str:
+    """What an evaluation found, in a line that fits.
+
+    Args:
+        record: the event.
+        loss: of training, last; None: unknown.
+        width: of the line: with less room there are fewer digits, then fewer metrics.
+    """
+    begin = [f"epoch {record['epoch']:.2f}", f"step {record['step']}"]
+    metrics = {name: value for name, value in record.items() if name.startswith("val/")}
+    end = [duration(record["seconds"])]
+    for digits, kept in ((4, len(metrics)), (3, len(metrics)), *((3, n) for n in range(len(metrics) - 1, 0, -1))):
+        shown = [_figure(name, value, digits) for name, value in metrics.items()]
+        parts = [f"{name} {text}" for name, text in zip(metrics, shown, strict=True)][:kept]
+        train = [f"train/loss {loss:.{digits}g}"] if loss is not None else []
+        for part in ([*parts, *train], parts):
+            line = "  ".join([*begin, *part, *end])
+            if len(line) <= width:
+                return line
+    return line
 
 
 def _results_table(summary: dict[str, Any], metrics: list[str]) -> Table:
@@ -299,8 +328,17 @@ def _results_table(summary: dict[str, Any], metrics: list[str]) -> Table:
     return table
 
 
-def _figure(name: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4g}"
+def _figure(name: str, value: float, digits: int = 4) -> str:
+    return f"{100 * value:.{digits - 2}f} %" if name.endswith("accuracy") else f"{value:.{digits}g}"
+
+
+def _at(run: Run, shown: dict[str, float]) -> str:
+    """Where a run is, for those who watch no bar."""
+    doing = {"training": "training", "evaluation": "evaluating"}.get(run.clock.kind, "at work")
+    if run.clock.kind == "training" and run.step == 0:
+        doing = "in its first step"
+    loss = f"  train/loss {shown['train/loss']:.4g}" if "train/loss" in shown else ""
+    return f"{_position(run)}  {doing}{loss}"
 
 
 def _position(run: Run) -> str:

@@ -22,7 +22,7 @@ def test_a_sweep_and_its_second_launch(quick: Callable[..., Outcome], work: Path
         "optimizer-adam_seed-0", "optimizer-adam_seed-1", "optimizer-sgd_seed-0", "optimizer-sgd_seed-1",
     ]  # fmt: skip
     assert {run.parent.name for run in found} == {"mlp_digits"}, "named after what the runs have in common"
-    assert "4 runs" in outcome.out and outcome.out.count("finished") == 4
+    assert "4 runs" in outcome.out and outcome.out.count(": finished") == 4
     assert list(work.iterdir()) == [work / "multirun"]
 
     # One run killed on the way: the second launch resumes it and leaves the others alone.

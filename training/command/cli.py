@@ -23,6 +23,7 @@ from training.runs.claims import release
 from training.runs.record import RunConfig
 from training.settings.composition import Sweep, prepare
 from training.settings.own import reachable
+from training.show import heart
 
 # Hydra would print exceptions in its own way and exit; with this they reach `main`.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -78,7 +79,8 @@ def _run(train: Train, job: Callable[[], Any], given: list[str]) -> None:
     asked = prepare(given, say)
     if isinstance(asked, RunConfig):
         try:
-            train(asked)
+            with heart.beating(), heart.at(lambda: "preparing the run: its data, its model, its optimizer"):
+                train(asked)
         finally:
             release()
         return
@@ -87,8 +89,11 @@ def _run(train: Train, job: Callable[[], Any], given: list[str]) -> None:
         return
     if isinstance(asked, Sweep) and asked.native:
         say(f"sweep of {len(asked.commands)} in {asked.folder}")
-        start = jobs.launch if asked.workers == 1 else workers.launch
-        start(train, asked, _rows)
+        if asked.workers > 1:
+            workers.launch(train, asked, _rows)
+            return
+        with heart.beating():
+            jobs.launch(train, asked, _rows)
         return
     sys.argv = [sys.argv[0], *(asked.arguments if isinstance(asked, Sweep) else asked)]
     began = time.time()

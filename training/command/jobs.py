@@ -16,7 +16,7 @@ from training.runs.claims import release, turn
 from training.runs.folder import PLAN, RunFolder, atomic_file, unwritable
 from training.runs.record import RunConfig
 from training.settings.composition import Sweep
-from training.show import report
+from training.show import heart, report
 
 Train = Callable[[RunConfig], tuple[dict[str, Any], Path]]
 #: A job's label and its summary.
@@ -38,8 +38,10 @@ def launch(train: Train, sweep: Sweep, rows: list[Row]) -> None:
     write_plan(sweep)
     labels = sweep.labels
     for index in sweep.due:
-        say(f"\nrun {index + 1} of {len(labels)}: {labels[index]}")
-        rows.append((labels[index] or "run 1", perform(train, sweep, index)))
+        label = labels[index] or "run 1"
+        with report.in_brief(), heart.at(lambda label=label: f"{label}: its data, its model, its optimizer"):
+            rows.append((label, perform(train, sweep, index)))
+        say(f"{index + 1} of {len(labels)}  {report.outcome(*rows[-1])}")
 
 
 def perform(train: Train, sweep: Sweep, index: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from training.errors import ProcessLost, UserError
 from training.loop.launch import is_main
 from training.loop.signals import Interrupted, requested
-from training.show import report
+from training.show import heart, report
 
 if TYPE_CHECKING:
     from training.loop.distributed import World
@@ -30,6 +30,7 @@ def say(text: str) -> None:
     """A line on the terminal, from rank 0 alone; "" says nothing."""
     if text and is_main():
         report.say(text)
+        heart.spoke()
 
 
 def complain(error: Exception) -> None:

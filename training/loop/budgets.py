@@ -151,6 +151,11 @@ class Clock:
         finally:
             self._switch(previous)
 
+    @property
+    def kind(self) -> str:
+        """What seconds are counted as now."""
+        return self._kind
+
     def seconds(self, kind: Literal["training", "evaluation", "other", "wall"] = "training") -> float:
         """Seconds of a kind so far."""
         running = time.perf_counter() - self._since if kind in (self._kind, "wall") else 0.0

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -34,25 +39,85 @@ def say(*parts: Any) -> None:
         console.print(part, soft_wrap=isinstance(part, str))
 
 
+_brief: list[bool] = []
+
+
+@contextmanager
+def in_brief() -> Iterator[None]:
+    """Within it, runs are told of in a line each, by whoever has them run."""
+    _brief.append(True)
+    try:
+        yield
+    finally:
+        _brief.pop()
+
+
+def brief() -> bool:
+    """Whether it is so."""
+    return bool(_brief)
+
+
 def sweep_table(rows: Sequence[tuple[str, Mapping[str, Any]]], monitor: str) -> Table:
-    """One line a job of a sweep, with the metrics of its best weights.
+    """What became of the jobs of a sweep, by the metrics of their best weights, the best first.
+
+    Jobs that differ in their seed alone share a line: mean ± standard deviation over seeds.
 
     Args:
         rows: a job's name and its summary.
         monitor: the metric that chooses the best weights.
     """
-    table = Table(title=f"{len(rows)} runs; metrics of each run's best weights by {monitor}", title_justify="left")
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for label, summary in rows:
+        groups.setdefault(re.sub(r"(^|_)seed-\d+", "", label).strip("_") or "all", []).append(summary)
+    if len(groups) == len(rows):
+        groups = {label: [summary] for label, summary in rows}
+    several = any(len(found) > 1 for found in groups.values())
+    title = f"{len(rows)} runs, best weights by {monitor}" + (", mean ± std over seeds" if several else "")
+    table = Table(title=title, title_justify="left")
     test = f"test/{monitor.split('/')[-1]}"
     table.add_column("run", overflow="fold")
-    table.add_column("status", no_wrap=True)
+    table.add_column("status")
     for name in (monitor, test, "training s"):
         table.add_column(name, justify="right", no_wrap=True)
-    for label, summary in rows:
-        best, seconds = summary.get("best") or {}, summary.get("seconds") or {}
-        status = str(summary.get("status", "unfinished")).replace("_", " ")
-        shown = [_figure(name, best.get(name)) for name in (monitor, test)]
-        table.add_row(label, status, *shown, f"{seconds['training']:.1f}" if "training" in seconds else "")
+    sign = -1 if monitor.endswith("accuracy") else 1
+
+    def rank(found: Sequence[Mapping[str, Any]]) -> float:
+        values = _values(found, monitor)
+        return sign * statistics.fmean(values) if values else math.inf
+
+    ranked = sorted(groups.items(), key=lambda item: rank(item[1]))
+    for place, (label, found) in enumerate(ranked):
+        wins = place == 0 and len(ranked) > 1 and rank(found) < math.inf
+        cells = [_spread(name, _values(found, name)) for name in (monitor, test)]
+        seconds = [(one.get("seconds") or {}).get("training") for one in found]
+        took = [value for value in seconds if value is not None]
+        table.add_row(
+            label, _statuses(found), f"* {cells[0]}" if wins else cells[0], cells[1],
+            f"{statistics.fmean(took):.1f}" if took else "",
+        )  # fmt: skip
+    if len(ranked) > 1 and rank(ranked[0][1]) < math.inf:
+        table.caption, table.caption_justify = "* the best", "left"
     return table
+
+
+def _values(found: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    values = [(summary.get("best") or {}).get(name) for summary in found]
+    return [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def _statuses(found: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter(str(summary.get("status", "unfinished")).replace("_", " ") for summary in found)
+    return ", ".join(status if len(found) == 1 else f"{count} {status}" for status, count in counts.items())
+
+
+def _spread(name: str, values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = _figure(name, statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    width = statistics.stdev(values)
+    return f"{mean.removesuffix(' %')} ± {_figure(name, width) if '%' in mean else f'{width:.2g}'}"
 
 
 def outcome(label: str, summary: Mapping[str, Any]) -> str:
@@ -64,7 +129,8 @@ def outcome(label: str, summary: Mapping[str, Any]) -> str:
     """
     monitor, best, seconds = summary.get("monitor"), summary.get("best") or {}, summary.get("seconds") or {}
     parts = [str(summary.get("status", "unfinished")).replace("_", " ")]
-    parts += [f"{monitor} {_figure(monitor, best[monitor])}"] if monitor and monitor in best else []
+    shown = {monitor: monitor, f"test/{monitor.split('/')[-1]}": "test"} if monitor else {}
+    parts += [f"{short} {_figure(name, best[name])}" for name, short in shown.items() if name in best]
     parts += [f"{seconds['training']:.1f} s"] if "training" in seconds else []
     return f"{label}: {', '.join(parts)}"
 

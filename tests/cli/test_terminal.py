@@ -1,0 +1,82 @@
+"""What the terminal says: a header, lines that fit, a sign of life, and of a sweep a line a run and one table."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Outcome, runs, summary
+from training.loggers import epoch_line
+from training.show import heart, report
+
+
+def test_a_run_says_what_it_is_before_its_first_step(quick: Callable[..., Outcome], work: Path) -> None:
+    outcome = quick("logger=default", "logger.tensorboard=null", "optimizer=kfac", "averaging=ema")
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("epoch "))
+    head = "\n".join(lines[:first])
+    (run,) = runs(work)
+    for part in (
+        r"optimizer +kfac: lr 0.1, .*damping .*averaging ema", r"model +mlp, 1,210 parameters",
+        r"data +digits: 1,280 to train on, 144 to validate, \d+ to test; 10 classes",
+        r"on +cpu \(\d+ threads\), fp32, 1 process", r"budget +1 epoch, 20 steps of 64",
+        rf"run folder +{re.escape(str(run.relative_to(work)))}",
+    ):  # fmt: skip
+        assert re.search(part, head.replace("\n" + " " * 12, " ")), (part, head)
+    assert max(len(line) for line in lines if "run folder" not in line and "TensorBoard" not in line) <= 80
+
+
+@pytest.mark.parametrize("names", ["loss accuracy", "loss perplexity", "loss wasserstein frechet_mnist"])
+@pytest.mark.parametrize("value", [0.5, 1.23456e-05, 123456.789])
+def test_an_epoch_fits_a_line(names: str, value: float) -> None:
+    values = {f"val/{name}": min(value, 1.0) if name == "accuracy" else value for name in names.split()}
+    for epoch, step, seconds in ((1.0, 20, 3.25), (350.0, 136_718, 45_296.0)):
+        record: dict[str, Any] = {"event": "eval", "epoch": epoch, "step": step, "seconds": seconds} | values
+        line = epoch_line(record, value)
+        assert len(line) <= 80 and line.split()[3] == str(step) and "val/loss" in line
+
+
+def test_silence_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(heart, "SILENCE", 0.05)
+    monkeypatch.setattr(heart, "_LOOK", 0.01)
+    with heart.beating(), heart.at(lambda: "preparing"):
+        time.sleep(0.12)
+        with heart.at(lambda: "evaluating"):
+            time.sleep(0.12)
+    said = capsys.readouterr().out
+    assert re.search(r"^preparing  \(0 s\)$", said, re.MULTILINE) and "evaluating  (0 s)" in said
+    time.sleep(0.1)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_sweep_is_a_line_a_run_and_one_table(command: Callable[..., Outcome], work: Path) -> None:
+    given = ("model=mlp", "model.hidden=[8]", "callbacks=none", "logger.tensorboard=null", "trainer.max_epochs=1")
+    outcome = command("-m", *given, "optimizer=sgd,adam", "seed=0,1")
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in outcome.out.splitlines() if line]
+    assert [line.split("  ")[0] for line in lines[1:5]] == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"]
+    assert all("val/accuracy" in line and " test " in line for line in lines[1:5])
+    assert "mean ± std over seeds" in lines[5] and max(map(len, lines[5:])) <= 80
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    best = {}
+    for run in runs(work, "multirun/*/*"):
+        key = re.match(r"optimizer-(\w+?)_", run.name)
+        best.setdefault(f"optimizer-{key[1]}", []).append(summary(run)["best"]["val/accuracy"])  # type: ignore[index]
+    order = sorted(best, key=lambda label: -sum(best[label]))
+    assert [row[0] for row in table] == order and table[0][2].startswith("* ") and table[0][1] == "2 finished"
+    assert all("±" in row[2] and row[3].endswith("%") for row in table)
+    one, two = (100 * value for value in best[order[0]])
+    assert table[0][2] == f"* {(one + two) / 2:.2f} ± {abs(one - two) / 2**0.5:.2f} %"
+
+
+def test_rows_without_seeds_keep_their_names() -> None:
+    rows = [("lr-1_seed-0", {"status": "finished", "best": {"val/loss": 2.0}}), ("lr-2_seed-0", {"status": "failed"})]
+    table = report.sweep_table(rows, "val/loss")
+    assert [*table.columns[0].cells] == ["lr-1_seed-0", "lr-2_seed-0"]
+    assert [*table.columns[1].cells] == ["finished", "failed"] and [*table.columns[2].cells] == ["* 2", ""]
