@@ -5,12 +5,16 @@ Examples: `python train.py optimizer=adafisher model=resnet18 dataset=digits`, `
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # until all is imported, Ctrl-C ends the process without a trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from omegaconf import DictConfig
@@ -34,7 +38,7 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
     from training.runs import resume
     from training.runs.warm_start import warm_start
     from training.settings.loading import build_parts
-    from training.settings.schema import build, build_optimizers, build_scalars, build_schedule, refusals
+    from training.settings.schema import build, build_named, build_optimizers, build_scalars, build_schedule, refusals
 
     config = run.values
     with ExitStack() as stack:
@@ -54,8 +58,7 @@ def train(run: RunConfig) -> tuple[dict[str, Any], Path]:
         optimizer = build_optimizers(config, model, likelihood=task.likelihood, seed=config["seed"])
         schedule = build_schedule(config["scheduler"])
         scalars = build_scalars(config["schedules"])
-        callbacks = [build(node, f"callbacks.{name}") for name, node in config["callbacks"].items()]
-        loggers = [build(node, f"logger.{name}") for name, node in config["logger"].items()]
+        callbacks, loggers = build_named(config["callbacks"], "callbacks"), build_named(config["logger"], "logger")
         with refusals("trainer", config["trainer"]):
             trainer.check(
                 data, task, world, callbacks, model=model, optimizer=optimizer, schedule=schedule, scalars=scalars

@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import DataError, DataModule
+from data.base import BatchLoader, DataError, DataModule
 from data.memory import InMemoryLoader
 
 #: The file of a run folder that holds it.
@@ -100,7 +100,7 @@ def recalled(held: Mapping[str, Any], build: Callable[[], DataModule]) -> DataMo
         held: that.
         build: makes the set, or says why it cannot; called once at most.
     """
-    train, val, test = (Deferred(build, split) for split in ("train", "val", "test"))
+    train, val, test = (cast(BatchLoader, Deferred(build, split)) for split in ("train", "val", "test"))
     names = held["class_names"] or held["facts"].get("words", [])
     return DataModule(held["name"], held["task"], dict(held["facts"]), train, val, test, names, held["plateau"])
 

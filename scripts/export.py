@@ -41,6 +41,9 @@ SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt
 class OfBytes(nn.Module):
     """A model behind the normalisation of its inputs: from bytes ``[b, C, H, W]``."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, model: nn.Module, prepared: Preparation) -> None:
         super().__init__()
         self.model = model

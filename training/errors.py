@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,3 +48,24 @@ def hidden(module: str) -> str:
     if place is None or found is None or Path(found).is_relative_to(Path.cwd()):
         return ""
     return f"; {place} of this folder is hidden by another module of that name: rename it"
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """The sentence about what did not fit into memory; None of any other error.
+
+    Args:
+        error: Python's, or torch's of the CPU or of a GPU.
+    """
+    text = " ".join(str(error).split())
+    gpu = type(error).__name__ == "OutOfMemoryError"
+    if not (gpu or isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text):
+        return None
+    size = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text)
+    asked = ""
+    if size:
+        asked = f" for {int(size[1]) / 1e9:.3g} GB at once" if size[1] else f" for {size[2]} at once"
+    whose = "the GPU's memory" if gpu else "this machine's memory"
+    return (
+        f"{whose} does not suffice{asked}: choose a smaller model or dataset.batch_size (trainer.accumulate=2 makes "
+        "two batches a step), or another optimizer; debug=summary says what one holds"
+    )

@@ -176,7 +176,10 @@ class Trainer:
             suited.check_optimizer(optimizer, task, compiled=self.compile, clipped=self.clip_norm is not None)
             Scalars(optimizer, scalars or {})
         for callback in callbacks:
-            callback.check(task)
+            try:
+                callback.check(task)
+            except ValueError as error:
+                raise UserError(f"{callback.where}.{error}") from error
         if model is not None:
             self._check_weights(model)
             suited.check_outputs(model, data, task)

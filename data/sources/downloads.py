@@ -10,7 +10,7 @@ import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from textwrap import shorten
@@ -29,9 +29,20 @@ UNREACHABLE = (OSError, HTTPException, ValueError)
 @contextmanager
 def alone(root: Path) -> Iterator[None]:
     """Within it, this is the one process of all that fetches into a folder, and a silent server raises."""
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / ".lock"), _socket_timeout(SILENCE):
-        yield
+    lock = root / ".lock"
+    try:
+        with FileLock(lock), _socket_timeout(SILENCE):
+            yield
+    except BaseException:  # what was refused leaves nothing: no lock, and no folder that is empty
+        with suppress(OSError):
+            lock.unlink()
+        inner = sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True) if made else []
+        for folder in (*inner, *made):
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def test_what_only_two_values_together_make_wrong_is_found_when_it_is_due(
 ) -> None:
     outcome = quick("-m", "optimizer=sgd", "optimizer.momentum=0.9,0", "optimizer.nesterov=false,true")
     assert outcome.code == 1 and "Nesterov momentum requires a momentum" in outcome.sentence()
-    assert outcome.out.count("finished") == 3 and outcome.out.count(" failed ") == 1
+    assert outcome.out.count(": finished") == 3 and outcome.out.count(": failed") == 1
     found = {path.parent.name[:-9]: summary(path.parent) for path in work.glob("multirun/*/*/summary.json")}
     assert set(found) == {
         "optimizer.momentum-0.9_optimizer.nesterov-False", "optimizer.momentum-0.9_optimizer.nesterov-True",

@@ -110,7 +110,7 @@ def test_a_study_serves_without_an_experiment() -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["study=adafisher/cn"], r"study has no choice 'adafisher/cn' \(did you mean 'adafisher/cnn'\?\); it has"),
+        (["study=adafisher/cn"], r"study has no choice 'adafisher/cn' \(did you mean 'adafisher/cnn'\?\)"),
         (["experiment=koroko/curves", "study=null"], r"study must be one of adafisher/cnn, .*, got null"),
         (["~study"], r"study is missing from the configuration: ~ cannot remove it"),
         (["study.batch=3"], r"unknown key 'study.batch'"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Outcome, metrics, runs, summary
+from tests.cli.conftest import Outcome, metrics, runs, summary, unfinish
 from tests.conftest import ROOT
 from training.runs.record import load
 from training.settings.composition import compose
@@ -100,6 +100,7 @@ def test_a_model_by_its_name_has_its_own_values_alone(command: Callable[..., Out
     assert "add dataset._target_=more.plain model._target_=more.Positional, or" in refused.sentence()
     resumed = command(*longer, *given[:2])
     assert resumed.code == 0 and summary(run)["steps"] == 8, resumed.err
+    unfinish(run)
     again = command(*BRIEF, *given, "dataset.batch_size=9", "model.width=3", "trainer.max_steps=9", "resume=auto")
     assert again.code == 0 and summary(run)["steps"] == 9, again.err
     shown = command("--cfg", "job", "model._target_=more.Positional", "model.width=3")

@@ -30,7 +30,7 @@ def test_a_run_and_its_folder(command: Callable[..., Outcome], work: Path) -> No
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_s3_[0-9a-f]{8}", run.name)
     assert f"tensorboard --logdir {run.relative_to(work)}" in outcome.out
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "summary.json", "train.log", "tensorboard", "checkpoints",
+        "config.yaml", "data.json", "metrics.jsonl", "summary.json", "train.log", "tensorboard", "checkpoints",
         "loss.png", "accuracy.png", "lr.png",
     }  # fmt: skip
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -90,13 +90,37 @@ def test_resume_auto(quick: Callable[..., Outcome], work: Path) -> None:
     assert outcome.code == 0 and f"resuming {run.relative_to(work)} from step_" in outcome.out
     assert runs(work) == [run] and metrics(run) == expected
 
-    outcome = quick("resume=auto", "trainer.max_epochs=4")
+    outcome = quick(f"resume={run}", "trainer.max_epochs=4")
     assert outcome.code == 0 and "resuming" in outcome.out
     assert summary(run)["epochs"] == 4
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 4
 
     assert quick("resume=auto", "trainer.max_epochs=3", "seed=1").code == 0
     assert len(runs(work)) == 2, "another configuration is another run"
+
+
+def test_resume_auto_leaves_other_runs_alone(quick: Callable[..., Outcome], work: Path) -> None:
+    assert quick("optimizer=adam").code == 0
+    (run,) = runs(work)
+    before = (run / "config.yaml").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    outcome = quick("optimizer=adam", "trainer.max_epochs=2", "resume=auto")
+    assert outcome.code == 0 and "has finished another budget, starting a new one (resume=" in outcome.out
+    unfinish(run)
+    outcome = quick("optimizer=adam", "resume=auto", "name=new")
+    assert outcome.code == 0 and "no run of this configuration to resume" in outcome.out
+    assert [path.parent.name for path in runs(work)] == ["adam_mlp_digits", "adam_mlp_digits", "new"]
+    assert (run / "config.yaml").read_bytes() == before[0] and (run / "summary.json").exists() is False
+    outcome = quick("optimizer=adam", "resume=auto")
+    assert f"resuming {run.relative_to(work)}" in outcome.out or "begins again" in outcome.out
+
+
+def test_a_budget_takes_the_place_of_the_default_one() -> None:
+    assert compose(["trainer.max_steps=100"]).values["trainer"]["max_epochs"] is None
+    assert compose(["trainer.max_time=60"]).values["trainer"]["max_epochs"] is None
+    assert compose(["debug=smoke", "trainer.max_epochs=1"]).values["trainer"]["max_steps"] is None
+    assert compose(["trainer.max_steps=null"]).values["trainer"]["max_epochs"] == 40
+    same = ["trainer.max_steps=100"], ["trainer.max_steps=100", "trainer.max_epochs=null"]
+    assert compose(same[0]).job_id == compose(same[1]).job_id
 
 
 def test_resume_auto_begins_again_where_a_run_has_no_checkpoint(quick: Callable[..., Outcome], work: Path) -> None:

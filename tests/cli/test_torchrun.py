@@ -39,7 +39,7 @@ def test_one_folder_and_a_resumed_run(work: Path) -> None:
     assert summary(run)["status"] == "finished" and summary(run)["hardware"]["processes"] == 2
     assert done.stdout.count("run folder:") == 1 and done.stdout.count("no run of this configuration") == 1
     assert len(list((run / "tensorboard").iterdir())) == 1, "rank 0 alone writes"
-    done = torchrun(work, "logger=default", "optimizer=kfac", "resume=auto", "trainer.max_epochs=2")
+    done = torchrun(work, "logger=default", f"resume={run}", "trainer.max_epochs=2")
     assert done.returncode == 0, done.stderr
     assert runs(work) == [run] and summary(run)["epochs"] == 2
     assert [event["epoch"] for event in metrics(run) if event["event"] == "eval"] == [1, 2]

@@ -521,7 +521,7 @@ def test_a_run_and_its_continuation(command: Callable[..., Outcome], work: Path)
     assert re.search(r"critic.lr is 0.002 in the checkpoint", refused.sentence())
     assert command(f"resume={run}", "trainer.max_steps=7").code == 0
     assert summary(run)["steps"] == 7
-    again = command(*GAME, *players, "resume=auto", "trainer.max_steps=9")
+    again = command(f"resume={run}", "trainer.max_steps=9")
     assert again.code == 0 and summary(run)["steps"] == 9 and runs(work) == [run]
 
 

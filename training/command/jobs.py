@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def launch(train: Train, sweep: Sweep, rows: list[Row]) -> None:
     labels = sweep.labels
     for index in sweep.due:
         label = labels[index] or "run 1"
-        with report.in_brief(), heart.at(lambda label=label: f"{label}: its data, its model, its optimizer"):
+        with report.in_brief(), heart.at(partial("{}: its data, its model, its optimizer".format, label)):
             rows.append((label, perform(train, sweep, index)))
         say(f"{index + 1} of {len(labels)}  {report.outcome(*rows[-1])}")
 

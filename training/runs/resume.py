@@ -18,7 +18,7 @@ from training.loop.distributed import World
 from training.runs import checkpoints
 from training.runs.claims import NAME, claim, describe, release, turn
 from training.runs.folder import RunFolder, atomic_file, file_name, label_name, unwritable
-from training.runs.record import RunConfig, find, load
+from training.runs.record import BUDGETS, RunConfig, find, load
 
 # These runs have ended; every other status (interrupted, failed, or none after a kill) leaves something to resume.
 ENDED = ("finished", "stopped_early", "diverged")
@@ -69,9 +69,11 @@ def plan(run: RunConfig, begun: str | None = None) -> Start:
         return Start(_fresh(run))
     if begun is None and resume != "auto":
         return _from(run, *find(resume))
-    newest = Path(begun) if begun is not None else next(iter(_runs_like(run)), None)
+    newest, passed = (Path(begun), None) if begun is not None else _newest(run)
     if newest is None:
-        return Start(_fresh(run), note="resume=auto: no run of this configuration to resume, starting a new one")
+        why = "no run of this configuration to resume" if passed is None else f"{passed} has finished another budget"
+        way = "" if passed is None else f" (resume={passed} carries it on)"
+        return Start(_fresh(run), note=f"resume=auto: {why}, starting a new one{way}")
     start = _from(run, newest, None, auto=True)
     if start is None:
         release()
@@ -240,6 +242,30 @@ def _runs_like(run: RunConfig) -> list[Path]:
         and ((path / "config.yaml").is_file() or _is_unborn(path))
     ]
     return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _newest(run: RunConfig) -> tuple[Path | None, Path | None]:
+    """The newest run of this configuration and name; and the one that was passed over, for it finished another budget.
+
+    A run that has not ended goes on whatever its budget was.
+    """
+    passed = None
+    for path in _runs_like(run):
+        if path.parent.name != file_name(run.group_name):
+            continue
+        status = (RunFolder(path).read_summary() or {}).get("status")
+        try:
+            same = status != "finished" or _budget(load(path)[0]["trainer"]) == _budget(run.values["trainer"])
+        except UserError:  # its configuration is damaged: the command says all that the file would
+            same = True
+        if same:
+            return path, passed
+        passed = passed or path
+    return None, passed
+
+
+def _budget(trainer: Mapping[str, Any]) -> list[float | None]:
+    return [trainer.get(name) for name in BUDGETS]
 
 
 def _is_unborn(folder: Path) -> bool:

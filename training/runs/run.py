@@ -205,7 +205,12 @@ class Callback:
     """Called at fixed points of a run, on every rank; each method does nothing unless overridden.
 
     A callback whose decisions depend on the past returns that past from ``state_dict``: plain tensors and primitives.
+
+    Attributes:
+        where: its place in the configuration, for the sentences.
     """
+
+    where = "callbacks"
 
     def check(self, task: Task) -> None:
         """Before anything is written: raise ValueError if the callback cannot work on this task."""

@@ -15,7 +15,7 @@ from training.runs.record import RunConfig, find, load, replace_folder
 from training.settings.faults import PRESET, diagnose, fault_of_choice
 from training.settings.files import NOTHING, compose_files, known_choices, resolve, without_hydra
 from training.settings.overrides import name_of, opened, parse, quoted
-from training.settings.own import superseded
+from training.settings.own import other_budgets, superseded
 
 # Groups that a resumed run may choose anew: they do not change what is learned.
 FREE = ("paths", "logger", "callbacks")
@@ -83,10 +83,13 @@ def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence
     if OmegaConf.select(cfg, "resume") not in (None, "auto"):
         cfg, chosen = _take_up(cfg, chosen, command)
     dropped, names = superseded(cfg, command)
-    if dropped:
+    replaced = other_budgets(command)
+    if dropped or replaced:
         cfg = OmegaConf.create(OmegaConf.to_container(cfg))  # type: ignore[assignment]  # the caller's stays as it is
         for key in dropped:
             OmegaConf.select(cfg, key.rpartition(".")[0]).pop(key.rpartition(".")[2])
+        for key in replaced:
+            OmegaConf.update(cfg, key, None)
     chosen |= {f"optimizer@{where}" if where in PLAYERS else where: name for where, name in names.items()
                if "." not in where}  # fmt: skip
     return RunConfig(validate(resolve(cfg)), chosen, command)

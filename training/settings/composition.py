@@ -19,8 +19,8 @@ from training.settings.composing import FREE, compose, composition_of, settle
 from training.settings.faults import refuse_additions
 from training.settings.files import BEHAVIOUR, CONFIG_FOLDER, CONFIG_NAME, NOTHING, known_choices, without_hydra
 from training.settings.overrides import Arguments, flags_of, name_of, opened, parse, quoted
-from training.settings.own import is_own_choice, superseded
-from training.settings.sweeps import Sweep, label_of, prepare_sweep, taken_out
+from training.settings.own import is_own_choice, other_budgets, superseded
+from training.settings.sweeps import Sweep, label_of, prepare_sweep, require_plugin, taken_out
 
 __all__ = ["BEHAVIOUR", "CONFIG_FOLDER", "CONFIG_NAME", "Sweep", "compose", "current", "prepare", "settle"]
 
@@ -50,6 +50,10 @@ def prepare(argv: Sequence[str], tell: Callable[[str], None] = lambda line: None
     overrides = [parse(text) for text in given]
     refuse_additions(overrides, search)
     given = [*search, *_groups_of_resumed(overrides), *opened(given)]
+    for override in overrides:
+        require_plugin(override)
+        if not args.multirun and not (args.cfg or args.info):
+            _refuse_hydras_own(override)
     if args.multirun:
         sweep = prepare_sweep([parse(text) for text in given], workers, flags, tell)
         return sweep.arguments if args.cfg or args.info else sweep
@@ -61,8 +65,21 @@ def prepare(argv: Sequence[str], tell: Callable[[str], None] = lambda line: None
     if args.cfg or args.info:  # which show what is composed: nothing is to be built, and torch would take a while
         cfg = composition_of(given)
         dropped, _ = superseded(without_hydra(cfg), [text.removeprefix("++") for text in given])
-        return [*flags, *(f"~{key}" for key in dropped), *(text for text in given if text not in NOTHING)]
+        shown = [*(f"~{key}" for key in dropped), *(f"{key}=null" for key in other_budgets(given))]
+        return [*flags, *shown, *(text for text in given if text not in NOTHING)]
     return compose(given)
+
+
+def _refuse_hydras_own(override: Override) -> None:
+    """A setting of Hydra's that a single run has no use for, and would drop in silence."""
+    key = override.key_or_group
+    if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
+        advice = {
+            "hydra.run.dir": "runs go to paths.runs=FOLDER, in it to name=NAME",
+            "hydra/launcher": "add -m to launch the runs of a sweep",
+            "hydra/sweeper": "add -m to sweep",
+        }.get(key, "leave it out")
+        raise UserError(f"{override.input_line} is Hydra's, and nothing a single run goes by: {advice}")
 
 
 def current(cfg: DictConfig) -> RunConfig:

@@ -53,7 +53,8 @@ def fault_of_choice(override: Override, options: Mapping[str, list[str]]) -> str
         if not isinstance(choice, str):
             return f"{group} must be one of {', '.join(known)}, got {override.get_value_element_as_str()}"
         if choice not in known:
-            return f"{group} has no choice {choice!r}{did_you_mean(choice, known)}; it has {', '.join(known)}"
+            hint = did_you_mean(choice, known) or f"; it has {', '.join(known)}"
+            return f"{group} has no choice {choice!r}{hint}"
     return None
 
 

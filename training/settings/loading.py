@@ -183,7 +183,7 @@ class LoadedRun:
             inputs: as `prepare` returns them, or the loaders of ``data``.
         """
         asked = self.config["trainer"].get("precision", "fp32")
-        name = "fp32" if asked == "fp16" and self.device.type != "cuda" else asked
+        name: Any = "fp32" if asked == "fp16" and self.device.type != "cuda" else asked
         precision = Precision(name, self.device, self.config["trainer"].get("channels_last", False))
         precision.place(self.model)
         with precision.autocast():

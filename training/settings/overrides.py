@@ -98,6 +98,8 @@ def name_of(override: Override) -> str:
 def quoted(text: str) -> str:
     """Quote a regular expression, and the path of an existing file, that means something to Hydra's grammar."""
     key, _, value = text.partition("=")
+    if not value.isascii() and not re.search(r"[=,{}\[\]()'\"\\]", value):  # its grammar knows no such letters
+        return f"{key}='{value}'"
     if value.startswith(("'", '"')) or not re.search(r"[^\w./:~-]", value):
         return text
     if key in EXPRESSIONS:

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from training.names import PLAYERS, TARGET
+from training.runs.record import BUDGETS
 from training.settings.overrides import parse
 
 
@@ -82,3 +83,13 @@ def is_own_choice(group: str, choice: str, saved: Any) -> bool:
     return isinstance(node, dict) and str(node.get(TARGET, "")).rpartition(".")[2] == choice
 
 
+def other_budgets(command: Sequence[str]) -> list[str]:
+    """The keys of the budgets that a command replaces: a run has one, and the command's is in the place of any other.
+
+    Args:
+        command: overrides. Where they give several themselves, that is refused later, by whoever knows why.
+    """
+    keys = {f"trainer.{name}": name for name in BUDGETS}
+    given = {key: value for text in command for key, _, value in [text.partition("=")] if key in keys}
+    asked = [key for key, value in given.items() if value not in ("null", "")]
+    return [key for key in keys if key not in given] if len(asked) == 1 else []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import importlib
 import inspect
+import math
 import types
 import typing
 import warnings
@@ -25,7 +26,7 @@ from data.base import told
 from models import GAN
 from optimizers import Gaussian, build_optimizer
 from optimizers.packaged import Package
-from training.errors import UserError, did_you_mean, hidden
+from training.errors import UserError, did_you_mean, hidden, lack_of_memory
 from training.names import AROUND, PLAYERS, TARGET
 from training.runs.finetune import parameter_groups
 from training.schedules import Scalars, ScalarSchedule
@@ -152,6 +153,8 @@ def check_value(value: Any, hint: Any, where: str) -> Any:
     Raises:
         UserError: the value does not fit the hint.
     """
+    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and where.endswith(".lr"))):
+        raise UserError(f"{where} must be a finite number, got {value}")
     try:
         return _fit(value, hint, where)
     except TypeError:
@@ -198,6 +201,18 @@ def build(node: Mapping[str, Any], where: str, /, *, through: Callable[..., Any]
     options = {name: value for name, value in node.items() if name != TARGET}
     with refusals(where, options, function):
         return through(function, **options, **injected) if through else function(**options, **injected)
+
+
+def build_named(nodes: Mapping[str, Any], group: str) -> list[Any]:
+    """The callbacks, or loggers, of checked nodes; each knows its place, for sentences about it.
+
+    Raises:
+        UserError: one refused an option.
+    """
+    built = {f"{group}.{name}": build(node, f"{group}.{name}") for name, node in nodes.items()}
+    for where, one in built.items():
+        one.where = where
+    return [*built.values()]
 
 
 def build_optimizers(config: Mapping[str, Any], model: torch.nn.Module, **injected: Any) -> torch.optim.Optimizer:
@@ -341,7 +356,7 @@ def refusals(where: str, options: Collection[str] = (), function: Callable[..., 
     try:
         yield
     except Exception as error:
-        mendable = isinstance(error, UserError | ValueError | DataError)
+        mendable = isinstance(error, UserError | ValueError | DataError) or lack_of_memory(error)
         if function is not None and not is_ours(function) and not mendable:
             raise UserError(f"{where}: {_name(function)} raised {told(error)}") from error
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

@@ -12,11 +12,12 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from training.errors import UserError
+from training.errors import UserError, did_you_mean
 from training.loop.launch import place
 from training.runs.folder import shortened
 from training.runs.record import RunConfig
 from training.settings.composer import Composer
+from training.settings.files import tree_of
 from training.settings.overrides import due, jobs, name_of, values_of
 
 #: The one key of a command that is a sweep's and no job's.
@@ -124,9 +125,14 @@ def prepare_sweep(
     given = {name_of(override): override for override in overrides}
     if given.get("resume") and given["resume"].value() not in (None, "auto"):
         raise UserError("resume=PATH names one run, and a sweep resumes its own unfinished runs: leave resume out")
-    for override in overrides:
-        _require_package(override)
     discrete = all(override.is_discrete_sweep() for override in overrides if override.is_sweep_override())
+    for override in overrides:
+        if override.is_interval_sweep() and given.get("hydra/sweeper") is None:
+            key = override.key_or_group
+            raise UserError(
+                f"{override.input_line} is for sweepers that draw values, such as hydra/sweeper=optuna (pip install "
+                f"hydra-optuna-sweeper): name one, or give values, {key}=0.1,0.3,1"
+            )
     # A sweeper plugin will draw other values: what is fixed is checked.
     lists = values_of([o for o in overrides if discrete or not o.is_sweep_override()])
     composer = Composer(overrides)
@@ -231,11 +237,18 @@ def _queue(cfg: DictConfig, discrete: bool) -> dict[str, Any] | None:
     return OmegaConf.to_container(cfg.hydra.launcher, resolve=True)  # type: ignore[return-value]
 
 
-def _require_package(override: Override) -> None:
-    """Raise a sentence where a plugin of Hydra's is not installed."""
-    text = (override.input_line or "").lstrip("+")
+def require_plugin(override: Override) -> None:
+    """Raise a sentence where a plugin of Hydra's is not installed, or there is none of that name."""
+    group, text = override.key_or_group, (override.input_line or "").lstrip("+")
+    if group not in ("hydra/launcher", "hydra/sweeper"):
+        return
     package = PLUGINS.get(text)
     try:
         importlib.metadata.version(package or "hydra-core")
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(f"{text} needs a package that is not installed: pip install {package}") from error
+    value = override.value()
+    if package is None and value != "basic" and tree_of([text]) is None:
+        known = ["basic", *(name.partition("=")[2] for name in PLUGINS if name.startswith(f"{group}="))]
+        hint = did_you_mean(str(value), known) or f"; known are {', '.join(known)}, each of a package of its own"
+        raise UserError(f"{group} has no choice {value!r}{hint}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
@@ -24,6 +25,8 @@ def validate(values: Mapping[str, Any]) -> dict[str, Any]:
     checked = schema.check_options(_top_level, values, "")
     if not 0 <= checked["seed"] < 2**32:
         raise UserError(f"seed must be between 0 and 4294967295, got {checked['seed']}")
+    if (name := checked["name"]) is not None and (".." in Path(name).parts or Path(name).is_absolute()):
+        raise UserError(f"name must be that of a folder in paths.runs, got {name!r}: to write elsewhere set paths.runs")
     if checked["verify"] is not None and checked["verify"] < 1:
         raise UserError(f"verify must be at least 1 example, or null, got {checked['verify']}")
     checked["paths"] = schema.check_options(_paths, checked["paths"], "paths")

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from data import DataError
 from data.base import told
 from optimizers.wrapper import innermost
-from training.errors import UserError
+from training.errors import UserError, lack_of_memory
 from training.loop import rng
 from training.tasks.players import Players
 from training.tasks.task import Task
@@ -45,6 +45,8 @@ def check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
         except (UserError, DataError):
             raise
         except Exception as error:
+            if lack_of_memory(error):
+                raise
             raise UserError(
                 f"the model fails on an example of this data set, {list(inputs.shape[1:])}, with {told(error)}: choose "
                 "another model or another data set"
