@@ -303,14 +303,13 @@ def epoch_line(record: dict[str, Any], loss: float | None, width: int = 80) -> s
     begin = [f"epoch {record['epoch']:.2f}", f"step {record['step']}"]
     metrics = {name: value for name, value in record.items() if name.startswith("val/")}
     end = [duration(record["seconds"])]
-    for digits, kept in ((4, len(metrics)), (3, len(metrics)), *((3, n) for n in range(len(metrics) - 1, 0, -1))):
-        shown = [_figure(name, value, digits) for name, value in metrics.items()]
-        parts = [f"{name} {text}" for name, text in zip(metrics, shown, strict=True)][:kept]
-        train = [f"train/loss {loss:.{digits}g}"] if loss is not None else []
-        for part in ([*parts, *train], parts):
-            line = "  ".join([*begin, *part, *end])
-            if len(line) <= width:
-                return line
+    line = ""
+    for digits, kept in ((4, len(metrics)), *((3, count) for count in range(len(metrics), 0, -1))):
+        parts = [f"{name} {_figure(name, value, digits)}" for name, value in metrics.items()][:kept]
+        train = [f"train {loss:.{digits}g}"] if loss is not None else []
+        line = "  ".join([*begin, *parts, *train, *end])
+        if len(line) <= width:
+            break
     return line
 
 

@@ -179,6 +179,8 @@ class Trainer:
             try:
                 callback.check(task)
             except ValueError as error:
+                if not callback.where:
+                    raise
                 raise UserError(f"{callback.where}.{error}") from error
         if model is not None:
             self._check_weights(model)

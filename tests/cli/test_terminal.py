@@ -39,7 +39,7 @@ def test_an_epoch_fits_a_line(names: str, value: float) -> None:
     for epoch, step, seconds in ((1.0, 20, 3.25), (350.0, 136_718, 45_296.0)):
         record: dict[str, Any] = {"event": "eval", "epoch": epoch, "step": step, "seconds": seconds} | values
         line = epoch_line(record, value)
-        assert len(line) <= 80 and line.split()[3] == str(step) and "val/loss" in line
+        assert len(line) <= 80 and line.split()[3] == str(step) and "val/loss" in line and "train" in line
 
 
 def test_silence_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -207,10 +207,10 @@ class Callback:
     A callback whose decisions depend on the past returns that past from ``state_dict``: plain tensors and primitives.
 
     Attributes:
-        where: its place in the configuration, for the sentences.
+        where: its place in the configuration, for the sentences; "" without one.
     """
 
-    where = "callbacks"
+    where = ""
 
     def check(self, task: Task) -> None:
         """Before anything is written: raise ValueError if the callback cannot work on this task."""
