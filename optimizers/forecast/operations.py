@@ -28,7 +28,10 @@ MADE = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 #: Questions whose answer, True, is the exception: whether anything failed, is masked, is missing.
 EXCEPTIONS = {aten.any.default, aten.any.dim, aten.any.dims}
 
-#: Multiplications and additions of decompositions of [..., n, n], in n^3; of triangular solves, in n^2 a column.
+#: Multiplications and additions of solves with [..., n, n], in n^2 a column.
+SOLVES = {"linalg_solve_triangular": 1.0, "triangular_solve": 1.0, "cholesky_solve": 2.0}
+
+#: Multiplications and additions of decompositions of [..., n, n], in n^3.
 CUBIC = {
     "linalg_cholesky_ex": 1 / 3, "cholesky_inverse": 2 / 3, "_linalg_eigh": 9.0, "linalg_qr": 4 / 3,
     "geqrf": 4 / 3, "linalg_householder_product": 4 / 3, "linalg_inv_ex": 2.0, "_linalg_svd": 20.0,
@@ -97,9 +100,10 @@ class Operation:
         if self.name in CUBIC and likes and len(likes[0].size) >= 2:
             *many, n, m = likes[0].size
             return CUBIC[self.name] * torch.Size(many).numel() * max(n, m) * min(n, m) ** 2
-        if self.name in ("linalg_solve_triangular", "triangular_solve", "cholesky_solve") and len(likes) > 1:
-            *many, n, _ = max((like.size for like in likes), key=len)
-            return float(max(like.numel for like in likes) * n * (2 if self.name == "cholesky_solve" else 1))
+        if self.name in SOLVES and len(likes) > 1:
+            first, second = likes[:2]
+            matrix, columns = (first, second) if self.name == "linalg_solve_triangular" else (second, first)
+            return SOLVES[self.name] * columns.numel * max(matrix.size[-2:])
         return 0.0
 
     def bytes(self) -> int:

@@ -199,6 +199,12 @@ def test_prices_scale_what_is_too_large_to_be_timed() -> None:
     assert len(timed) == 2 and max(timed) < 1e9
 
 
+def test_a_triangular_solve_takes_the_square_of_its_side_for_each_column() -> None:
+    a, b = (Like((1, n, m), (n * m, m, 1), torch.float32) for n, m in ((6, 6), (4, 6)))
+    solve = Operation(torch.ops.aten.linalg_solve_triangular.default, (a, b), (("upper", False), ("left", False)), (b,))
+    assert solve.flops() == 6**2 * 4
+
+
 def _product(n: int) -> Operation:
     like = Like((n, n), (n, 1), torch.float32)
     return Operation(torch.ops.aten.mm.default, (like, like), (), (like,))
