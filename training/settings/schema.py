@@ -356,12 +356,13 @@ def refusals(where: str, options: Collection[str] = (), function: Callable[..., 
     try:
         yield
     except Exception as error:
-        mendable = isinstance(error, UserError | ValueError | DataError) or lack_of_memory(error)
-        if function is not None and not is_ours(function) and not mendable:
+        ours = isinstance(error, UserError | ValueError | DataError) or lack_of_memory(error)
+        peculiar = type(error).__module__.partition(".")[0] in PECULIAR
+        if function is not None and not is_ours(function) and not (ours or peculiar):
             raise UserError(f"{where}: {_name(function)} raised {told(error)}") from error
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{where}: {str(error.filename)[:80]}... is too long for the name of a file") from error
-        if not isinstance(error, ValueError) and type(error).__module__.partition(".")[0] not in PECULIAR:
+        if not isinstance(error, ValueError) and not peculiar:
             raise
         sentence = str(error)
         leads_with_option = sentence.split(" ", 1)[0].split("[")[0].rstrip(":,") in options
