@@ -24,13 +24,14 @@ pytestmark = pytest.mark.slow
 
 STEPS = 20
 KRONECKER = ["kfac", "ekfac", "kpsvd", "deflation", "kfac_corrected", "lanczos", "exact_ng", "twolevel_kfac"]
+SHARED = (("sampled", 1.0), ("sampled", 0.5), ("empirical", 0.5))  # estimates of F, and of which share of a batch
 # By name: an entry of the contract's OPTIMIZERS, and what differs from it.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     name: (name, {})
     for name in ("sgd", "adam", "adafisher", "adafisher_average", "adafisherw", "adahessian", "adahessian_delayed")
 } | {
     f"{name}_{fisher}_{fraction}": (name, {"fisher": fisher, "batch_fraction": fraction})
-    for name, fisher, fraction in itertools.product(KRONECKER, ("sampled", "empirical"), (1.0, 0.5))
+    for name, (fisher, fraction) in itertools.product(KRONECKER, SHARED)
 }
 CASES |= {
     f"twolevel_{coarse}": ("twolevel_kfac", {"coarse": coarse}) for coarse in ("residual", "tselepidis", "spectral")
