@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ Train = Callable[[RunConfig], tuple[dict[str, Any], Path]]
 Row = tuple[str, dict[str, Any]]
 
 
-
 def launch(train: Train, sweep: Sweep, rows: list[Row]) -> None:
     """Run the jobs of a sweep one after the other.
 
@@ -40,9 +40,26 @@ def launch(train: Train, sweep: Sweep, rows: list[Row]) -> None:
     labels = sweep.labels
     for index in sweep.due:
         label = labels[index] or "run 1"
-        with report.in_brief(), heart.at(partial("{}: its data, its model, its optimizer".format, label)):
+        building = partial("{}: its data, its model, its optimizer".format, label)
+        with _threads(sweep.threads), report.in_brief(), heart.at(building):
             rows.append((label, perform(train, sweep, index)))
         say(f"{index + 1} of {len(labels)}  {report.outcome(*rows[-1])}")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Within it, torch has so many threads; None: those it has."""
+    if count is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def perform(train: Train, sweep: Sweep, index: int) -> dict[str, Any]:

@@ -33,19 +33,19 @@ class Composer:
 
     Args:
         overrides: of the sweep.
+        varying: those that not all jobs share.
 
     Attributes:
-        plain: keys that are swept over plain values, unless a job's own files refer to them.
+        plain: keys that vary over plain values, unless a job's own files refer to them.
         cfg: the first job as Hydra composed it.
     """
 
-    def __init__(self, overrides: Sequence[Override]) -> None:
+    def __init__(self, overrides: Sequence[Override], varying: Sequence[Override]) -> None:
         groups = known_choices(overrides)
         self.plain = frozenset(
             override.get_key_element()
-            for override in overrides
-            if override.is_sweep_override()
-            and not (override.is_add() or override.is_force_add() or override.package)
+            for override in varying
+            if not (override.is_add() or override.is_force_add() or override.package)
             and name_of(override) not in groups
             and not override.key_or_group.startswith(("hydra", "resume"))
         )
@@ -63,7 +63,8 @@ class Composer:
         """
         values = {key: text for text in command if (key := text.partition("=")[0]) in self.plain}
         fixed = tuple(text for text in command if text.partition("=")[0] not in values)
-        if (base := self._bases.get(fixed)) is not None:
+        kind = (*fixed, *values)  # of two jobs, one may leave to its files what the other is given
+        if (base := self._bases.get(kind)) is not None:
             parsed = [parse(text) for text in values.values()]
             if base.plain >= values.keys() and all(map(_is_plain, parsed)):
                 return _with(base.run, parsed, command)
@@ -71,7 +72,7 @@ class Composer:
         run = checked(cfg, command)
         if base is None:
             self.cfg = self.cfg if self._bases else cfg
-            self._bases[fixed] = _Base(run, self._plain_in(cfg, run.values))
+            self._bases[kind] = _Base(run, self._plain_in(cfg, run.values))
         return run
 
     def _plain_in(self, cfg: DictConfig, values: Mapping[str, Any]) -> frozenset[str]:

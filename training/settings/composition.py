@@ -46,7 +46,7 @@ def prepare(argv: Sequence[str], tell: Callable[[str], None] = lambda line: None
     given = [quoted(text) for text in args.overrides]
     flags = flags_of(argv, args.overrides)
     search = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
-    given, workers = taken_out(given, args.multirun)
+    given, shares = taken_out(given, args.multirun)
     overrides = [parse(text) for text in given]
     refuse_additions(overrides, search)
     given = [*search, *_groups_of_resumed(overrides), *opened(given)]
@@ -55,7 +55,7 @@ def prepare(argv: Sequence[str], tell: Callable[[str], None] = lambda line: None
         if not args.multirun and not (args.cfg or args.info):
             _refuse_hydras_own(override)
     if args.multirun:
-        sweep = prepare_sweep([parse(text) for text in given], workers, flags, tell)
+        sweep = prepare_sweep([parse(text) for text in given], shares, flags, tell)
         return sweep.arguments if args.cfg or args.info else sweep
     for override in overrides:
         if override.is_sweep_override():

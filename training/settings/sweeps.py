@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from training.errors import UserError, did_you_mean
 from training.loop.launch import place
 from training.runs.folder import shortened
-from training.runs.record import RunConfig
+from training.runs.record import BUDGETS, RunConfig
 from training.settings.composer import Composer
 from training.settings.files import tree_of
-from training.settings.overrides import due, jobs, name_of, values_of
+from training.settings.overrides import due, jobs, name_of, opened, parse, quoted, values_of
 
-#: The one key of a command that is a sweep's and no job's.
-WORKERS = "workers"
+#: The keys of a command that are a sweep's and no job's.
+WORKERS, THREADS, RUNS = "workers", "threads", "runs"
 #: The launcher that is this program's own.
 SLURM = "slurm"
 #: Hydra's own settings that say what a sweep is, not who launches it.
@@ -54,6 +56,7 @@ class Sweep:
         native: whether this program runs them; else a plugin of Hydra's does, or SLURM.
         queue: what `hydra/launcher=slurm` asks SLURM for; None where it is not asked.
         workers: how many jobs run at a time.
+        threads: of torch in each job; None: this process's, shared out among the workers.
         due: numbers of the jobs that this launch is to run.
         composer: composes them.
     """
@@ -66,6 +69,7 @@ class Sweep:
     composer: Composer
     native: bool = True
     workers: int = 1
+    threads: int | None = None
     queue: dict[str, Any] | None = None
 
     @property
@@ -86,36 +90,84 @@ class Sweep:
         return replace(self.composer.run(command), sweep=self.folder, label=self._label(command))
 
 
-def taken_out(given: Sequence[str], multirun: bool) -> tuple[list[str], int]:
-    """A command's overrides without `workers=N`, and that number.
+@dataclass(frozen=True)
+class Shares:
+    """What a command says of its sweep and of no job.
+
+    Attributes:
+        workers: how many jobs run at a time.
+        threads: of torch in each job; None: this process's, shared out among the workers.
+        runs: file that lists the jobs; None: all combinations of the values that keys are given.
+    """
+
+    workers: int = 1
+    threads: int | None = None
+    runs: Path | None = None
+
+
+def taken_out(given: Sequence[str], multirun: bool) -> tuple[list[str], Shares]:
+    """A command's overrides without `workers=N`, `threads=N` and `runs=FILE`, and what these say.
 
     Raises:
-        UserError: it is no number, or there is nothing to share out.
+        UserError: one is malformed, or there is nothing to share out.
     """
-    rest = [text for text in given if text.partition("=")[0] != WORKERS]
-    if len(rest) == len(given):
-        return rest, 1
-    text = next(text for text in reversed(given) if text not in rest).partition("=")[2]
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise UserError(f"{WORKERS} must be a whole number of at least 1, got {text or 'nothing'}")
-    if not multirun:
-        raise UserError(f"{WORKERS}={text} is for the runs of a sweep, which -m asks for: leave it out")
-    if place().world_size > 1:
-        raise UserError(f"{WORKERS}={text} starts processes itself: start one, without torchrun or srun")
-    return rest, int(text)
+    own = {key: text for text in given if (key := text.partition("=")[0]) in (WORKERS, THREADS, RUNS)}
+    rest = [text for text in given if text.partition("=")[0] not in own]
+    values = {key: text.partition("=")[2].strip("'\"") for key, text in own.items()}
+    for key in (WORKERS, THREADS):
+        if key in own and not re.fullmatch(r"[1-9]\d*", values[key]):
+            raise UserError(f"{key} must be a whole number of at least 1, got {values[key] or 'nothing'}")
+    for text in own.values():
+        if not multirun:
+            advice = ": set OMP_NUM_THREADS for one run" if text.startswith(THREADS) else ": leave it out"
+            raise UserError(f"{text} is for the runs of a sweep, which -m asks for{advice}")
+    if WORKERS in own and place().world_size > 1:
+        raise UserError(f"{own[WORKERS]} starts processes itself: start one, without torchrun or srun")
+    numbers = {key: int(values[key]) for key in (WORKERS, THREADS) if key in values}
+    return rest, Shares(**numbers, runs=Path(values[RUNS]) if RUNS in values else None)
+
+
+def listed(path: Path) -> list[list[str]]:
+    """The overrides of each job that a file lists: a line a job, a JSON list of strings or words as in a shell.
+
+    Args:
+        path: of the file; empty lines and those that begin with # are skipped.
+
+    Raises:
+        UserError: it cannot be read, a line is malformed, or it lists nothing.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(f"{RUNS}={path}: {why}; give a file with a line of overrides for each run") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            row = json.loads(line) if line.lstrip().startswith("[") else shlex.split(line)
+        except ValueError as error:
+            raise UserError(f"{RUNS}={path}, line {number}: {error}; write optimizer=sgd optimizer.lr=0.1") from error
+        if not all(isinstance(text, str) and "=" in text for text in row):
+            raise UserError(f"{RUNS}={path}, line {number}: each run is a list of key=value, got {line.strip()}")
+        found.append([quoted(text) for text in row])
+    if not found:
+        raise UserError(f"{RUNS}={path} lists no run: write a line of overrides for each")
+    return found
 
 
 def prepare_sweep(
-    overrides: Sequence[Override], workers: int, flags: Sequence[str], tell: Callable[[str], None]
+    overrides: Sequence[Override], shares: Shares, flags: Sequence[str], tell: Callable[[str], None]
 ) -> Sweep:
     """Check what a sweep's jobs differ in and name its folder and its runs after what they have in common.
 
     Each value of each key is checked with the first values of the others. What only two together make wrong is found
-    when their job is due.
+    when their job is due. Of jobs that a file lists, each is checked.
 
     Args:
         overrides: of the command.
-        workers: how many jobs are to run at a time.
+        shares: what it says of the sweep alone.
         flags: of the command, for Hydra.
         tell: hears what takes a while.
 
@@ -135,13 +187,22 @@ def prepare_sweep(
             )
     # A sweeper plugin will draw other values: what is fixed is checked.
     lists = values_of([o for o in overrides if discrete or not o.is_sweep_override()])
-    composer = Composer(overrides)
-    found = _look_at(composer, lists, tell)
+    rows = [opened(row) for row in listed(shares.runs)] if shares.runs else []
+    parsed = [parse(text) for row in rows for text in row]
+    for override in parsed:
+        _refuse_in_row(override, shares.runs)
+    varying = [*(override for override in overrides if override.is_sweep_override()), *parsed]
+    composer = Composer([*overrides, *parsed], varying)
+    commands = jobs(overrides) if discrete else []
+    if rows:
+        commands = [_merged(each, row) for row in rows for each in commands]
+    found = _look_at(composer, commands if rows else _one_by_one(lists), tell)
     cfg = composer.cfg
     if len({one.id for one in found}) < len(found):
         raise UserError("two jobs of this sweep are the same run: remove the value that is given twice")
+    workers = shares.workers
     # Hydra leaves keys out of a run's name without a look at packages: optimizer would be optimizer@critic, too.
-    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+    swept = {override.key_or_group for override in varying}
     shared = {override.key_or_group for override in overrides} - swept
     folder, extra = _folder(cfg, found), []
     if "hydra.sweep.dir" in given:
@@ -149,13 +210,19 @@ def prepare_sweep(
     else:
         extra = [f"hydra.sweep.dir='{folder}'"]
     native = discrete and _is_native(cfg, overrides)
+    queue = _queue(cfg, discrete)
     if workers > 1 and not native:
         raise UserError(
             f"{WORKERS}={workers} is for lists of values that this program hands out itself: leave it out, and let "
             "Hydra's launcher share out the runs (hydra/launcher=joblib hydra.launcher.n_jobs=4)"
         )
+    for key, value in ((THREADS, shares.threads), (RUNS, shares.runs)):
+        if value is not None and not native and queue is None:
+            raise UserError(
+                f"{key}={value} is for runs that this program hands out itself: leave Hydra's launcher and sweeper out "
+                f"({WORKERS}=N runs several at a time, hydra/launcher={SLURM} submits them)"
+            )
     extra.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]")
-    commands = jobs(overrides) if discrete else []
     numbers = due(len(commands)) if discrete else []
     told = commands[numbers[0]] if len(numbers) == 1 else [override.input_line or "" for override in overrides]
     return Sweep(
@@ -167,7 +234,8 @@ def prepare_sweep(
         composer=composer,
         native=native,
         workers=workers,
-        queue=_queue(cfg, discrete),
+        threads=shares.threads,
+        queue=queue,
     )
 
 
@@ -198,15 +266,36 @@ class _Seen:
         return cls(run.job_id, run.values["name"], run.parts)
 
 
-def _look_at(composer: Composer, lists: Mapping[str, list[str]], tell: Callable[[str], None]) -> list[_Seen]:
-    """What the first job tells, and what those do that differ from it in one value."""
+def _one_by_one(lists: Mapping[str, list[str]]) -> list[list[str]]:
+    """The first job, and those that differ from it in one value."""
     first = {key: values[0] for key, values in lists.items()}
-    others = [(key, text) for key, values in lists.items() for text in values[1:]]
-    slow = sum(key not in composer.plain for key, _ in others)
+    others = [first | {key: text} for key, values in lists.items() for text in values[1:]]
+    return [[*command.values()] for command in (first, *others)]
+
+
+def _look_at(composer: Composer, commands: Sequence[Sequence[str]], tell: Callable[[str], None]) -> list[_Seen]:
+    """What jobs tell."""
+    slow = len({tuple(text for text in command if _element(text) not in composer.plain) for command in commands}) - 1
     if slow > SILENT:
         tell(f"checking {slow} choices before the first run")
-    commands = [first, *(first | {key: text} for key, text in others)]
-    return [_Seen.of(composer.run([*command.values()])) for command in commands]
+    return [_Seen.of(composer.run(command)) for command in commands]
+
+
+def _merged(shared: Sequence[str], row: Sequence[str]) -> list[str]:
+    """The overrides of a job: its line's take the place of the command's, as does a budget of one of another kind."""
+    own = {_element(text): text for text in row}
+    budgets = {f"trainer.{name}" for name in BUDGETS}
+    dropped = budgets if budgets & own.keys() else set()
+    return [*({key: text for text in shared if (key := _element(text)) not in dropped} | own).values()]
+
+
+def _refuse_in_row(override: Override, path: Path | None) -> None:
+    """What a line of a file of runs cannot say: it is of the command, or of the launch."""
+    text = override.input_line or ""
+    if override.is_sweep_override():
+        raise UserError(f"{RUNS}={path}: {text} holds several values: a line is one run, write [a,b] for a list")
+    if override.key_or_group.startswith("hydra") or override.key_or_group in (WORKERS, THREADS, RUNS, "resume"):
+        raise UserError(f"{RUNS}={path}: {text} is for the command, not for one of its runs")
 
 
 def _folder(cfg: DictConfig, found: Sequence[_Seen]) -> Path:
