@@ -7,7 +7,7 @@ and one multiply-add (the normalisation) complete a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# So many pairs of distortions are drawn for a global batch, each for some of its images, which pass together.
+DISTORTIONS = 32
 # A larger store stays in host memory: its batches are cut there and travel as bytes.
 MAX_BYTES_ON_ACCELERATOR = 2 * 1024**3
 
@@ -27,6 +29,7 @@ class Augmentation:
     Attributes:
         crop: pad by that many black pixels on each side and cut a window of the original size; 0 for none.
         flip: mirror left and right, half of the time.
+        distort: ``distort(pixels, seeds)``, of bytes; None for nothing.
         cutout: side of the one square hole, filled with the mean colour. Its centre may be any pixel, so the hole is
             clipped at the border (DeVries & Taylor, 2017); 0 for none.
     """
@@ -34,6 +37,7 @@ class Augmentation:
     crop: int = 0
     flip: bool = False
     cutout: int = 0
+    distort: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class ImageStore:
@@ -96,6 +100,8 @@ class InMemoryLoader:
         training: shuffle every epoch and drop the last partial batch; otherwise every row once, in the given order
             (the shares of the last batch may then be unequal, and an empty share is skipped).
         augmentation: for training only.
+        mix: for training only: ``mix(inputs, targets, seed)`` makes of a batch, behind the image before its first one,
+            what is served; see ``data.tasks.mixing``.
         seed: of order and augmentation.
         device: of the batches.
         rank: this process, from 0.
@@ -115,6 +121,7 @@ class InMemoryLoader:
         std: Sequence[float],
         training: bool,
         augmentation: Augmentation = Augmentation(),
+        mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
         rank: int = 0,
@@ -130,6 +137,7 @@ class InMemoryLoader:
         self.batch_size = batch_size
         self.training = training
         self.augmentation = augmentation if training else Augmentation()
+        self.mix = mix if training else None
         self.seed = seed
         self.device = torch.device(device)
         self.rank = rank
@@ -169,20 +177,35 @@ class InMemoryLoader:
         return self._batches(epoch, start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._mixed((self._batch(plan) for plan in self._plans(epoch, start)), epoch, start)
+
+    def _plans(self, epoch: int, start: int) -> Iterator[Tensor]:
+        """This rank's share of the plan of each global batch; to be mixed, behind the plan of the image before it."""
         rows = self.rows
         if self.training:
             rows = rows[torch.randperm(len(rows), generator=_generator(self.seed, epoch, 0))]
         for index in range(start, len(self)):
             batch = rows[index * self.batch_size : (index + 1) * self.batch_size]
-            plan = self._plan(batch, _generator(self.seed, epoch, 1 + index))
-            plan = plan.tensor_split(self.world_size, dim=1)[self.rank]
+            whole = self._plan(batch, _generator(self.seed, epoch, 1 + index))
+            plan = whole.tensor_split(self.world_size, dim=1)[self.rank]
+            if self.mix:
+                before = self.rank * plan.shape[1] - 1  # of the first, the last
+                plan = torch.cat([whole[:, [before]], plan], 1)
             if plan.shape[1]:
-                yield self._batch(plan)
+                yield plan
+
+    def _mixed(
+        self, batches: Iterator[tuple[Tensor, Tensor]], epoch: int, start: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches as they are served."""
+        for index, (inputs, targets) in enumerate(batches, start):
+            yield self.mix(inputs, targets, _seed(self.seed, epoch, 1 + index, 1)) if self.mix else (inputs, targets)
 
     def _plan(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """All that is random about a global batch, as one int64 tensor ``[5, b]``, so that one copy moves it.
+        """All that is random about a global batch, as one int64 tensor ``[6, b]``, so that one copy moves it.
 
-        Its lines: row, offset of the window, whether to flip, and row and column of the centre of the hole.
+        Its lines: row, offset of the window, whether to flip, row and column of the centre of the hole, and the seed of
+        what distorts it.
         """
         _, height, width = self.store.shape
         crop, padding = self.augmentation.crop, self.store.padding
@@ -192,10 +215,13 @@ class InMemoryLoader:
 
         top, left = draw(padding - crop, padding + crop), draw(padding - crop, padding + crop)
         flip, hole_row, hole_column = draw(0, 1), draw(0, height - 1), draw(0, width - 1)
-        return torch.stack([rows, self.store.offsets(rows, top, left), flip, hole_row, hole_column])
+        seeds = torch.zeros_like(rows)
+        if self.augmentation.distort:  # drawn last: all else is as without it
+            seeds = torch.randint(2**62, (DISTORTIONS,), generator=generator)[draw(0, DISTORTIONS - 1)]
+        return torch.stack([rows, self.store.offsets(rows, top, left), flip, hole_row, hole_column, seeds])
 
     def _batch(self, plan: Tensor) -> tuple[Tensor, Tensor]:
-        plan = plan.to(self.store.device)
+        seeds, plan = plan[5], plan[:5].to(self.store.device)
         pixels = self.store.windows(plan[1]).to(self.device, non_blocking=True)
         targets = self.store.targets[plan[0]].to(self.device, non_blocking=True)
         flip, hole_row, hole_column = plan[2:].to(self.device, non_blocking=True)
@@ -203,6 +229,8 @@ class InMemoryLoader:
             # x ^ ((x ^ y) * flip) is y where flip is 1: on bytes, four times as fast as torch.where.
             difference = pixels.flip(-1).bitwise_xor_(pixels).mul_(flip.to(torch.uint8).view(-1, 1, 1, 1))
             pixels.bitwise_xor_(difference)
+        if self.augmentation.distort:
+            pixels = self.augmentation.distort(pixels, seeds)
         inputs = pixels.to(torch.float32).mul_(self._scale).add_(self._shift)
         if self.augmentation.cutout:
             inputs.mul_(1 - self._holes(hole_row, hole_column))
@@ -236,9 +264,13 @@ def pixel_statistics(images: Tensor, rows: Tensor) -> tuple[list[float], list[fl
     return mean.tolist(), std.tolist()
 
 
+def _seed(*key: int) -> int:
+    """A seed of its own for each key; well mixed, so that neighbouring keys have nothing in common."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
 def _generator(*key: int) -> torch.Generator:
-    """A generator of its own for each key; well mixed, so that neighbouring keys have nothing in common."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    return torch.Generator().manual_seed(_seed(*key))
 
 
 def _check_batch_size(batch_size: int, rows: int, training: bool, world_size: int) -> None:

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from data.base import DataError, DataModule
-from data.options import Loading, served
+from data.options import served
 from data.readers import Folder, Published, read_digits
 from data.splits import cut, limited, stratified_order
 from data.tasks.labelled import LabelledImages, labelled_set
+from data.tasks.mixing import Classifying
 
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std of the train images, as published
 
 
 @served(batch_size=64)
-def digits(*, loading: Loading) -> DataModule:
+def digits(*, loading: Classifying) -> DataModule:
     """scikit-learn's bundled handwritten digits: 1797 real 8 × 8 grey images in ten classes; nothing to download.
 
     A fifth of each class is the test set. Images are never mirrored, since a mirrored digit is no digit; ``cutout``
@@ -40,7 +41,7 @@ def digits(*, loading: Loading) -> DataModule:
 
 
 @served(without=(), eval_batch_size=256)
-def image_folder(*, folder: Folder, loading: Loading) -> DataModule:
+def image_folder(*, folder: Folder, loading: Classifying) -> DataModule:
     """Any images, one folder a class, decoded once into memory.
 
     Layouts: ``root/train/<class>/...`` beside ``root/val`` and ``root/test`` (each optional), or ``root/<class>/...``.
@@ -65,7 +66,7 @@ def tiny_imagenet(
     download: bool = True,
     max_gigabytes: float = 8.0,
     *,
-    loading: Loading,
+    loading: Classifying,
 ) -> DataModule:
     """Tiny ImageNet: 100,000 + 10,000 colour 64 × 64 images in two hundred classes, decoded once into memory.
 
@@ -104,7 +105,7 @@ def tiny_imagenet(
 
 
 @dataclass(frozen=True)
-class Streaming(Loading):
+class Streaming(Classifying):
     """How a set that does not fit into memory is split and served.
 
     Args:
@@ -168,15 +169,18 @@ def imagenet(
             "folder with dataset.root, or use dataset=image_folder"
         )
     mean, std = IMAGENET_STATISTICS
+    mix = loading.mixture(len(splits.class_names))
 
     def loader(split: str, rows: Tensor, training: bool = False) -> StreamedLoader:
+        distort = loading.distortion() if training else None
         return StreamedLoader(
-            ImageFiles(splits.files[split], image_size, resize, crop=training and loading.augment == "standard"),
+            ImageFiles(splits.files[split], image_size, resize, training and loading.augment == "standard", distort),
             rows,
             workers=workers,
             prefetch=prefetch,
             mean=mean,
             std=std,
+            mix=mix,
             **loading.serving(training),
         )
 
@@ -198,7 +202,7 @@ def _published(
 ) -> Callable[..., DataModule]:
     """A builder for one of torchvision's sets, with the published mean and std of its train images."""
 
-    def build(*, place: Published, loading: Loading) -> DataModule:
+    def build(*, place: Published, loading: Classifying) -> DataModule:
         return labelled_set(name, place.read(name, source, flip, (mean, std)), loading)
 
     build.__name__ = build.__qualname__ = name

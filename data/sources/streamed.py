@@ -27,17 +27,21 @@ class ImageFiles(Dataset):
         size: side of what is served.
         resize: the shorter side is brought to this many pixels and the centre is cut out; unless ``crop``.
         crop: cut out a random part instead and mirror half of the time (Szegedy et al., 2015).
+        distort: what is done to each image then; None: nothing.
     """
 
     padding = 0  # as of an ImageStore: there is no margin to crop in
 
-    def __init__(self, files: Sequence[tuple[Path, int]], size: int, resize: int, crop: bool) -> None:
+    def __init__(
+        self, files: Sequence[tuple[Path, int]], size: int, resize: int, crop: bool, distort: Any = None
+    ) -> None:
         # Arrays: workers would copy the pages of a million objects by counting references to them.
         self._files = np.array([os.fsencode(file) for file, _ in files])
         self.targets = torch.tensor([target for _, target in files])
         self.shape, self.resize = (3, size, size), resize
         resized: list[Any] = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-        self._transform = v2.Compose(resized if crop else [v2.Resize(resize), v2.CenterCrop(size)])
+        framed = resized if crop else [v2.Resize(resize), v2.CenterCrop(size)]
+        self._transform = v2.Compose([*framed, *([distort] if distort else [])])
 
     def __len__(self) -> int:
         return len(self._files)
@@ -47,7 +51,7 @@ class ImageFiles(Dataset):
         images = []
         with torch.random.fork_rng(devices=[]):
             for row, seed in zip(*(part.tolist() for part in plan), strict=True):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # of torch.manual_seed, GPUs would hear
                 file = Path(os.fsdecode(self._files[row]))
                 try:
                     images.append(functional.pil_to_tensor(self._transform(decode(file, "RGB"))))
@@ -82,9 +86,12 @@ class StreamedLoader(InMemoryLoader):
         self._options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": prefetch if workers else None}
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._mixed(self._read(epoch, start), epoch, start)
+
+    def _read(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         served: DataLoader[Any] = DataLoader(
             self.store,
-            sampler=super()._batches(epoch, start),
+            sampler=map(self._batch, self._plans(epoch, start)),
             batch_size=None,  # each of these is a whole batch's
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # torch's own stays as it is

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from data.base import DataModule
 from data.memory import Augmentation, ImageStore, InMemoryLoader, pixel_statistics
 from data.options import Loading
 from data.splits import cut, limited, stratified_order
+from data.tasks.mixing import Classifying, distorted
 
 Labelled = tuple[Tensor, Tensor]  # images uint8 [N, C, H, W], targets int64 [N]
 
@@ -30,7 +32,11 @@ class LabelledImages:
 def labelled_set(name: str, images: LabelledImages, loading: Loading) -> DataModule:
     """Split what was read into train, val and test, and make their loaders."""
     channels, size, _ = images.train[0].shape[1:]
-    augmentation = augmentation_of(loading.augment, size, images.flip)
+    augmentation, mix = augmentation_of(loading.augment, size, images.flip), None
+    if isinstance(loading, Classifying):
+        mix = loading.mixture(len(images.class_names))
+        if distortion := loading.distortion():
+            augmentation = replace(augmentation, distort=partial(distorted, distortion=distortion))
 
     # One stratified order, cut in up to three: [test | val | train].
     order = stratified_order(images.train[1], loading.split_seed)
@@ -52,6 +58,7 @@ def labelled_set(name: str, images: LabelledImages, loading: Loading) -> DataMod
             mean=mean,
             std=std,
             augmentation=augmentation,
+            mix=mix,
             **loading.serving(training),
         )
 

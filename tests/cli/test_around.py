@@ -66,6 +66,21 @@ def test_a_run_and_what_remains_of_it(around: tuple[str, ...], quick: Callable[.
         assert all(event[f"step_length/{kind}_median"] > 0 for event in logged)
 
 
+def test_mixed_images_and_an_average(quick: Callable[..., Outcome], work: Path) -> None:
+    """Targets are probabilities in training alone, where accuracy is that of the class with the largest part."""
+    plain = compose([])
+    assert compose(["dataset.mixup=0.0", "dataset.cutmix=0", "dataset.randaugment=null"]).id == plain.id
+    before = {**plain.values, "dataset": {k: v for k, v in plain.values["dataset"].items() if k != "mixup"}}
+    assert type(plain)(before, plain.choices).id == plain.id, "runs of before these options keep their names"
+    mixed = ("dataset.mixup=0.8", "dataset.cutmix=1", "dataset.randaugment=5")
+    assert compose(list(mixed)).id != plain.id
+    done = quick(*STEPS, *mixed, "optimizer=kfac", "optimizer.damping=auto", "averaging=ema")
+    assert done.code == 0, done.err
+    (folder,) = runs(work)
+    values = summary(folder)["final"]
+    assert 0 < values["train/accuracy"] < 1 and 0 < values["val/accuracy"] <= 1 and values["train/loss"] > 1
+
+
 def test_a_run_with_an_average_resumes_by_itself(quick: Callable[..., Outcome], work: Path) -> None:
     around = ("optimizer=kfac", "averaging=ema", "step_length=graft", "trainer.checkpoint_every_steps=2")
     assert quick(*STEPS, *around).code == 0

@@ -22,7 +22,9 @@ EXACT: dict[str, Any] = {
     "model": {"dropout": 0.0, "batch_norm": False, "float64": True},
     "data": {"eval_batch_size": 7},  # shares of 4 and 3, and a last batch that may leave one rank without any
 }
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "randaugment": 9}
 SGD: dict[str, Any] = {**EXACT, "clip_norm": 0.7, "accumulate": 2, "label_smoothing": 0.1}
+SGD["data"] = EXACT["data"] | MIXED
 OTHERS = [name for name in OPTIMIZERS if name not in ("sgd", "adamw", "adafisherw")]  # siblings of what is there
 DROPOUT: dict[str, Any] = {"optimizer": "adam", "max_steps": 12, "eval_every_steps": 4}
 

@@ -27,7 +27,7 @@ VOLATILE = (
     *(f"{name}.{SHARING}" for name in ("optimizer", *PLAYERS)),
 )  # fmt: skip
 # Options that leave a run what it was before there were any, by these values.
-NEUTRAL = {"dataset.limit_test": 1.0}
+NEUTRAL = {"dataset.limit_test": 1.0, "dataset.mixup": 0.0, "dataset.cutmix": 0.0, "dataset.randaugment": None}
 # What `choices` may hold: a group, of a player perhaps, and a file of it.
 _GROUP = re.compile(r"(?!hydra)\w+(@\w+)?")
 _CHOICE = re.compile(r"\w[\w.+/-]*")
@@ -98,8 +98,9 @@ def identity(values: Mapping[str, Any], budget: bool = False) -> str:
         ((kept.get(group) or {}) if group else kept).pop(name, None)
     for key, neutral in NEUTRAL.items():  # options that runs of earlier versions do not have
         group, _, name = key.rpartition(".")
-        if (kept.get(group) or {}).get(name) == neutral:
-            del kept[group][name]
+        node = kept.get(group) or {}
+        if name in node and node[name] == neutral:
+            del node[name]
     for group, nothing in AROUND.items():  # which leaves a run what it is
         if kept.get(group, {}).get(TARGET) == nothing:
             del kept[group]

@@ -16,6 +16,9 @@ from training.tasks.task import Task
 class Classification(Task):
     """One of several classes an example; outputs are logits ``[batch, classes]``, targets int64 ``[batch]``.
 
+    Of mixed images, targets are probabilities ``[batch, classes]``: the loss is their cross-entropy, and accuracy is
+    that of the class with the largest part.
+
     Args:
         num_classes: how many.
         label_smoothing: of the training loss; evaluation has none.
@@ -56,4 +59,4 @@ class Classification(Task):
         """See Task."""
         meters.examples += len(targets)
         meters.metrics["loss"].update(self._proper.nll(outputs, targets) if loss is None else loss, len(targets))
-        meters.metrics["accuracy"].update(outputs, targets)
+        meters.metrics["accuracy"].update(outputs, targets.argmax(1) if targets.is_floating_point() else targets)
