@@ -31,7 +31,7 @@ def test_a_run_and_its_folder(command: Callable[..., Outcome], work: Path) -> No
     assert f"tensorboard --logdir {run.relative_to(work)}" in outcome.out
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "data.json", "metrics.jsonl", "summary.json", "train.log", "tensorboard", "checkpoints",
-        "loss.png", "accuracy.png", "lr.png",
+        "loss.png", "accuracy.png",
     }  # fmt: skip
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["choices"]["optimizer"] == "adafisher" and config["dataset"]["_target_"] == "data.digits"

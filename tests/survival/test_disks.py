@@ -68,7 +68,7 @@ def assert_goes_on(folder: Path, whole: Path) -> None:
 
 # What has just been written when the disk is full; what comes next finds no room.
 @root
-@pytest.mark.parametrize("last", ["config.yaml", "best.pt", "lr.png"])
+@pytest.mark.parametrize("last", ["config.yaml", "best.pt", "accuracy.png"])
 def test_a_full_disk(disk: Path, whole: Path, last: str) -> None:
     ended = kills.command(*RUN, cwd=disk, before=kills.at_file(last, filling(disk)), logs=disk.parent)
     assert ended.code == 1, "not 0, whatever it is in"

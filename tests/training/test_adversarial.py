@@ -458,7 +458,7 @@ def test_a_run_leaves_its_pictures(tmp_path: Path) -> None:
         image = model.generator(Adversarial("mnist", seed=3).latents(12, model.latent))[0, 0]
     shown = picture[2:cell, 2:cell, 0][3::7, 3::7] / 127.5 - 1  # an enlarged pixel is 7 × 7
     np.testing.assert_allclose(shown, image.numpy(), atol=0.005)
-    assert {"loss.png", "frechet_mnist.png", "lr.png"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"loss.png", "frechet_mnist.png"} <= {p.name for p in (tmp_path / "run").iterdir()}
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0})
     board.Reload()
     assert [e.step for e in board.Images("samples")] == [4, 8, 9]

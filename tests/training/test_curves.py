@@ -41,12 +41,14 @@ def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
 
 def test_what_is_drawn(run: Path) -> None:
     figures = plot_run(run / "metrics.jsonl")
-    assert list(figures) == ["loss", "accuracy", "lr"]
+    assert list(figures) == ["loss", "accuracy"]
     assert all(isinstance(figure, Figure) for figure in figures.values())
     assert {figure.get_suptitle() for figure in figures.values()} == {"adam_mlp_digits / today_s0"}
 
-    by_epoch, by_time = figures["loss"].axes
-    assert (by_epoch.get_xlabel(), by_time.get_xlabel()) == ("epoch", "training seconds")
+    by_epoch, by_time, *rates = figures["loss"].axes
+    assert [axes.get_xlabel() for axes in rates] == ["epoch", "training seconds"]
+    assert next(iter(lines(rates[0]).values()))[1][0] == pytest.approx(0.95e-3)
+    assert by_epoch.get_ylim() == by_time.get_ylim()
     drawn = lines(by_epoch)
     assert drawn["training"][0] == [step / 10 for step in range(5, 101, 5) if step != 50], "null is left out"
     assert drawn["validation"][0] == list(range(1, 11))
@@ -57,8 +59,6 @@ def test_what_is_drawn(run: Path) -> None:
 
     (accuracy,) = figures["accuracy"].axes
     assert lines(accuracy)["highest validation 80.00 %"][0] == [8.0], "the first of equals"
-    (rate,) = figures["lr"].axes
-    assert next(iter(lines(rate).values()))[1][0] == pytest.approx(0.95e-3)
 
 
 def test_files_come_out(run: Path, tmp_path: Path) -> None:
@@ -92,15 +92,64 @@ def test_the_perplexity_of_a_language_model(tmp_path: Path) -> None:
     assert any("1800" in text.get_text() for text in axes.get_legend().get_texts())
 
 
+def trained(path: Path, losses: list[float], lr: float | None = None) -> Figure:
+    """The picture of a run that logged these training losses, and nothing else."""
+    events = [event("train", s, train_loss=v) | ({"lr": lr} if lr else {}) for s, v in enumerate(losses, 1)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    return plot_run(path)["loss"]
+
+
 def test_many_values_are_smoothed(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
     values = [1.0 if step % 2 else 3.0 for step in range(200)]
-    path.write_text("".join(json.dumps(event("train", s, train_loss=v)) + "\n" for s, v in enumerate(values)))
-    (figure,) = plot_run(path).values()
-    drawn = figure.axes[0].get_lines()
+    drawn = trained(tmp_path, values).axes[0].get_lines()
     assert len(drawn) == 2 and list(drawn[0].get_ydata()) == values
     middle = list(drawn[1].get_ydata())[50:150]
-    assert max(middle) - min(middle) < 0.3 and sum(middle) / 100 == pytest.approx(2, abs=0.01)
+    assert max(middle) - min(middle) < 0.3 and sum(middle) / 100 == pytest.approx(2, abs=0.1)
+
+
+def test_a_rise_is_not_shown_before_it_happens(tmp_path: Path) -> None:
+    drawn = trained(tmp_path, [1.0] * 100 + [2.0] * 100).axes[0].get_lines()[1]
+    means = list(drawn.get_ydata())
+    assert max(means[:100]) == 1.0 < means[100] < 1.5 and means[-1] == 2.0
+    assert drawn.get_label() == "training (mean of 11)", "and the legend says what it is"
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [
+        ([2.3, 1.0, 0.2], "linear"),
+        ([2.3, 0.3, 0.1], "log"),
+        ([2.3, 900.0, 0.5, 2.0], "log"),
+        ([1.0, 0.5, 0.0], "linear"),
+        ([-1.0, 2.0, -1.5, -300.0], "symlog"),
+        ([-1.0, 2.0, -5.0], "linear"),
+    ],
+)
+def test_losses_that_swing_have_a_logarithmic_axis(tmp_path: Path, losses: list[float], scale: str) -> None:
+    figure = trained(tmp_path, losses)
+    assert figure.axes[0].get_yscale() == scale
+    figure.savefig(tmp_path / "picture.png")
+
+
+def test_one_window_is_seen(tmp_path: Path) -> None:
+    figure = trained(tmp_path, [2.0], lr=0.1)
+    assert all(axes.get_lines()[0].get_marker() == "o" for axes in figure.axes) and len(figure.axes) == 2
+
+
+def test_a_rate_that_stays_is_said(tmp_path: Path) -> None:
+    figure = trained(tmp_path, [2.0, 1.0], lr=0.1)
+    assert len(figure.axes) == 2 and figure.get_suptitle().endswith(", learning rate 0.1")
+
+
+def test_legends_cover_no_data(run: Path) -> None:
+    for figure in plot_run(run).values():
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            if (legend := axes.get_legend()) is not None:
+                box = legend.get_window_extent()
+                assert not any(box.overlaps(other.get_window_extent()) for other in figure.axes)
+                title = figure._suptitle.get_window_extent()
+                assert not box.overlaps(title) and box.x1 <= figure.bbox.x1
 
 
 def test_reading(run: Path, caplog: pytest.LogCaptureFixture) -> None:
