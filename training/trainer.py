@@ -198,7 +198,7 @@ class Trainer:
     def _budget(self, data: DataModule) -> Budget:
         return Budget(len(data.train) / self.accumulate, self.max_epochs, self.max_steps, self.max_time)
 
-    def _assemble(
+    def assemble(
         self,
         model: nn.Module,
         optimizer: Optimizer,
@@ -209,6 +209,18 @@ class Trainer:
         world: World,
         folder: RunFolder,
     ) -> Run:
+        """A run that has not begun: nothing is written, no callback is called.
+
+        Args:
+            model: see ``fit``.
+            optimizer: see ``fit``.
+            data: see ``fit``.
+            task: see ``fit``.
+            schedule: see ``fit``.
+            scalars: see ``fit``.
+            world: see ``fit``.
+            folder: see ``fit``; it need not exist.
+        """
         precision = Precision(self.precision, world.device, self.channels_last)
         precision.place(model)
         budget = self._budget(data)
@@ -291,7 +303,7 @@ class Trainer:
             signals = stack.enter_context(StopSignals())
             run = None
             try:
-                run = self._assemble(model, optimizer, data, task, schedule, scalars, world, folder)
+                run = self.assemble(model, optimizer, data, task, schedule, scalars, world, folder)
                 run.config, run.config_id = config or {}, config_id
                 run.callbacks, run.loggers = callbacks, list(loggers or []) if world.is_main else []
                 self._start(run, resume, stack)

@@ -9,7 +9,7 @@ from .forecast import Forecast, forecast
 from .memory import held, total
 from .operations import Operation, Recording
 from .prices import Prices
-from .rehearsal import Rehearsal, looked, rehearse, round_of
+from .rehearsal import Rehearsal, interval, looked, rehearse, round_of
 
 __all__ = [
     "Forecast",
@@ -19,6 +19,7 @@ __all__ = [
     "Rehearsal",
     "forecast",
     "held",
+    "interval",
     "looked",
     "rehearse",
     "round_of",

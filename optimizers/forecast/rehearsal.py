@@ -149,17 +149,16 @@ def _of_curvature(found: Rehearsal, optimizer: CurvatureOptimizer, step: Callabl
         found.intervals["refresh"] = refresh
 
 
+def interval(optimizer: Optimizer) -> int:
+    """After how many steps an optimizer does again what it did: the longest interval in its options, at least 1."""
+    options = [*optimizer.param_groups, vars(innermost(optimizer))]
+    found = [item for option in options for item in option.items()]
+    return max([1, *(value for key, value in found if ROUND.search(key) and type(value) is int)])
+
+
 def round_of(optimizer: Optimizer) -> int:
-    """After how many steps an optimizer of another package does again what it did."""
-    lengths = [1]
-    for group in optimizer.param_groups:
-        for key, value in group.items():
-            if ROUND.search(key) and type(value) is int and value > 0:
-                lengths.append(value)
-    for key, value in vars(innermost(optimizer)).items():
-        if ROUND.search(key) and type(value) is int and value > 0:
-            lengths.append(value)
-    return min(max(lengths), LONGEST)
+    """After how many steps an optimizer of another package does again what it did, as far as is looked at."""
+    return min(interval(optimizer), LONGEST)
 
 
 def _plain(
