@@ -70,9 +70,11 @@ def test_one_event_file_holds_scalars_config_and_hyper_parameters(tmp_path: Path
     board.Reload()
     tags = board.Tags()
     assert [e.step for e in board.Scalars("val/loss")] == [5, 10, 15, 20]
-    assert board.Scalars("test/accuracy")[0].value == pytest.approx(summary["final"]["test/accuracy"], rel=1e-6)
-    assert board.Scalars("final/val/accuracy")[0].value == pytest.approx(summary["final"]["val/accuracy"], rel=1e-6)
-    assert board.Scalars("best/test/loss")[-1].value == pytest.approx(summary["best"]["test/loss"], rel=1e-6)
+    done = {name: board.Scalars(f"when done/{name}") for name in ("last/test/accuracy", "best/val/accuracy")}
+    assert done["last/test/accuracy"][0].value == pytest.approx(summary["final"]["test/accuracy"], rel=1e-6)
+    assert done["best/val/accuracy"][0].value == pytest.approx(summary["best"]["val/accuracy"], rel=1e-6)
+    dots = [name for name in tags["scalars"] if len(board.Scalars(name)) == 1]
+    assert dots and min(dots) > max(set(tags["scalars"]) - set(dots)), "a dot comes before a curve"
     text = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "name: small" in text
     assert {"weights/1.weight", "gradients/1.weight"} <= set(tags["histograms"])
@@ -82,8 +84,24 @@ def test_one_event_file_holds_scalars_config_and_hyper_parameters(tmp_path: Path
     assert start.hparams["optimizer.name"].string_value == "sgd"
     assert start.hparams["optimizer.betas"].string_value == "[0.9, 0.99]"
     experiment = HParamsPluginData.FromString(plugin[metadata.EXPERIMENT_TAG]).experiment
-    assert {m.name.tag for m in experiment.metric_infos} >= {"final/val/accuracy", "best/test/accuracy"}
+    columns = [m.display_name for m in experiment.metric_infos]
+    assert columns[:3] == ["best test/accuracy", "best val/accuracy", "best test/loss"]
+    assert {m.name.tag for m in experiment.metric_infos} <= set(tags["scalars"])
     assert metadata.SESSION_END_INFO_TAG in plugin
+
+
+def test_the_hyper_parameters_that_a_command_gives_come_first(tmp_path: Path) -> None:
+    command = "# python train.py optimizer=sgd optimizer.betas=[0,1] trainer.max_steps=2 name=x\noptimizer: {}\n"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(command)
+    fit(tmp_path / "run", writers=[loggers.TensorBoard()], max_steps=2)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    content = board.PluginTagToContent(metadata.PLUGIN_NAME)[metadata.EXPERIMENT_TAG]
+    infos = HParamsPluginData.FromString(content).experiment.hparam_infos
+    assert {info.name: info.differs for info in infos} == {
+        "optimizer.name": False, "optimizer.lr": True, "optimizer.betas": True, "seed": False,
+    }  # fmt: skip
 
 
 def test_a_resumed_board_shows_every_step_once(tmp_path: Path) -> None:
