@@ -47,6 +47,7 @@ class Pace:
         evaluation: seconds of an evaluation on the validation set.
         steps_per_epoch: optimizer steps a pass over the training set.
         state: bytes that the optimizer keeps between steps.
+        monitor: the validation metric that the run is judged by, "val/...".
     """
 
     seconds: float
@@ -55,6 +56,7 @@ class Pace:
     evaluation: float
     steps_per_epoch: float
     state: int
+    monitor: str
 
 
 @dataclass

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from optimizers.checks import are_sharded
 from optimizers.wrapper import innermost
 from training import schedules
 from training.callbacks import Callback, Profiler
@@ -66,6 +65,7 @@ class Trainer:
             since the last: what a kill costs at most. None: not by time.
         keep_checkpoints: how many stay, besides the best.
         monitor: validation metric that chooses the best weights; None: the task's main one.
+        test: measure the end on the test set; False: leave it untouched, as trials of a tuning do.
         device: auto, cpu, cuda, ...
         deterministic: ask for kernels that repeat themselves bit for bit.
         channels_last: memory layout for convolutions on tensor cores.
@@ -93,6 +93,7 @@ class Trainer:
         checkpoint_every_minutes: float | None = None,
         keep_checkpoints: int = 2,
         monitor: str | None = None,
+        test: bool = True,
         device: str = "auto",
         deterministic: bool = True,
         channels_last: bool = False,
@@ -132,7 +133,7 @@ class Trainer:
         self.log_every_steps = log_every_steps
         self.checkpoint_every_epochs, self.checkpoint_every_steps = checkpoint_every_epochs, checkpoint_every_steps
         self.checkpoint_every_minutes = checkpoint_every_minutes
-        self.keep_checkpoints, self.monitor, self.device = keep_checkpoints, monitor, device
+        self.keep_checkpoints, self.monitor, self.test, self.device = keep_checkpoints, monitor, test, device
         self.deterministic, self.channels_last, self.compile = deterministic, channels_last, compile
         self.profile = profile
 
@@ -183,17 +184,9 @@ class Trainer:
                     raise
                 raise UserError(f"{callback.where}.{error}") from error
         if model is not None:
-            self._check_weights(model)
+            suited.check_weights(model)
             suited.check_outputs(model, data, task)
         (schedule or schedules.none)(torch.optim.SGD([torch.zeros(1)], lr=1.0), ticks=self._budget(data).ticks)
-
-    @staticmethod
-    def _check_weights(model: nn.Module) -> None:
-        if are_sharded(model.parameters()):
-            raise UserError(
-                "the model's weights are sharded over processes (fully_shard), and this loop trains whole ones: "
-                "docs/processes.md has a loop for them"
-            )
 
     def _budget(self, data: DataModule) -> Budget:
         return Budget(len(data.train) / self.accumulate, self.max_epochs, self.max_steps, self.max_time)
@@ -293,7 +286,7 @@ class Trainer:
         """
         world, callbacks = world or World(), list(callbacks or [])
         callbacks += [Profiler()] if self.profile else []
-        self._check_weights(model)
+        suited.check_weights(model)
         self.check(data, task, world, callbacks, optimizer=optimizer, schedule=schedule, scalars=scalars)
         with ExitStack() as stack:
             if world.is_main:
@@ -411,7 +404,8 @@ class Trainer:
         self._heed(run, signals)
         if not run.unexamined:
             enter(run)  # and so the model stays
-            evaluation.test(run)
+            if self.test:
+                evaluation.test(run)
         self._heed(run, signals)
         summary = summarise(run, status)
         for callback in run.callbacks:

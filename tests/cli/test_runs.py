@@ -281,3 +281,13 @@ def test_a_signal_saves_and_says_how_to_go_on(work: Path) -> None:
     again = subprocess.run(program, cwd=work, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0, again.stderr
     assert summary(run)["steps"] == steps + 5
+
+
+def test_a_run_that_leaves_the_test_set_untouched(quick: Callable[..., Outcome], work: Path) -> None:
+    outcome = quick("optimizer=sgd", "trainer.test=false", "dataset.limit_train=0.1")
+    assert outcome.code == 0, outcome.err
+    (folder,) = runs(work)
+    found = summary(folder)
+    assert found["status"] == "finished" and "val/loss" in found["final"]
+    assert not [key for part in ("final", "best") for key in found[part] if key.startswith("test")]
+    assert "test/" not in (folder / "metrics.jsonl").read_text()

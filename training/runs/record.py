@@ -27,7 +27,13 @@ VOLATILE = (
     *(f"{name}.{SHARING}" for name in ("optimizer", *PLAYERS)),
 )  # fmt: skip
 # Options that leave a run what it was before there were any, by these values.
-NEUTRAL = {"dataset.limit_test": 1.0, "dataset.mixup": 0.0, "dataset.cutmix": 0.0, "dataset.randaugment": None}
+NEUTRAL = {
+    "trainer.test": True,
+    "dataset.limit_test": 1.0,
+    "dataset.mixup": 0.0,
+    "dataset.cutmix": 0.0,
+    "dataset.randaugment": None,
+}
 # What `choices` may hold: a group, of a player perhaps, and a file of it.
 _GROUP = re.compile(r"(?!hydra)\w+(@\w+)?")
 _CHOICE = re.compile(r"\w[\w.+/-]*")

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from data import DataError
 from data.base import told
+from optimizers.checks import are_sharded
 from optimizers.wrapper import innermost
 from training.errors import UserError, lack_of_memory
 from training.loop import rng
@@ -86,3 +87,12 @@ def check_optimizer(optimizer: Optimizer, task: Task, *, compiled: bool, clipped
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ValueError(f"optimizer {name} calls the model itself, which this loop does not offer: choose another")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise a sentence if a model's weights are sharded over processes, which the loop does not train."""
+    if are_sharded(model.parameters()):
+        raise UserError(
+            "the model's weights are sharded over processes (fully_shard), and this loop trains whole ones: "
+            "docs/processes.md has a loop for them"
+        )
