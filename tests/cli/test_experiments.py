@@ -26,7 +26,7 @@ EXPERIMENTS = sorted(
 RUN = [name for name in EXPERIMENTS if not name.startswith("adafisher/cifar100_")]
 
 # A data set of files of one's own that is served as a published one is.
-PICTURES = ("cifar10", "cifar100", "tiny_imagenet", "svhn")
+PICTURES = ("cifar10", "cifar100", "mnist", "tiny_imagenet", "svhn")
 IMAGES = ("curves", "faces", "mnist_autoencoder", "cifar10_autoencoder", "svhn_autoencoder")
 TEXTS = ("wikitext2", "wikitext103")
 
