@@ -121,7 +121,7 @@ def measure(
         return {
             name: Pace(
                 statistics.median(one.means), min(one.means), max(one.means), looks[name],
-                one.run.budget.steps_per_epoch, sum(held(one.run.optimizer).values()),
+                one.run.budget.steps_per_epoch, sum(held(one.run.optimizer).values()), one.run.monitor,
             )
             for name, one in going.items()
         }  # fmt: skip

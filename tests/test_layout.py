@@ -25,7 +25,8 @@ def test_a_file_is_read_in_one_go(path: Path) -> None:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_room_is_seen_at_a_glance(folder: Path) -> None:
     names = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
-    assert len(names) <= 12, names
+    # A command's address is what people have written down: of those there may be two more than of files that can move.
+    assert len(names) <= (14 if folder.name == "scripts" else 12), names
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.relative_to(ROOT).as_posix())

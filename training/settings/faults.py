@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from training.errors import UserError, did_you_mean
 from training.names import PLAYERS, TARGET
-from training.settings.files import CLUSTER, NOTHING, all_keys, choosing, known_choices, tree_of
+from training.settings.files import CLUSTER, NOTHING, SPACES, all_keys, choosing, known_choices, tree_of
 from training.settings.overrides import GRAFTED, OPEN, RATES, name_of
 
 # A group that follows from the others: hyper-parameters that a study has for an optimizer, if it has some.
@@ -65,6 +65,11 @@ def fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
         return (
             f"{override.input_line} is for scripts/submit.py, in front of --; a sweep's runs are sent to a cluster by "
             "hydra/launcher=slurm hydra.launcher.cluster=NAME"
+        )
+    if key == SPACES:
+        return (
+            f"{override.input_line} is what scripts/tune.py tries, and no value of a run: "
+            f"python scripts/tune.py optimizers=[{override.get_value_element_as_str()}] ..."
         )
     if tree is None or key.startswith(("hydra", RATES, GRAFTED)) or key.split(".")[0] == OPEN:
         return None

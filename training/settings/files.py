@@ -22,8 +22,8 @@ from training.settings.overrides import name_of
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 CONFIG_NAME = "train"
-#: A folder of configs/ that is no group of a run.
-CLUSTER = "cluster"
+#: Folders of configs/ that are no groups of a run.
+CLUSTER, SPACES = "cluster", "hparams_search"
 #: What these two are anyway; Hydra refuses null as a choice on the command line.
 NOTHING = ("experiment=null", "debug=null")
 #: Which defaults of its own Hydra is to have: 1.3 asks, and to later versions the question is a relic.
@@ -44,7 +44,7 @@ def known_choices(overrides: Sequence[Override]) -> dict[str, list[str]]:
             folders += [Path(str(path).removeprefix("file://")) for path in override.value()]  # type: ignore[union-attr]
     options: dict[str, list[str]] = {}
     found = (path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir())
-    for group in (path for path in found if path.name != CLUSTER):
+    for group in (path for path in found if path.name not in (CLUSTER, SPACES)):
         names = [path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml")]
         options.setdefault(group.name, []).extend(sorted(names))
     return options | {f"optimizer@{player}": options["optimizer"] for player in PLAYERS}
