@@ -39,6 +39,7 @@ def test_a_slow_optimizer_is_seen_to_be_slow_and_a_round_of_intervals_is_whole(
     assert found["slow"].low > sleeps and found["fast"].seconds + 0.5 * sleeps < found["slow"].seconds
     assert all(one.low <= one.seconds <= one.high and one.evaluation > 0 for one in found.values())
     assert found["fast"].steps_per_epoch == len(range(0, 1293 - 15, 16))
+    assert {one.monitor for one in found.values()} == {"val/accuracy"}
     assert torch.get_num_threads() == before and not [*tmp_path.rglob("*")]
     per_arm = [taken.count(run) for run in dict.fromkeys(taken)]
     assert per_arm == [pace.WARM + pace.ROUNDS[0] * 10] * 3  # K-FAC's intervals are of ten steps
