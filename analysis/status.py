@@ -50,6 +50,7 @@ class Status:
         processes: how many there are.
         silent: seconds since it last wrote a metric; None if it never did, or has ended.
         error: why it failed.
+        tags: that its command gave it.
     """
 
     run: str
@@ -68,6 +69,7 @@ class Status:
     processes: int | None = None
     silent: float | None = None
     error: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
 def look(folder: str | Path) -> list[Status]:
@@ -125,7 +127,7 @@ def table(found: Sequence[Status]) -> Table:
     colours = {"running": "green", "starting": "green", "dead": "red", "failed": "red", "diverged": "red"}
     for one in found:
         shown.add_row(
-            one.run,
+            f"{one.run} [{', '.join(one.tags)}]" if one.tags else one.run,
             one.state,
             "" if one.progress is None else f"{100 * one.progress:.0f} %",
             "" if one.left is None else duration(one.left, digits=0),
@@ -209,7 +211,9 @@ def _status(folder: Path, name: str) -> Status:
         status.state = "running" if last else "starting"
     if not last:
         return _ended(status, summary) if not alive else status
-    status.progress = _progress(folder, status)
+    settings = _settings(folder)
+    status.tags = [str(tag) for tag in settings.get("tags") or []]
+    status.progress = _progress(settings.get("trainer") or {}, status)
     if alive:
         with suppress(OSError):
             status.silent = max(0.0, time.time() - (folder / "metrics.jsonl").stat().st_mtime)
@@ -254,12 +258,17 @@ def _follow(path: Path, status: Status) -> dict[str, Any]:
     return events[-1]
 
 
-def _progress(folder: Path, status: Status) -> float | None:
-    """The share of the budget in `config.yaml` that is used up."""
+def _settings(folder: Path) -> dict[str, Any]:
+    """What `config.yaml` holds; {} if it cannot be read."""
     try:
-        trainer = yaml.load((folder / "config.yaml").read_bytes(), LOADER)["trainer"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
+        found = yaml.load((folder / "config.yaml").read_bytes(), LOADER)
+    except (OSError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _progress(trainer: Mapping[str, Any], status: Status) -> float | None:
+    """The share of the budget that is used up."""
     used = {"max_steps": status.step, "max_epochs": status.epoch, "max_time": status.seconds}
     shares = [
         done / trainer[key]

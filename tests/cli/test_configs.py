@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import yaml
 
 from tests.cli.conftest import Outcome, runs, summary
 from tests.conftest import ROOT
+from training.errors import UserError
 from training.settings.composition import CONFIG_FOLDER, compose
 from training.settings.schema import locate, parameters
 
@@ -62,6 +64,10 @@ def test_a_file_says_what_it_is_and_explains_its_values(path: Path) -> None:
 def test_every_choice_composes(group: str) -> None:
     for name in names(group):
         choice = f"{group}={name}"
+        if group == "logger" and name in ("wandb", "mlflow", "trackio") and importlib.util.find_spec(name) is None:
+            with pytest.raises(UserError, match=f"^logger={name} needs a package that is not installed: pip install "):
+                compose([choice])
+            continue
         assert compose([choice, *photos([choice])]).choices[group] == name
 
 

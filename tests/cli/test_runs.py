@@ -15,6 +15,7 @@ import torch
 import yaml
 from filelock import FileLock
 
+from analysis.status import look
 from tests.cli.conftest import QUICK, Outcome, metrics, runs, summary, unfinish
 from tests.conftest import ROOT
 from training.runs.warm_start import warm_start
@@ -38,6 +39,21 @@ def test_a_run_and_its_folder(command: Callable[..., Outcome], work: Path) -> No
     assert summary(run)["status"] == "finished"
     assert summary(run)["config_id"] == run.name[-8:]
     assert [path.name for path in work.iterdir()] == ["runs"], "something was written beside the run folder"
+
+
+def test_tags_and_notes_leave_a_run_what_it_is(quick: Callable[..., Outcome], work: Path) -> None:
+    steps = ("trainer.max_epochs=null", "trainer.max_steps=2")
+    said = quick(*steps, "tags=[small, 7]", "notes=it's small, so far: a=b", "name=said")
+    assert said.code == 0, said.err
+    (run,) = runs(work)
+    assert summary(run)["tags"] == ["small", "7"] and summary(run)["notes"] == "it's small, so far: a=b"
+    assert [look(work / "runs")[0].tags, run.name[-8:]] == [["small", "7"], compose([*QUICK]).id]
+
+    assert quick(f"resume={run}", "tags=[later]", "trainer.max_epochs=null", "trainer.max_steps=3").code == 0
+    kept = yaml.safe_load((run / "config.yaml").read_text())
+    assert kept["tags"] == summary(run)["tags"] == ["later"] and kept["notes"] == summary(run)["notes"]
+    wrong = quick("tags=small")
+    assert wrong.code == 1 and wrong.err == "error: tags must be a list (each text) or null, got 'small'\n"
 
 
 @pytest.mark.parametrize(

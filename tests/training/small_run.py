@@ -10,9 +10,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ def fit(
     world: World | None = None,
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    config: Mapping[str, Any] = MappingProxyType({}),
     **trainer: Any,
 ) -> tuple[dict[str, Any], nn.Module]:
     """Train in a folder, from its newest checkpoint if told to resume; returns the summary and the model.
@@ -161,7 +163,7 @@ def fit(
     summary = loop.fit(
         net, built, sets, task, folder=run_folder, schedule=SCHEDULES[schedule], world=world, callbacks=callbacks,
         loggers=[loggers.JSONLines(), loggers.TensorBoard()] if writers is None else writers, resume=state,
-        config={"optimizer": {"name": optimizer, "lr": options["lr"], "betas": [0.9, 0.99]}, "seed": 1},
+        config={"optimizer": {"name": optimizer, "lr": options["lr"], "betas": [0.9, 0.99]}, "seed": 1, **config},
         config_id="abc",
     )  # fmt: skip
     if hasattr(built, "close"):

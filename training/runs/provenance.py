@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from training.runs.folder import atomic_file
+from training.runs.record import REMARKS
 from training.runs.run import Run
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "hydra-core", "numpy", "scikit-learn", "tensorboard")
@@ -50,6 +51,7 @@ def summarise(run: Run, status: str, error: str | None = None) -> dict[str, Any]
         "versions": versions(),
         "hardware": hardware(run.world.device, run.world.world_size),
         "peak_memory_bytes": peak_memory(run.world.device),
+        **{name: run.config[name] for name in REMARKS if run.config.get(name)},
     }
 
 

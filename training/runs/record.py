@@ -19,9 +19,11 @@ from training.runs.folder import exists
 
 BUDGETS = ("max_epochs", "max_steps", "max_time")
 CHOICES = "choices"  # in config.yaml: the name of each group's file
+#: What the user says of a run, which leaves it what it is.
+REMARKS = ("tags", "notes")
 # What may differ between two launches of the same run: where it writes, how it reports, where it computes.
 VOLATILE = (
-    "paths", "logger", "resume", "name", "verify", "summary", "trainer.device", "trainer.profile",
+    "paths", "logger", "resume", "name", *REMARKS, "verify", "summary", "trainer.device", "trainer.profile",
     "trainer.log_every_steps", "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps",
     "trainer.checkpoint_every_minutes", "trainer.keep_checkpoints",
     *(f"{name}.{SHARING}" for name in ("optimizer", *PLAYERS)),
@@ -87,7 +89,7 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """Text of the run folder's `config.yaml`."""
-        command = " ".join([os.environ.get("CURVLAB_COMMAND", "python train.py"), *self.command])
+        command = " ".join([os.environ.get("CURVLAB_COMMAND", "python train.py"), *self.command]).replace("\n", " ")
         return f"# {command}\n{yaml.safe_dump(as_lists(self.record()), sort_keys=False, allow_unicode=True)}"
 
 

@@ -18,7 +18,7 @@ from training.loop.distributed import World
 from training.runs import checkpoints
 from training.runs.claims import NAME, claim, describe, release, turn
 from training.runs.folder import RunFolder, atomic_file, file_name, label_name, unwritable
-from training.runs.record import BUDGETS, RunConfig, find, load
+from training.runs.record import BUDGETS, REMARKS, RunConfig, find, load
 
 # These runs have ended; every other status (interrupted, failed, or none after a kill) leaves something to resume.
 ENDED = ("finished", "stopped_early", "diverged")
@@ -138,7 +138,8 @@ def _enter(start: Start, run: RunConfig) -> RunFolder:
         return RunFolder.fill(path, run.to_yaml())
     folder = RunFolder.open(start.folder)
     try:
-        current = load(start.folder)[0]["trainer"] == run.values["trainer"]
+        saved, new = load(start.folder)[0], run.values
+        current = all(saved.get(name) == new.get(name) for name in ("trainer", *REMARKS))
     except UserError as error:  # only where the command says all that the file would
         log.warning("%s: it is written anew.", error)
         current = False

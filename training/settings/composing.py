@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from training.errors import UserError
 from training.names import PLAYERS, RESTORED, SHARING
-from training.runs.record import RunConfig, find, load, replace_folder
+from training.runs.record import REMARKS, RunConfig, find, load, replace_folder
 from training.settings.faults import PRESET, diagnose, fault_of_choice
 from training.settings.files import NOTHING, compose_files, known_choices, resolve, without_hydra
 from training.settings.overrides import name_of, opened, parse, quoted
@@ -115,6 +115,6 @@ def _take_up(composed: DictConfig, chosen: dict[str, str], command: Sequence[str
             )
         if key in FREE and chosen[key] != choices.get(key):
             values[key], choices[key] = resolve(composed[key], f"{key}."), chosen[key]
-        elif "." in key and not key.startswith(("hydra.", "paths.")):
+        elif key in REMARKS or ("." in key and not key.startswith(("hydra.", "paths."))):
             OmegaConf.update(values, key, now)
     return values, choices

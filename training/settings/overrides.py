@@ -98,6 +98,8 @@ def name_of(override: Override) -> str:
 def quoted(text: str) -> str:
     """Quote a regular expression, and the path of an existing file, that means something to Hydra's grammar."""
     key, _, value = text.partition("=")
+    if key == "notes" and not (value.startswith(("'", '"')) or value in ("", "null")):  # free text, commas and all
+        return "notes='{}'".format(value.replace("'", "\\'"))
     if not value.isascii() and not re.search(r"[=,{}\[\]()'\"\\]", value):  # its grammar knows no such letters
         return f"{key}='{value}'"
     if value.startswith(("'", '"')) or not re.search(r"[^\w./:~-]", value):

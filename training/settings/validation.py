@@ -58,6 +58,7 @@ def _top_level(
     logger: dict | None = None, callbacks: dict | None = None, schedules: dict | None = None,
     finetune: dict | None = None, generator: dict | None = None, critic: dict | None = None,
     verify: int | None = None, averaging: dict | None = None, step_length: dict | None = None, summary: bool = False,
+    tags: list[str] | None = None, notes: str | None = None,
 ) -> None:  # fmt: skip
     """The signature that `configs/train.yaml` is checked against."""
 

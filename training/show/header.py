@@ -36,6 +36,7 @@ def header(run: Run) -> str:
         "data": _data(run, choices),
         "on": _place(run),
         "budget": _budget(run),
+        **({"tags": ", ".join(run.config["tags"])} if run.config.get("tags") else {}),
         "run folder": shown(run.folder.path),
     }
     return "\n".join(
