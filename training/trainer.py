@@ -23,6 +23,7 @@ from training.loop import rng, watch
 from training.loop.budgets import Alarm, Budget, Every
 from training.loop.distributed import World, barrier, maximum
 from training.loop.precision import Precision
+from training.loop.recompute import blocks_of, compiled, recomputing
 from training.loop.signals import Interrupted, StopSignals
 from training.runs import checkpoints, evaluation, provenance, step
 from training.runs.averaging import averaged, averages, enter
@@ -70,6 +71,9 @@ class Trainer:
         deterministic: ask for kernels that repeat themselves bit for bit.
         channels_last: memory layout for convolutions on tensor cores.
         compile: compile the model's training pass with torch.compile.
+        recompute: drop what the model's blocks would keep for the backward pass, and compute it again there: less
+            memory, more time, the same numbers. True: transformer blocks, residual blocks and the like, entries of
+            lists of modules; or a regular expression of modules' names.
         profile: watch a few steps with torch's profiler.
 
     Raises:
@@ -98,6 +102,7 @@ class Trainer:
         deterministic: bool = True,
         channels_last: bool = False,
         compile: bool = False,
+        recompute: bool | str = False,
         profile: bool = False,
     ) -> None:
         budgets = {"max_epochs": max_epochs, "max_steps": max_steps, "max_time": max_time}
@@ -126,6 +131,10 @@ class Trainer:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
         if precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
+        if recompute and compile:
+            raise ValueError("recompute must be false where compile is true, which decides itself what is kept")
+        if isinstance(recompute, str):
+            compiled(recompute)
         self.max_epochs, self.max_steps, self.max_time = max_epochs, max_steps, max_time
         self.accumulate, self.clip_norm, self.label_smoothing = accumulate, clip_norm, label_smoothing
         self.precision: Literal["fp32", "bf16", "fp16"] = precision
@@ -135,7 +144,7 @@ class Trainer:
         self.checkpoint_every_minutes = checkpoint_every_minutes
         self.keep_checkpoints, self.monitor, self.test, self.device = keep_checkpoints, monitor, test, device
         self.deterministic, self.channels_last, self.compile = deterministic, channels_last, compile
-        self.profile = profile
+        self.recompute, self.profile = recompute, profile
 
     # -- before --------------------------------------------------------------------------------------------------------
 
@@ -185,6 +194,7 @@ class Trainer:
                 raise UserError(f"{callback.where}.{error}") from error
         if model is not None:
             suited.check_weights(model)
+            blocks_of(model, self.recompute)
             suited.check_outputs(model, data, task)
         (schedule or schedules.none)(torch.optim.SGD([torch.zeros(1)], lr=1.0), ticks=self._budget(data).ticks)
 
@@ -293,6 +303,7 @@ class Trainer:
                 folder.require_writable()
                 stack.enter_context(log_file(folder.log_file))
             stack.enter_context(rng.deterministic(self.deterministic))
+            stack.enter_context(recomputing(model, self.recompute))
             signals = stack.enter_context(StopSignals())
             run = None
             try:

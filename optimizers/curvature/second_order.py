@@ -196,13 +196,18 @@ class _BatchNormBackward(torch.autograd.Function):
         return to_g, to_x, to_weight, None, None, None
 
 
+class NoSecondDerivatives(ValueError):
+    """What was called has none where it was called."""
+
+
 class SecondOrder(TorchFunctionMode):
     """While active, ``F.linear``, ``F.conv2d`` and ``F.batch_norm`` (in training mode) have cheap second derivatives.
 
     ``F.hardsigmoid``, which has none in torch, has one at all.
 
     Calls that the functions here do not cover (autocast, string paddings, batch norm without weights or on running
-    statistics, linear layers in a checkpoint, devices other than the CPU, where they were measured) go their usual way.
+    statistics, linear layers and batch norm in a checkpoint, devices other than the CPU, where they were measured) go
+    their usual way.
 
     Attributes:
         attention: whether a call of an attention that may be fused has passed.
@@ -222,6 +227,10 @@ class SecondOrder(TorchFunctionMode):
             return self._conv2d(*args, **kwargs)
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
+        if func in (F.hardsigmoid, F.hardswish) and _saves_elsewhere():
+            raise NoSecondDerivatives(
+                f"{func.__name__} has no second derivatives in torch.utils.checkpoint: compute it outside of one"
+            )
         if func in (F.hardsigmoid, F.hardswish):  # torch has no second derivative of the one, so neither is fused
             x = args[0] if args else kwargs["input"]
             gate = (x + 3).clamp(0, 6) / 6
@@ -263,7 +272,8 @@ class SecondOrder(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if not training or weight is None or bias is None or _usual(x, weight) or x.numel() == x.shape[1]:
+        usual = _usual(x, weight) if weight is not None else True
+        if not training or bias is None or usual or x.numel() == x.shape[1] or _saves_elsewhere():
             return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
 

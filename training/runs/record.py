@@ -24,6 +24,7 @@ REMARKS = ("tags", "notes")
 # What may differ between two launches of the same run: where it writes, how it reports, where it computes.
 VOLATILE = (
     "paths", "logger", "resume", "name", *REMARKS, "verify", "summary", "trainer.device", "trainer.profile",
+    "trainer.recompute",
     "trainer.log_every_steps", "trainer.checkpoint_every_epochs", "trainer.checkpoint_every_steps",
     "trainer.checkpoint_every_minutes", "trainer.keep_checkpoints",
     *(f"{name}.{SHARING}" for name in ("optimizer", *PLAYERS)),

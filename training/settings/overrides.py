@@ -30,7 +30,7 @@ MANY = ("callbacks.", "logger.")
 #: The variable that makes of a sweep one of its jobs, by its number from 0: for the elements of a queue's array.
 JOB = "CURVLAB_SWEEP_JOB"
 # Regular expressions, which are full of what Hydra's grammar takes for its own.
-EXPRESSIONS = ("finetune.freeze", "optimizer.skip", "generator.skip", "critic.skip")
+EXPRESSIONS = ("finetune.freeze", "optimizer.skip", "generator.skip", "critic.skip", "trainer.recompute")
 
 
 class Arguments(argparse.ArgumentParser):
@@ -82,12 +82,28 @@ def parse(text: str) -> Override:
     Raises:
         UserError: it is malformed.
     """
+    if text.startswith("="):
+        raise UserError(f"malformed override {text!r}: it names no key, write key=value")
     try:
         return OverridesParser.create().parse_overrides([text])[0]
     except OverrideParseException as error:
-        why = str(error).splitlines()[0]
-        hint = f" ({why}); quote values with special characters" if "=" in text else ": write key=value"
-        raise UserError(f"malformed override {text!r}{hint}") from error
+        raise UserError(f"malformed override {text!r}: {_advice(text)}") from error
+
+
+def _advice(text: str) -> str:
+    """What to do about an override that Hydra's grammar does not know."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        return "write key=value"
+    if any(value.count(a) != value.count(b) for a, b in ("[]", "{}", "()")):
+        return "a bracket has no other"
+    if any(value.count(mark) % 2 for mark in "'\""):
+        return "a quote has no other"
+    if value.startswith("="):
+        return "write key=value, with one ="
+    if re.search(r",\s*(,|$)", value):
+        return "a value is missing beside a comma"
+    return f"""quote its value twice, for the shell and for Hydra: '{key}="{value}"'"""
 
 
 def name_of(override: Override) -> str:
