@@ -23,7 +23,7 @@ from training.loop import rng, watch
 from training.loop.budgets import Alarm, Budget, Every
 from training.loop.distributed import World, barrier, maximum
 from training.loop.precision import Precision
-from training.loop.recompute import blocks_of, compiled, recomputing
+from training.loop.recompute import blocks_of, check_wanted, recomputing
 from training.loop.signals import Interrupted, StopSignals
 from training.runs import checkpoints, evaluation, provenance, step
 from training.runs.averaging import averaged, averages, enter
@@ -71,9 +71,8 @@ class Trainer:
         deterministic: ask for kernels that repeat themselves bit for bit.
         channels_last: memory layout for convolutions on tensor cores.
         compile: compile the model's training pass with torch.compile.
-        recompute: drop what the model's blocks would keep for the backward pass, and compute it again there: less
-            memory, more time, the same numbers. True: transformer blocks, residual blocks and the like, entries of
-            lists of modules; or a regular expression of modules' names.
+        recompute: drop what blocks would keep for the backward pass, and compute it again there: less memory, more
+            time, the same numbers. True: entries of lists of modules; or a regular expression of modules' names.
         profile: watch a few steps with torch's profiler.
 
     Raises:
@@ -111,8 +110,8 @@ class Trainer:
             raise ValueError("max_epochs, max_steps or max_time must be set: a run needs a budget")
         if len(given) > 1:
             raise ValueError(f"{given[-1]} and {given[0]} are both set and a run has one budget: set {given[0]}=null")
-        positive = budgets | {"clip_norm": clip_norm, "eval_every_epochs": eval_every_epochs}
-        positive |= {"checkpoint_every_minutes": checkpoint_every_minutes}
+        every = {"eval_every_epochs": eval_every_epochs, "checkpoint_every_minutes": checkpoint_every_minutes}
+        positive = budgets | {"clip_norm": clip_norm} | every
         for name, value in positive.items():
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, got {value!r}")
@@ -131,17 +130,13 @@ class Trainer:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
         if precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
-        if recompute and compile:
-            raise ValueError("recompute must be false where compile is true, which decides itself what is kept")
-        if isinstance(recompute, str):
-            compiled(recompute)
+        check_wanted(recompute, compile)
         self.max_epochs, self.max_steps, self.max_time = max_epochs, max_steps, max_time
         self.accumulate, self.clip_norm, self.label_smoothing = accumulate, clip_norm, label_smoothing
         self.precision: Literal["fp32", "bf16", "fp16"] = precision
         self.eval_every_epochs, self.eval_every_steps = eval_every_epochs, eval_every_steps
-        self.log_every_steps = log_every_steps
+        self.log_every_steps, self.checkpoint_every_minutes = log_every_steps, checkpoint_every_minutes
         self.checkpoint_every_epochs, self.checkpoint_every_steps = checkpoint_every_epochs, checkpoint_every_steps
-        self.checkpoint_every_minutes = checkpoint_every_minutes
         self.keep_checkpoints, self.monitor, self.test, self.device = keep_checkpoints, monitor, test, device
         self.deterministic, self.channels_last, self.compile = deterministic, channels_last, compile
         self.recompute, self.profile = recompute, profile

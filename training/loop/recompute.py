@@ -105,7 +105,8 @@ def blocks_of(model: nn.Module, wanted: bool | str) -> dict[str, nn.Module]:
         found = {name: module for name, module in found.items() if not _inside(name, found, reverse=True)}
         advice = "blocks in a Sequential or a ModuleList: name modules by trainer.recompute=REGEX, or leave it out"
     else:
-        pattern = compiled(wanted)
+        check_wanted(wanted, compiled=False)
+        pattern = re.compile(wanted)
         found = {name: module for name, module in named.items() if pattern.search(name)}
         found = {name: module for name, module in found.items() if not _inside(name, found)}
         lists_alone = [name for name, module in found.items() if isinstance(module, (nn.ModuleList, nn.ModuleDict))]
@@ -118,16 +119,22 @@ def blocks_of(model: nn.Module, wanted: bool | str) -> dict[str, nn.Module]:
     return found
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
-    """A regular expression.
+def check_wanted(wanted: bool | str, compiled: bool) -> None:
+    """Refuse what no model can do.
+
+    Args:
+        wanted: see ``blocks_of``.
+        compiled: whether the model is.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is no regular expression, or the model is compiled.
     """
+    if wanted and compiled:
+        raise ValueError("recompute must be false where compile is true, which decides itself what is kept")
     try:
-        return re.compile(pattern)
+        re.compile(wanted if isinstance(wanted, str) else "")
     except re.error as error:
-        raise ValueError(f"recompute must be true, false or a regular expression, got {pattern!r} ({error})") from error
+        raise ValueError(f"recompute must be true, false or a regular expression, got {wanted!r} ({error})") from error
 
 
 @contextmanager
