@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.parts.plain import plain_layers
 from models.parts.stems import LARGEST_SMALL_IMAGE, set_first
 from models.weights.published import Published, Statistics, load_pretrained, published_by_torchvision
+from models.weights.reach import hugging_face, torch_hub
 
 
 def timm_model(
@@ -159,7 +160,10 @@ def published_by_timm(name: str) -> Published:
     """What downloads a timm model's weights."""
 
     def published() -> tuple[Mapping[str, Tensor], Statistics]:
-        net = need_timm().create_model(name, pretrained=True)
+        timm = need_timm()
+        cfg = timm.models.get_pretrained_cfg(name)
+        with hugging_face() if cfg is None or cfg.hf_hub_id else torch_hub(cfg.url):
+            net = timm.create_model(name, pretrained=True)
         return net.state_dict(), (net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
 
     return published

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.weights.files import read_weights
 from models.weights.fitting import load
+from models.weights.reach import torch_hub
 from models.weights.wording import first_line
 
 # Mean and std a channel, in units of 0..1, of the pixels that weights were trained on.
@@ -58,6 +59,8 @@ def published_by_torchvision(name: str) -> Published:
 
         newest = torchvision.models.get_model_weights(name).DEFAULT
         expected = newest.transforms()
-        return newest.get_state_dict(progress=False, check_hash=True), (expected.mean, expected.std)
+        with torch_hub(newest.url):
+            weights = newest.get_state_dict(progress=False, check_hash=True)
+        return weights, (expected.mean, expected.std)
 
     return published

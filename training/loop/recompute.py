@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -63,7 +63,7 @@ class Again:
 class _Uncounted(AbstractContextManager[None]):
     """Within it, however often, BatchNorm counts to no end: of this batch it did."""
 
-    def __init__(self, layers: list[_BatchNorm]) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = layers
         self._kept: list[list[tuple[nn.Module, str, Tensor]]] = []
 
@@ -154,14 +154,14 @@ def recomputing(model: nn.Module, wanted: bool | str) -> Iterator[None]:
     before: list[tuple[nn.Module, Callable[..., Any] | None]] = []
     for block in dict.fromkeys(blocks_of(model, wanted).values()):
         before.append((block, vars(block).get("forward")))
-        block.forward = Again(block)  # type: ignore[method-assign]
+        block.forward = Again(block)
     try:
         yield
     finally:
         for block, own in before:
             del block.forward
             if own is not None:
-                block.forward = own  # type: ignore[method-assign]
+                block.forward = own
 
 
 def _inside(name: str, found: dict[str, nn.Module], reverse: bool = False) -> bool:
