@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import tarfile
+import time
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -240,18 +241,40 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 
 
 def test_without_a_connection_published_weights_end_in_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the package's own switch
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the package's own switch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     # urllib keeps the opener that it made first, proxies included: others get back the one that was there before.
     monkeypatch.setattr(urllib.request, "_opener", None)
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
+    began = time.monotonic()
     for name, model in (("timm_model", "test_efficientnet"), ("torchvision_model", "squeezenet1_1")):
-        with pytest.raises(ValueError, match=r"^pretrained weights cannot be downloaded \(.*\): give pretrained=PATH"):
+        with pytest.raises(ValueError, match=r"^pretrained weights cannot be downloaded .* give pretrained=PATH") as e:
             build(name, CIFAR, name=model, pretrained=True)
+        assert "cannot be reached: Connection refused" in str(e.value)
+    out, err = capfd.readouterr()
+    assert out == err == "", "nobody tries six times, and tells of each"
+    assert time.monotonic() - began < 20 and not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_without_a_connection_what_lies_in_the_hubs_cache_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = timm.create_model("test_efficientnet")
+    there = tmp_path / f"models--{source.pretrained_cfg['hf_hub_id'].replace('/', '--')}"
+    (there / "snapshots" / "abc").mkdir(parents=True)
+    (there / "refs").mkdir()
+    (there / "refs" / "main").write_text("abc")
+    save_file(source.state_dict(), there / "snapshots" / "abc" / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    net = build("timm_model", CIFAR | {"image_size": 64}, name="test_efficientnet", pretrained=True)
+    assert torch.equal(net.get_parameter("conv_stem.weight"), source.conv_stem.weight)
 
 
 def test_published_weights_are_loaded_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
