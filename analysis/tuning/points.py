@@ -114,7 +114,7 @@ class Tpe:
         study = optuna.create_study(storage=storage, sampler=sampler, study_name="tuning", direction="minimize")
         names = [f"u{number}" for number in range(self.dimensions)]
         study.enqueue_trial(dict(zip(names, self.first, strict=True)))
-        cube = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in names}
+        cube: Any = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in names}
         asked, batches = [study.ask(cube)], []
         for batch in range(count):
             asked += [study.ask(cube) for _ in range(BATCH)]
