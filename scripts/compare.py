@@ -3,13 +3,18 @@
     python scripts/compare.py multirun/curves --target train/loss=0.0796 --epochs 10,25,200
     python scripts/compare.py RUN RUN FOLDER --metric val/accuracy --baseline optimizer=adam --out pictures
 
-Writes comparison.png, comparison.md and comparison.csv.
+Writes comparison.png, comparison.md and comparison.csv. With --html it writes FOLDER/report/index.html instead, a page
+with intervals, tests and links to the runs, and beside it the table and the figures for papers; of a folder of
+scripts/verdict.py, the page of that verdict:
+
+    python scripts/compare.py multirun/curves --metric val/accuracy --html
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from analysis import compare
+from analysis import compare, report
 from training.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
     try:
-        _main(_parser().parse_args(argv))
+        given = list(sys.argv[1:] if argv is None else argv)
+        _main(_parser().parse_args(given, argparse.Namespace(given=given)))
     except (ValueError, UserError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
@@ -36,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> None:
     target = compare.Target.parse(options.target) if options.target else None
+    if options.html:
+        _page(options, target)
+        return
     folders = compare.find_runs(options.runs)
     groups, remarks = compare.group_runs([compare.read_run(folder) for folder in folders])
     references = {}
@@ -68,6 +77,33 @@ def _main(options: argparse.Namespace) -> None:
         console.print(line, soft_wrap=True)
 
 
+def _page(options: argparse.Namespace, target: compare.Target | None) -> None:
+    """The page of a verdict's folder, or of any runs."""
+    if refused := [name for name in ("epochs", "reference") if getattr(options, name)]:
+        raise UserError(f"{' and '.join(refused)}: the page has no such column; leave it out, or leave out --html")
+    if target and options.metric and options.metric != target.metric:
+        raise UserError(f"target: the page takes times of its own metric, {options.metric}, and not of {target.metric}")
+    given = [Path(text) for text in options.runs]
+    if len(given) == 1 and report.is_verdict(given[0]):
+        if target or options.metric or options.baseline:
+            raise UserError(f"{given[0]} is a verdict, which has its own metric, target and baseline: leave yours out")
+        material = report.read_verdict(given[0])
+    else:
+        folders = compare.find_runs(given)
+        common = Path(os.path.commonpath(folders))
+        home = given[0] if len(given) == 1 else common
+        metric = options.metric or (target.metric if target else None)
+        material = report.read_sweep(folders, home, metric, target.value if target else None, options.baseline or "")
+    found = report.results(material)
+    command = shlex.join(["python", "scripts/compare.py", *options.given])
+    page = report.write(found, Path(options.out) if options.out else None, command)
+    console = Console(highlight=False, markup=False)
+    for line in (*report.sentences(found), *(f"! {warning}" for warning in found.warnings)):
+        console.print(line)
+    said = f"{page}: open it in a browser; beside it lie table.csv, table.md, table.tex and the figures"
+    console.print(said, soft_wrap=True)
+
+
 def _table(sheet: compare.Sheet) -> Table:
     table = Table(title=f"\n{sheet.title}", title_justify="left")
     short = max(len(line[0]) for line in sheet.lines) <= 40
@@ -98,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
         "--reference", nargs="+", action="extend", default=[], metavar="FILE.json:KEY=label",
         help="a published curve, one value an epoch, and the group that it is drawn beside",
     )  # fmt: skip
-    parser.add_argument("--out", help="folder of the results (default: the folder that all runs have in common)")
+    parser.add_argument("--html", action="store_true", help="write a page for reading, report/index.html, instead")
+    where = "folder of the results (default: what all runs have in common; of a page, report/ in it)"
+    parser.add_argument("--out", help=where)
     return parser
 
 

@@ -39,7 +39,7 @@ def plot(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(14, 4.8), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     drawn: list[np.ndarray] = []
-    for group, colour in zip(comparison.groups, _colours(len(comparison.groups)), strict=True):
+    for group, colour in zip(comparison.groups, colours(len(comparison.groups)), strict=True):
         diverged = Group(group.label, [run for run in group.runs if run.status == "diverged"]).curves(metric)
         lasting = Group(group.label, [run for run in group.runs if run.status != "diverged"]).curves(metric)
         drawn += [curve.value for curve in (*lasting, *diverged)]
@@ -48,7 +48,7 @@ def plot(comparison: Comparison) -> Figure:
             for curve in diverged:
                 axes.plot(getattr(curve, x), curve.value, **THIN, color=colour)
     longest = max(curve.epoch[-1] for group in comparison.groups for curve in group.curves(metric))
-    for group, colour in zip(comparison.groups, _colours(len(comparison.groups)), strict=True):
+    for group, colour in zip(comparison.groups, colours(len(comparison.groups)), strict=True):
         if reference := comparison.references.get(group.label):
             published = reference.curve(metric)[: math.ceil(longest - 1e-6)]
             drawn.append(published)
@@ -63,13 +63,13 @@ def plot(comparison: Comparison) -> Figure:
         if shown:
             axes.axhline(shown.value, color=GREY, linestyle=":", linewidth=1.2)
         dress(axes, label, metric if axes is panels[0] else "")
-    _scale(panels[0], drawn, metric, list(map(float, plateaus)), shown)
+    scale(panels[0], drawn, metric, list(map(float, plateaus)), shown)
     _legend(figure, comparison, [f"constant output {plateau}" for plateau in plateaus], shown)
     figure.suptitle(comparison.title, fontsize="medium")
     return figure
 
 
-def _colours(count: int) -> list[Any]:
+def colours(count: int) -> list[Any]:
     """As many colours as there are groups, far apart while ten are enough."""
     if count <= len(PALETTE):
         return list(PALETTE[:count])
@@ -97,7 +97,7 @@ def _draw_group(axes: Axes, lines: list[tuple[np.ndarray, np.ndarray]], colour: 
             axes.plot(x[start:], y[start:], **THIN, color=colour)
 
 
-def _scale(axes: Axes, drawn: list[np.ndarray], metric: str, plateaus: list[float], target: Target | None) -> None:
+def scale(axes: Axes, drawn: list[np.ndarray], metric: str, plateaus: list[float], target: Target | None) -> None:
     """The shared vertical axis: per cent for accuracies; logarithmic for a large range; no room for what blew up."""
     if higher_is_better(metric):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
@@ -125,9 +125,9 @@ def _scale(axes: Axes, drawn: list[np.ndarray], metric: str, plateaus: list[floa
 
 def _legend(figure: Figure, comparison: Comparison, plateaus: list[str], target: Target | None) -> None:
     """Below the panels, in as many columns as the labels leave room for."""
-    colours = _colours(len(comparison.groups))
+    own = colours(len(comparison.groups))
     entries = []
-    for group, colour in zip(comparison.groups, colours, strict=True):
+    for group, colour in zip(comparison.groups, own, strict=True):
         count = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
         trouble = "" if group.status == "finished" else f" [{group.status}]"
         entries.append(Line2D([], [], color=colour, linewidth=1.8, label=f"{group.label}{count}{trouble}"))

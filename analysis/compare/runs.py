@@ -134,8 +134,12 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def read_run(folder: Path) -> LoadedRun:
+def read_run(folder: Path, events: list[dict[str, Any]] | None = None) -> LoadedRun:
     """Read a run folder.
+
+    Args:
+        folder: that train.py wrote.
+        events: of its `metrics.jsonl`, where somebody has read them; None: all are read.
 
     Raises:
         ValueError: `metrics.jsonl` or `summary.json` is damaged.
@@ -147,7 +151,7 @@ def read_run(folder: Path) -> LoadedRun:
         summary = json.loads(path.read_text()) if path.exists() else {}
     except json.JSONDecodeError as error:
         raise ValueError(f"runs: {path} is no JSON: the file is damaged, leave this run out") from error
-    return LoadedRun(folder, values, choices, read_metrics(folder), summary)
+    return LoadedRun(folder, values, choices, read_metrics(folder) if events is None else events, summary)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

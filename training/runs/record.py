@@ -40,6 +40,8 @@ NEUTRAL = {
 # What `choices` may hold: a group, of a player perhaps, and a file of it.
 _GROUP = re.compile(r"(?!hydra)\w+(@\w+)?")
 _CHOICE = re.compile(r"\w[\w.+/-]*")
+# As safe as safe_load, and written in C where that is built: a sweep has hundreds of these files.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # How the names of callbacks end that only show what was learned.
 ONLOOKERS = ("Plots", "SampleText", "Trajectory", "Diagnostics")
 
@@ -149,7 +151,7 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     path = folder / "config.yaml"
     try:
-        saved = yaml.safe_load(path.read_bytes())
+        saved = yaml.load(path.read_bytes(), LOADER)
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({error}): give the folder of a run of train.py") from error
     groups = (CHOICES, "paths", "trainer", "model", "optimizer", "dataset", "scheduler")
