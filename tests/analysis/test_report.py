@@ -91,7 +91,8 @@ def verdict(tmp_path: Path) -> Path:
     about = {
         "version": 1, "command": "python scripts/verdict.py optimizers=[sgd,adam,kfac] budget=1m",
         "optimizers": list(LAST), "budget": 60, "metric": "val/accuracy", "higher": True,
-        "test_metric": "test/accuracy", "seeds": [0, 1, 2], "threads": 1, "tuning": {"seconds": 10, "rungs": []}, "final": {"seconds": 4},
+        "test_metric": "test/accuracy", "seeds": [0, 1, 2], "threads": 1,
+        "tuning": {"seconds": 10, "rungs": []}, "final": {"seconds": 4},
         "pace": {name: {"seconds": 0.1 * k, "low": 0.1, "high": 0.9, "ratio": float(k), "memory": 1000 * k}
                  for k, name in enumerate(LAST, 1)},
         "choices": {name: {"overrides": {"optimizer.lr": 0.04}, "at_edge": ["optimizer.lr"], "value": 0.91}
