@@ -174,19 +174,19 @@ class Trainer:
         Precision(self.precision, (world or World()).device)
         if len(data.train) == 0:
             raise ValueError("batch_size is larger than the training set: make it smaller, or limit_train larger")
-        known = [f"val/{name}" for name in task.metrics]
-        if self.monitor is not None and self.monitor not in known:
-            raise ValueError(f"monitor must be one of {', '.join(known)}, got {self.monitor!r}")
-        if optimizer is not None:
-            suited.check_optimizer(optimizer, task, compiled=self.compile, clipped=self.clip_norm is not None)
-            Scalars(optimizer, scalars or {})
-        for callback in callbacks:
+        for callback in callbacks:  # one of which may have the task measure more
             try:
                 callback.check(task)
             except ValueError as error:
                 if not callback.where:
                     raise
                 raise UserError(f"{callback.where}.{error}") from error
+        known = [f"val/{name}" for name in task.metrics]
+        if self.monitor is not None and self.monitor not in known:
+            raise ValueError(f"monitor must be one of {', '.join(known)}, got {self.monitor!r}")
+        if optimizer is not None:
+            suited.check_optimizer(optimizer, task, compiled=self.compile, clipped=self.clip_norm is not None)
+            Scalars(optimizer, scalars or {})
         if model is not None:
             suited.check_weights(model)
             blocks_of(model, self.recompute)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -143,19 +144,35 @@ def test(run: Run) -> None:
 
 def test_best(run: Run) -> dict[str, float]:
     """Test metrics of the best weights; the model holds the last ones before and after."""
+    with best_weights(run):
+        return measure(run, "test")  # which broadcasts the buffers
+
+
+@contextmanager
+def best_weights(run: Run) -> Iterator[None]:
+    """Within it, at the end of a run, the model holds the best weights, if an evaluation has chosen any. For all ranks.
+
+    Buffers are those of rank 0 only, until they are broadcast.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if run.best is None or run.best["step"] == run.step:
+        yield
+        return
     last = copy.deepcopy(run.model.state_dict())  # with the versions of its layers' formats, which some ask for
     try:
         if run.world.is_main:
-            run.model.load_state_dict(_best_weights(run))
+            run.model.load_state_dict(_load_best(run))
         if run.world.world_size > 1:
             for parameter in run.model.parameters():
                 dist.broadcast(parameter.data, src=0)
-        return measure(run, "test")  # which broadcasts the buffers
+        yield
     finally:
         run.model.load_state_dict(last)
 
 
-def _best_weights(run: Run) -> dict[str, Tensor]:
+def _load_best(run: Run) -> dict[str, Tensor]:
     try:
         return checkpoints.load(checkpoints.best_file(run.folder.checkpoints))["model"]
     except checkpoints.CheckpointError as error:

@@ -174,9 +174,14 @@ def _loss(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def _accuracy(events: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    figure = canvas(6.4, 4.2, title, rows=2)
+    positions, top = series(events, "val/top5_accuracy")
+    figure = canvas(6.4, 4.2, title, rows=3 if top else 2)
     axes = figure.subplots()
     values = _draw_splits(axes, events, "accuracy", "epoch", best=max)
+    if top:
+        label = f"{LABELS['val']}, among the first 5"
+        axes.plot(positions, top, "--", color=COLOURS["val"], linewidth=1.4, label=label)
+        values += top
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(values) - min(values) > 0.05 else 1))
     dress(axes, "epoch", "accuracy")
     _legend(axes, 2)

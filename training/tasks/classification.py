@@ -9,8 +9,12 @@ from torch import Tensor
 
 from optimizers.likelihoods import Categorical
 from training.errors import UserError
-from training.tasks.metrics import Accuracy, Mean, Meters
+from training.tasks.metrics import Accuracy, Mean, Meters, TopAccuracy
 from training.tasks.task import Task
+
+#: How many outputs count for the accuracy that is named after them.
+TOP = 5
+TOP5 = "top5_accuracy"
 
 
 class Classification(Task):
@@ -51,12 +55,27 @@ class Classification(Task):
             )
         return super().loss(outputs, targets)
 
+    def count_top5(self) -> None:
+        """Have evaluations measure the top-5 accuracy too, if there are more than five classes."""
+        if self.num_classes > TOP:
+            self.metrics = {**type(self).metrics, TOP5: "max"}  # type: ignore[misc]  # of this run alone
+
     def meters(self, device: torch.device) -> Meters:
         """See Task."""
         return Meters({"loss": Mean(device), "accuracy": Accuracy(device)})
+
+    def examiners(self, device: torch.device) -> Meters:
+        """See Task."""
+        meters = self.meters(device)
+        if TOP5 in self.metrics:
+            meters.metrics[TOP5] = TopAccuracy(device, TOP)
+        return meters
 
     def measure(self, meters: Meters, outputs: Tensor, targets: Tensor, loss: Tensor | None = None) -> None:
         """See Task."""
         meters.examples += len(targets)
         meters.metrics["loss"].update(self._proper.nll(outputs, targets) if loss is None else loss, len(targets))
-        meters.metrics["accuracy"].update(outputs, targets.argmax(1) if targets.is_floating_point() else targets)
+        targets = targets.argmax(1) if targets.is_floating_point() else targets
+        meters.metrics["accuracy"].update(outputs, targets)
+        if TOP5 in meters.metrics:
+            meters.metrics[TOP5].update(outputs, targets)

@@ -134,6 +134,25 @@ class Accuracy(Sums):
         return right / (right + wrong)
 
 
+class TopAccuracy(Accuracy):
+    """The share of examples whose target is among the largest outputs.
+
+    Args:
+        device: where the sums are kept.
+        k: how many outputs count.
+    """
+
+    def __init__(self, device: torch.device, k: int = 5) -> None:
+        self.k = k
+        super().__init__(device)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Count a batch: outputs ``[batch, classes]``, targets ``[batch]``."""
+        right = (outputs.topk(self.k, dim=1).indices == targets[:, None]).any(1).sum()
+        self.tp += right
+        self.fn += len(targets) - right
+
+
 class Meters:
     """Named metrics that are read, reset and saved together.
 
