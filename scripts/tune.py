@@ -22,6 +22,7 @@ workers=2 trains two at a time, threads=1 each on one thread, hydra/launcher=slu
     metric=...        of the validation set, which decides (default: that which chooses the best weights)
     name=NAME         of the sweep (default: tuning_MODEL_DATASET)
     spaces=FOLDER     of search spaces of your own, OPTIMIZER.yaml, in place of those of the clone
+    --config-dir DIR  of configurations of your own, as train.py takes it
     preset=NAME       of the presets that are written: into configs/preset/NAME where that is a study, and else into the
                       sweep's folder (default: tuned, there)
 """
@@ -64,12 +65,24 @@ class Choices:
 
     given: dict[str, str] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
+    folder: str | None = None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Those of train.py."""
+        return ("--config-dir", self.folder) if self.folder else ()
+
+    @property
+    def search(self) -> list[str]:
+        """The same for a composition."""
+        return [f"hydra.searchpath=['file://{Path(self.folder).resolve()}']"] if self.folder else []
 
     @property
     def optimizers(self) -> list[str]:
         """The optimizers, which exist."""
         names = [name for name in self.given.get("optimizers", "[sgd,adam,kfac]").strip("[]").split(",") if name]
-        known = sorted(path.stem for path in (CONFIG_FOLDER / "optimizer").glob("*.yaml"))
+        places = [CONFIG_FOLDER, *([Path(self.folder)] if self.folder else [])]
+        known = sorted(path.stem for place in places for path in (place / "optimizer").glob("*.yaml"))
         for name in names:
             if name not in known:
                 raise UserError(f"optimizers has no {name!r}{did_you_mean(name, known)}")
@@ -122,7 +135,7 @@ def _tune(choices: Choices) -> None:
     names = choices.optimizers
     given = [*COMMON, *choices.rest, f"seed={seed}"]
     shared = [text for text in given if text.partition("=")[0] not in LAUNCH and not text.startswith("hydra")]
-    runs = {name: compose([f"optimizer={name}", *shared]) for name in names}
+    runs = {name: compose([*choices.search, f"optimizer={name}", *shared]) for name in names}
     first = runs[names[0]]
     sweep = choices.given.get("name") or "_".join(["tuning", *first.parts[1:]])
     folder = Path(first.values["paths"]["sweeps"]).joinpath(*map(shortened, Path(sweep).parts))
@@ -144,7 +157,7 @@ def _tune(choices: Choices) -> None:
     )
     counted_in = "s" if budget else "final runs"
     print("\n".join([f"tuning {', '.join(names)} in {folder}:", *tuning.plan_lines(arms, rungs, counted_in)]))
-    sweeping = Sweeping(sweep, folder, tuple(given))
+    sweeping = Sweeping(sweep, folder, tuple(given), choices.flags)
     found = tuning.tune(arms, plan, sweeping.run, tell=_tell, begin=_begin)
     metric = plan.metric or next((o.metric for n in names for o in tuning.Book(folder).of(n) if o.metric), "value")
     table = tuning.markdown(found, metric, counted_in)
@@ -244,8 +257,14 @@ def _choices(argv: Sequence[str] | None) -> Choices:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="see above")
-    choices = Choices()
-    for text in parser.parse_args(argv).arguments:
+    parser.add_argument("--config-dir", metavar="DIR", help="see above")
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    flags = [index for index, word in enumerate(words) if word == "--config-dir"]
+    moved = [word for index in flags for word in words[index : index + 2]]  # in front: the rest is to be in one piece
+    rest = [word for index, word in enumerate(words) if index not in flags and index - 1 not in flags]
+    given = parser.parse_args([*moved, *rest])
+    choices = Choices(folder=given.config_dir)
+    for text in given.arguments:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{text} is no KEY=VALUE (see --help)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,7 +111,9 @@ class Tpe:
         if self.journal is not None:
             self.journal.unlink(missing_ok=True)
             storage = JournalStorage(JournalFileBackend(str(self.journal)))
-        sampler = optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=BATCH + 1, constant_liar=True)
+        with warnings.catch_warnings():  # trials of a batch are to differ, by what Optuna calls experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=BATCH + 1, constant_liar=True)
         study = optuna.create_study(storage=storage, sampler=sampler, study_name="tuning", direction="minimize")
         names = [f"u{number}" for number in range(self.dimensions)]
         study.enqueue_trial(dict(zip(names, self.first, strict=True)))

@@ -204,12 +204,22 @@ class Search:
         return [self._trial(rung, one.trial, one.values) for one in left[: max(want, 0)]]
 
     def _new(self, rung: int, outcomes: Sequence[Outcome], taken: set[int], want: int) -> list[Trial]:
-        """The next points, of which there are a few times as many as planned: those that fail at once cost nothing."""
+        """The next points, of which there are a few times as many as planned: those that fail at once cost nothing.
+
+        A point that comes to the values of an earlier one is left out, and counts as having come to what that one did.
+        """
         told = {one.trial.trial: one.badness for one in outcomes if one.trial.rung == 0}
-        allowed = min(self.points.ready(told), MOST * self.rungs.counts[0])
-        numbers = [number for number in range(allowed + 1) if number not in taken][: max(want, 0)]
-        space = self.arm.space
-        return [self._trial(rung, n, space.point(self.points.point(n, told)) if n else {}) for n in numbers]
+        space, seen, trials = self.arm.space, dict[str, int](), list[Trial]()
+        for number in range(MOST * self.rungs.counts[0] + 1):
+            if len(trials) >= want or number > self.points.ready(told):
+                break
+            values = space.point(self.points.point(number, told)) if number else {}
+            twin = seen.setdefault(repr(space.overrides(values or self.arm.configured)), number)
+            if twin != number:
+                told |= {number: told[twin]} if twin in told else {}
+            elif number not in taken:
+                trials.append(self._trial(rung, number, values))
+        return trials
 
     def _trial(self, rung: int, number: int, values: dict[str, Any]) -> Trial:
         length = self.length(rung)

@@ -75,7 +75,7 @@ class Key:
     def edge(self, value: Any, tried: Iterable[Any]) -> str | None:
         """At which end of all that was tried a value lies: "low", "high", or None inside, or without an order.
 
-        Nothing is below 0, nor tells one end of a list of words or pairs from the other.
+        Nothing is below 0, nor beyond the end of a list that the default is at, and words and pairs have no order.
 
         Args:
             value: that was chosen.
@@ -83,6 +83,8 @@ class Key:
         """
         numbers = [one for one in tried if isinstance(one, int | float) and not isinstance(one, bool)]
         if not isinstance(value, int | float) or isinstance(value, bool) or len(set(numbers)) < 2:
+            return None
+        if self.values and value == self.default and value in (self.values[0], self.values[-1]):
             return None
         if value >= max(numbers):
             return "high"

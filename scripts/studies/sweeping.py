@@ -24,11 +24,13 @@ class Sweeping:
         name: of the sweep.
         folder: of its runs, and of the lists.
         shared: overrides that all runs have, and what is said of the sweep: `workers=2`, `hydra/launcher=slurm`.
+        flags: of train.py: `--config-dir DIR`.
     """
 
     name: str
     folder: Path
     shared: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
     def run(self, rows: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """The summaries of runs, each with its `folder`, in their order; those that have none are `unfinished`.
@@ -50,7 +52,7 @@ class Sweeping:
                 file.write(text)
         except OSError as error:
             raise UserError(unwritable(self.folder, error)) from error
-        command = ["-m", f"runs={path}", *self.shared, f"name={self.name}"]
+        command = [*self.flags, "-m", f"runs={path}", *self.shared, f"name={self.name}"]
         sweep = prepare(command)
         assert isinstance(sweep, Sweep)
         code = train.main(command)

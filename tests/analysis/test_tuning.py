@@ -345,6 +345,8 @@ def test_edges() -> None:
     assert [rate.edge(v, [0.01, 0.1, 0.3]) for v in (0.01, 0.1, 0.3)] == ["low", None, "high"]
     decay = Key("weight_decay", 0.0, values=(0.0, 0.1, 0.2))
     assert [decay.edge(v, [0.0, 0.1, 0.2]) for v in (0.0, 0.2)] == [None, "high"], "nothing is below none"
+    eps = Key("eps", 1e-8, values=(1e-8, 1e-6, 1e-4))
+    assert [eps.edge(v, [1e-8, 1e-6, 1e-4]) for v in eps.values] == [None, None, "high"], "nor beyond a default"
     assert Key("nesterov", False, values=(False, True)).edge(True, [True, False]) is None
     assert Key("lr", "auto", 0.1, 1.0, "log").edge("auto", ["auto", 0.2, 0.3]) is None
 

@@ -40,6 +40,7 @@ REFUSED = [
     ("label smoothing", ["trainer.label_smoothing=1.5"], r"trainer.label_smoothing must be .*, got 1.5"),
     ("schedule", ["scheduler.warmup=2"], r"scheduler.warmup must be .*, got 2"),
     ("seed", ["seed=-1"], r"seed must be between 0 and \d+, got -1"),
+    ("search space", ["hparams_search=kfac"], r"what scripts/tune.py tries.*: python .* optimizers=\[kfac\]"),
     ("unknown optimizer", ["optimizer=adan"], r"optimizer has no choice 'adan' \(did you mean 'adam'\?\)"),
     ("unknown model", ["model=resnet19"], r"model has no choice 'resnet19' \(did you mean 'resnet18'\?\)"),
     ("unknown data set", ["dataset=cifar"], r"dataset has no choice 'cifar' \(did you mean 'cifar10'\?\)"),
