@@ -307,11 +307,14 @@ def test_a_run_that_was_cut_off_and_another_metric_are_sentences(tmp_path: Path)
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 
-def test_it_goes_on_from_whatever_is_recorded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["halton", "tpe"])
+def test_it_goes_on_from_whatever_is_recorded(tmp_path: Path, sampler: str) -> None:
+    if sampler == "tpe":
+        pytest.importorskip("optuna")
     arms, rungs = arms_of(sgd=0.5, kfac=1.0), Rungs.within(180, 30, trials=8, rungs=3, eta=2)
-    whole = tune(arms, Plan(tmp_path / "whole", rungs), made_up(0.3))
+    whole = tune(arms, Plan(tmp_path / "whole", rungs, sampler=sampler), made_up(0.3))
     lines = (tmp_path / "whole" / "trials.jsonl").read_bytes().splitlines(keepends=True)
-    for kept in (0, 1, 7, len(lines) - 2):
+    for kept in (0, 1, 7, len(lines) - 2) if sampler == "halton" else (7,):
         folder = tmp_path / str(kept)
         folder.mkdir()
         (folder / "tuning.json").write_bytes((tmp_path / "whole" / "tuning.json").read_bytes())
@@ -323,7 +326,7 @@ def test_it_goes_on_from_whatever_is_recorded(tmp_path: Path) -> None:
             return made_up(0.3)(rows)
 
         slower = {name: replace(arm, pace=7 * arm.pace) for name, arm in arms.items()}
-        assert tune(slower, Plan(folder, rungs), run) == whole, "by the paces that it began with"
+        assert tune(slower, Plan(folder, rungs, sampler=sampler), run) == whole, "by the paces that it began with"
         assert len(asked) == len(lines) - kept, "what is written down is not asked for again"
         assert sorted((folder / "trials.jsonl").read_bytes().splitlines(keepends=True)) == sorted(lines)
 
