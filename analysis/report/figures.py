@@ -350,6 +350,8 @@ def _cost(found: Results) -> tuple[Figure | None, str]:
         return None, ""
     own, unit = palette(found), found.row(found.material.baseline)
     measured = all(row.memory for row in rows) and bool(unit.memory)
+    if not measured and max(row.ratio for row in rows) < 1.05 * min(row.ratio for row in rows):
+        return None, ""  # settings of one optimizer cost alike
     figure = Figure(figsize=(WIDTH, 0.95 + 0.3 * len(rows)), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, 1 + measured, sharey=True))
     columns = [("step time", [row.ratio for row in rows], [seconds(row.step_seconds) for row in rows])]
@@ -360,7 +362,7 @@ def _cost(found: Results) -> tuple[Figure | None, str]:
         for place, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
             (bar,) = axes.barh(place, ratio, color=own[row.name], height=0.62)
             bar.set_gid(f"arm{[arm.name for arm in found.material.arms].index(row.name)}")
-            text = f" {digits(ratio, 3)}×" + (f"  {texts[place]}" if texts else "")
+            text = f" {digits(ratio, 3)}×" + (f" ({texts[place]})" if texts else "")
             axes.text(ratio, place, text, va="center", fontsize=8.5)
         axes.set_xlim(0, max(ratios) * (1.6 if texts and measured else 1.3))
         axes.set_yticks(range(len(rows)), [_short(row.name, 34) for row in rows])

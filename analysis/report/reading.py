@@ -132,7 +132,9 @@ def read_verdict(folder: Path) -> Material:
     if not isinstance(verdict, dict):
         raise ValueError(f"{path} holds no object: give the folder of scripts/verdict.py")
     metric = str(verdict.get("metric") or "val/accuracy")
-    found, remarks = _by_optimizer(read_runs(_runs_in(folder / "final"))) if (folder / "final").is_dir() else ({}, [])
+    found, remarks = (
+        _by_optimizer(read_runs(_runs_in(folder / "final"), metric)) if (folder / "final").is_dir() else ({}, [])
+    )
     trials = read_trials(folder)
     names = list(dict.fromkeys([*map(str, verdict.get("optimizers") or ()), *found, *(trial.arm for trial in trials)]))
     arms = [
@@ -179,7 +181,7 @@ def read_sweep(
     Raises:
         ValueError: a file is damaged, or no run has such a metric.
     """
-    runs = read_runs(folders)
+    runs = read_runs(folders, metric or "")
     groups, remarks = group_runs(runs)
     monitors = [run.summary.get("monitor") for run in runs if run.summary.get("monitor")]
     metric = metric or (str(monitors[0]) if monitors else "val/loss")
@@ -208,50 +210,52 @@ def short_label(group: Group, groups: Sequence[Group]) -> str:
     return group.label[len(word) :] if all(one.label.startswith(word) for one in groups) else group.label
 
 
-def read_runs(folders: Iterable[Path]) -> list[LoadedRun]:
+def read_runs(folders: Iterable[Path], metric: str = "") -> list[LoadedRun]:
     """Read run folders, of long ones a part of the training lines; see `read_events`.
 
     Args:
         folders: of runs that have begun to train.
+        metric: that is looked at.
 
     Raises:
         ValueError: a file is damaged.
     """
-    return [read_run(folder, read_events(folder / "metrics.jsonl")) for folder in folders]
+    return [read_run(folder, read_events(folder / "metrics.jsonl", metric)) for folder in folders]
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path, metric: str = "") -> list[dict[str, Any]]:
     """The events of a run, of more than `LINES` training lines `KEPT` alone, evenly spaced.
 
-    What a line that is kept says of training metrics is then the mean over it and the lines that are left out before
-    it, so that means over epochs remain what they are but for the places of their limits.
+    What a line that is kept says of the metric is then the mean over it and the lines that are left out before it, so
+    that means over epochs remain what they are but for the places of their limits. Other training metrics are those of
+    the lines that are kept.
 
     Args:
         path: a `metrics.jsonl`.
+        metric: that is looked at.
 
     Raises:
         ValueError: a line that is read is no JSON object; the last one may be half a line.
     """
-    lines = path.read_bytes().splitlines()
+    content = path.read_bytes()
+    lines = content.splitlines()
     try:
         json.loads(lines[-1] if lines else b"0")
     except ValueError:  # a killed run may have left half of it
-        lines.pop()
-    starts = {kind: b'{"event": "%s"' % kind for kind in FREQUENT}
-    frequent = {kind: [i for i, line in enumerate(lines) if line.startswith(starts[kind])] for kind in FREQUENT}
-    if max(map(len, frequent.values())) <= LINES:
+        content = content[: len(content) - len(lines.pop())]
+    if len(lines) <= LINES:
         return _parsed(lines, path)
     dropped: set[int] = set()
-    for places in frequent.values():
+    counts = {}
+    for kind in FREQUENT:
+        start = b'{"event": "%s"' % kind
+        places = [i for i, line in enumerate(lines) if line.startswith(start)] if start in content else []
+        counts[kind] = len(places)
         if len(places) > LINES:
-            kept = {*places[:: -(-len(places) // KEPT)], places[-1]}
-            dropped.update(i for i in places if i not in kept)
+            dropped.update(set(places).difference(places[:: -(-len(places) // KEPT)], places[-1:]))
     events = _parsed([line for i, line in enumerate(lines) if i not in dropped], path)
-    if len(frequent[b"train"]) > LINES:
-        training = [event for event in events if event["event"] == "train"]
-        whole = b"\n".join(lines[i] for i in frequent[b"train"])
-        for metric in {key for event in training[:1] for key in event if key.startswith("train/")}:
-            _average(training, metric, whole, len(frequent[b"train"]))
+    if metric.startswith("train/") and counts[b"train"] > LINES:
+        _average([event for event in events if event["event"] == "train"], metric, content, counts[b"train"])
     return events
 
 

@@ -295,7 +295,8 @@ def rates(material: Material) -> tuple[dict[str, dict[float, float]], str]:
             rate: (best(values) if trials else plain.fmean(values)) if values else math.nan
             for rate, values in kept.items()
         }
-    how = "trials of the first rung, other values drawn anew for each"
+    several_keys = any(len(trial.overrides) > 1 for arm in material.arms for trial in arm.trials)
+    how = f"trials of the first rung{', other values drawn anew for each' if several_keys else ''}"
     how = how if trials else "runs of this sweep, means over seeds"
     return shown, how if shown else ""
 

@@ -235,7 +235,7 @@ def test_of_long_runs_a_part_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     whole = read_run(folder)
     monkeypatch.setattr(reading, "LINES", 500)
     monkeypatch.setattr(reading, "KEPT", 200)
-    (part,) = reading.read_runs([folder])
+    (part,) = reading.read_runs([folder], "train/loss")
     assert len(part.events) < 320 < len(whole.events) and part.events[-1]["step"] == 1000
     assert part.curve("val/accuracy").value.tolist() == whole.curve("val/accuracy").value.tolist()
     # Blocks of five steps straddle an epoch's end by one step of a hundred.
