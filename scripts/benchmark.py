@@ -41,6 +41,7 @@ from torch.profiler import ProfilerActivity, profile
 import models
 from optimizers import Bernoulli, Categorical, CurvatureOptimizer, Likelihood, build_optimizer
 from optimizers.base import CURVATURE
+from training.show import heart
 
 T = TypeVar("T")
 
@@ -295,16 +296,8 @@ def parsed(kind: type[T], arguments: list[str]) -> T:
     return cast("T", options)
 
 
-def main(arguments: list[str]) -> list[dict[str, Any]]:
-    """Run the benchmark and print its table; returns the rows."""
-    options = parsed(Options, arguments)
-    if options.clock not in ("wall", "cpu"):
-        raise SystemExit(f"error: clock must be wall or cpu, got {options.clock!r}")
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore", message=".*create_graph.*")  # what a peer's own recipe does
-    if options.only is not None:
-        print_peak_memory(options)
-        return []
+def measured(options: Options, work: heart.Work) -> list[dict[str, Any]]:
+    """A row for each optimizer, SGD's first; their steps are taken in turns."""
     entries = list(dict.fromkeys(["sgd", *options.optimizers]))
     arms = []
     for entry in entries:
@@ -315,10 +308,12 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
         arm.step()
         arm.step()
     for index in range(options.rounds):
+        work.of(index, options.rounds, "rounds")
         for arm in arms[index % len(arms) :] + arms[: index % len(arms)]:  # nobody always follows the same neighbour
             arm.block(options.block)
     unit = arms[0].seconds()
     rows = []
+    work.text = "benchmark: shares of a step, and memory"
     for arm in arms:
         forward, backward, update = arm.phases()
         row: dict[str, Any] = {
@@ -332,6 +327,21 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
             "memory_mib": peak_memory(options, arm.entry) if options.memory else None,
         }
         rows.append(row)
+    return rows
+
+
+def main(arguments: list[str]) -> list[dict[str, Any]]:
+    """Run the benchmark and print its table; returns the rows."""
+    options = parsed(Options, arguments)
+    if options.clock not in ("wall", "cpu"):
+        raise SystemExit(f"error: clock must be wall or cpu, got {options.clock!r}")
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", message=".*create_graph.*")  # what a peer's own recipe does
+    if options.only is not None:
+        print_peak_memory(options)
+        return []
+    with heart.working("benchmark: building models and optimizers") as work:
+        rows = measured(options, work)
     where = f"{options.device}, {options.threads} threads, torch {torch.__version__}"
     title = f"{options.model}, batch {options.batch_size}, {where}"
     table = Table(title=title, caption="curvature is part of backward and update; steps amortised over the interval")

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from analysis import compare, report
 from training.errors import UserError
+from training.show import heart
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,4 +146,5 @@ def _refuse(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with heart.working("comparing"):
+        sys.exit(main())

@@ -34,6 +34,7 @@ from training.errors import UserError
 from training.runs.folder import atomic_file
 from training.settings.loading import LoadedRun, load_run
 from training.settings.own import reachable
+from training.show import heart
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt2"}
 
@@ -174,4 +175,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with heart.working("exporting"):
+        sys.exit(main())

@@ -41,6 +41,7 @@ from analysis import factors
 from training.errors import UserError
 from training.runs.folder import file_name, writing
 from training.settings.loading import LoadedRun, load_run
+from training.show import heart
 from training.show.snapshots import NAME, Snapshots, put
 
 #: K-FAC's damping and AdaFisher's Lambda where the run's own optimizer has none.
@@ -106,9 +107,11 @@ def _study(run: LoadedRun, name: str, options: argparse.Namespace) -> factors.St
     points = _points(run)
     steps = _steps(run, list(points), options)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    progress = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+    with progress, heart.working(name, bar=True) as work:
         task = progress.add_task(name, total=len(steps))
-        for step in steps:
+        for done, step in enumerate(steps):
+            work.of(done, len(steps), f"checkpoints, now step {step}")
             points[step]()
             study.look(step, run.model, run.task.likelihood, batches, fit)
             progress.advance(task)

@@ -53,6 +53,7 @@ from training.errors import UserError, did_you_mean
 from training.loop.signals import CTRL_C
 from training.runs.folder import atomic_file
 from training.settings.loading import LoadedRun, Weights, load_run
+from training.show import heart
 
 #: Of a run, unless others are asked for: examples, damping, FishLeg's updates, and up to how many outputs F is exact.
 EXAMPLES, DAMPING, UPDATES, FEW = 64, 1e-2, 200, 20
@@ -86,7 +87,7 @@ def _main(options: argparse.Namespace) -> None:
     titles = {net.name: net.title for net in nets}
     plan: dict[tuple[str, float], None] = {}
     last: dict[str, fisher.Problem] = {}
-    with _progress() as progress:
+    with _progress() as progress, heart.working("preparing", bar=True) as work:
         task = progress.add_task("")
         for problem in _of_run(options, titles) if options.run else _of_nets(options, nets):
             for damping in dampings or [problem.settings.damping]:
@@ -99,7 +100,8 @@ def _main(options: argparse.Namespace) -> None:
                 lead = f"{problem.net}, step {problem.step}, damping {damping:g}"
 
                 def say(text: str, lead: str = lead) -> None:
-                    progress.update(task, description=f"{lead}: {text}")
+                    work.text = f"{lead}: {text}"
+                    progress.update(task, description=work.text)
 
                 damped = replace(problem, settings=replace(problem.settings, damping=damping))
                 results.add(fisher.measure(damped, methods, options.tolerance, say))

@@ -45,6 +45,7 @@ from scripts.gpu.oracle import check_adahessian_oracle, check_oracle
 from scripts.gpu.report import machine, page
 from scripts.gpu.running import Check, Result, run_check
 from scripts.gpu.waiting import check_sync, our_frame, waits
+from training.show import heart
 
 __all__ = ["OPTIMIZERS", "Check", "Draws", "Result", "main", "our_frame", "run_check", "waits"]
 
@@ -208,7 +209,8 @@ def main(arguments: list[str]) -> int:
         left = options.seconds - elapsed()
         if left <= 0:
             break
-        result = run_check(check, device, left)
+        with heart.working(f"{index + 1}/{len(checks)}, {check.name}"):
+            result = run_check(check, device, left)
         results.append(result)
         told = result.message or (f"{result.data['ordinary']['ms']:.2f} ms" if "ordinary" in result.data else "")
         line = f"{elapsed():6.1f} s  {index + 1:3d}/{len(checks)}  {result.status:7s}  {check.name}"

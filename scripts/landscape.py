@@ -35,6 +35,7 @@ from training.errors import UserError
 from training.names import TARGET
 from training.runs.folder import atomic_file
 from training.settings.loading import LoadedRun, load_run
+from training.show import heart
 from training.show.snapshots import Snapshots
 
 SPLITS = ("train", "val", "test")
@@ -141,12 +142,18 @@ def _labels(folders: Sequence[Path]) -> dict[Path, str]:
 
 @contextmanager
 def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """Within it, a bar of how many points are done, on a terminal; nothing elsewhere."""
+    """Within it, a bar of how many points are done, on a terminal; elsewhere a line now and then."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     screen = Console(stderr=True, highlight=False)
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+    with bar, heart.working(text, bar=True) as work:
         task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def told(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            work.of(done, total, "points")
+
+        yield told
 
 
 def _write(surfaces: Sequence[landscape.Surface], picture: Any, out: Path, options: argparse.Namespace) -> list[str]:

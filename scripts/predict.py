@@ -25,6 +25,7 @@ from training.errors import UserError
 from training.runs.folder import atomic_file
 from training.settings.loading import LoadedRun, Weights, load_run
 from training.settings.own import reachable
+from training.show import heart
 from training.show.sample_text import continued
 
 
@@ -143,4 +144,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with heart.working("predicting"):
+        sys.exit(main())

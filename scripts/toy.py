@@ -26,6 +26,7 @@ from rich.table import Table
 from analysis import toy
 from optimizers import packaged, table
 from training.errors import UserError, did_you_mean
+from training.show import heart
 
 # AdamW without decay is Adam, and the two generic files are asked for by the names of classes.
 DEFAULT = (
@@ -55,11 +56,13 @@ def _main(options: argparse.Namespace) -> None:
     targets = {name: _target(name) for name in dict.fromkeys(filter(None, options.optimizers.split(",")))}
     layered = [name for name, target in targets.items() if "module" in table.needs(target)]
     builds = {name: _build(name, target) for name, target in targets.items() if name not in layered}
-    paths = [
-        toy.tune(name, build, surface, options.evaluations)
-        for name, build in builds.items()
-        for surface in toy.SURFACES
-    ]
+    paths: list[toy.Path] = []
+    total = len(builds) * len(toy.SURFACES)
+    with heart.working("optimizers on toy functions") as work:
+        for name, build in builds.items():
+            for surface in toy.SURFACES:
+                work.of(len(paths), total, f"paths, now {name} on {surface.name}")
+                paths.append(toy.tune(name, build, surface, options.evaluations))
     if not paths:
         raise ValueError(f"optimizers must name one that takes two numbers for parameters, got {options.optimizers!r}")
     out = Path(options.out)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Augmentation, ImageStore, InMemoryLoader
 from models import resnet
+from training.show import heart
 
 MEAN, STD, SIZE, CLASSES = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616], 32, 10
 
@@ -143,4 +144,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with heart.working("input pipelines"):
+        main()

@@ -40,6 +40,7 @@ from scripts.benchmark import Arm, make_optimizer
 from training.names import TARGET
 from training.settings.composing import compose
 from training.settings.schema import build, locate
+from training.show import heart
 from training.tasks.stand_ins import stand_in
 
 #: Model, facts of its data, and what the page calls it.
@@ -219,4 +220,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with heart.working("forecasts against measurements"):
+        sys.exit(main())

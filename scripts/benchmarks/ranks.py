@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from optimizers import CurvatureOptimizer
 from scripts.benchmark import Options, make_model, make_optimizer, parsed, written
+from training.show import heart
 
 ASSIGNS = ("replicated", "balanced", "owned")
 
@@ -181,5 +182,6 @@ def compare(options: Shared) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    given = parsed(Shared, sys.argv[1:])
-    written(given, compare(given))
+    with heart.working("processes side by side"):
+        given = parsed(Shared, sys.argv[1:])
+        written(given, compare(given))

@@ -28,6 +28,7 @@ from data.sources.synthetic import draw_curves
 from models.generative.autoencoder import autoencoder
 from optimizers import Bernoulli
 from optimizers.curvature.rearranged import Pairs, leading_pairs
+from training.show import heart
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
@@ -94,4 +95,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with heart.working("solvers"):
+        main()

@@ -30,6 +30,7 @@ from data import DataModule
 from scripts import benchmark
 from training import RunFolder, Trainer, tasks
 from training.runs.run import Callback, Run
+from training.show import heart
 from training.show.watching.diagnostics import CurvatureDiagnostics
 
 EVERY = 8
@@ -125,4 +126,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with heart.working("what watching costs"):
+        main(sys.argv[1:])

@@ -24,6 +24,7 @@ from training.runs import resume
 from training.runs.finite import Diverged
 from training.runs.record import RunConfig, replace_folder
 from training.runs.run import Run
+from training.show import heart
 
 
 @dataclass
@@ -212,7 +213,8 @@ def run_missing(todo: Iterable[tuple[Cell, Sequence[str]]], path: Path, data: Pa
     for done, what in enumerate(missing):
         known = read(path)  # again: another process may have done it
         if known.get(what.key, _NOTHING).status == "failed":
-            outcome = run(what, data, limit, options[what.key])
+            with heart.working(f"[{done + 1}/{len(missing)}] {what}"):
+                outcome = run(what, data, limit, options[what.key])
             append(path, outcome)
             known[what.key] = outcome
             good &= outcome.status != "failed"

@@ -41,6 +41,7 @@ from optimizers.base import Coverage
 from optimizers.curvature.probe import DEAD
 from scripts.studies.zoo import keep
 from training.errors import did_you_mean
+from training.show import heart
 
 SIDES = (32, 64, 224, 240, 256)  # of images
 CLASSES = 10
@@ -248,4 +249,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with heart.working("families"):
+        sys.exit(main())

@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from data import BatchLoader, DataError, image_folder_generation, mnist_generation
 from models.features import FOLDER, SHAPES, FeatureNet
+from training.show import heart
 
 EVERY_IMAGE = 10**9  # no limit of an evaluation
 
@@ -91,4 +92,5 @@ def accuracy(net: FeatureNet, loader: BatchLoader) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with heart.working("features"):
+        sys.exit(main())

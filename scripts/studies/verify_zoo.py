@@ -41,6 +41,7 @@ from training import tasks
 from training.errors import did_you_mean
 from training.loop.rng import seed_everything
 from training.settings.schema import build
+from training.show import heart
 
 EXAMPLES = 4
 CLASSES = 10
@@ -216,4 +217,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with heart.working("verifying models"):
+        sys.exit(main())

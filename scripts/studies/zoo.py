@@ -50,6 +50,7 @@ from training.errors import UserError, did_you_mean
 from training.loop.rng import seed_everything
 from training.settings.composition import compose
 from training.settings.schema import build
+from training.show import heart
 
 OPTIMIZERS = ("sgd", "adafisher", "kfac", "adahessian")  # of transformers adafisherw in place of adafisher
 
@@ -390,4 +391,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with heart.working("zoo"):
+        sys.exit(main())

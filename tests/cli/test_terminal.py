@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from analysis import toy as toy_functions
+from scripts import toy
 from tests.cli.conftest import Outcome, runs, summary
 from training.loggers import epoch_line
 from training.show import heart, report
@@ -53,6 +55,24 @@ def test_silence_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert re.search(r"^preparing  \(0 s\)$", said, re.MULTILINE) and "evaluating  (0 s)" in said
     time.sleep(0.1)
     assert capsys.readouterr().out == ""
+
+
+def test_scripts_break_it_beside_their_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """scripts/toy.py said nothing for three minutes."""
+    monkeypatch.setattr(heart, "SILENCE", 0.05)
+    monkeypatch.setattr(heart, "_LOOK", 0.01)
+    slow = toy_functions.tune
+    monkeypatch.setattr(toy_functions, "tune", lambda *given: (time.sleep(0.1), slow(*given))[1])
+    assert toy.main(["--evaluations", "3", "--optimizers", "sgd", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "optimizers on toy functions: 1 of 2 paths, now sgd on Rastrigin" in said.err
+    assert "paths, now" not in said.out and "sgd" in said.out
+    with heart.working("looking", bar=True) as work:
+        work.of(3, None, "points")
+        time.sleep(0.1)
+    assert re.search(r"^looking: 3 points  \(0 s\)$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_a_sweep_is_a_line_a_run_and_one_table(command: Callable[..., Outcome], work: Path) -> None:

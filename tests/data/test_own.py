@@ -167,3 +167,26 @@ def weighted() -> DataLoader:
 def test_what_is_no_data_set_says_so(build: Any, says: str) -> None:
     with pytest.raises((DataError, ValueError), match=says):
         build()
+
+
+def test_data_sets_of_hugging_face() -> None:
+    """The real library, in memory: splits, class names, pictures, columns, formats and transforms of its own."""
+    hugging = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    draw = np.random.default_rng(0)
+    features = hugging.Features({"image": hugging.Image(), "label": hugging.ClassLabel(names=["ant", "bee"])})
+
+    def pictures(count: int) -> Any:
+        images = [Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8)) for _ in range(count)]
+        return hugging.Dataset.from_dict({"image": images, "label": [k % 2 for k in range(count)]}, features=features)
+
+    both = wrap(hugging.DatasetDict({"train": pictures(40), "test": pictures(10)}), batch_size=4)
+    assert both.class_names == ["ant", "bee"] and both.facts["num_classes"] == 2 and both.test.num_examples == 10
+    images, labels = next(iter(both.train.epoch(0)))
+    assert images.shape == (4, 3, 6, 6) and images.dtype == torch.float32 and labels.dtype == torch.int64
+    formatted = wrap(pictures(40).with_format("torch"), batch_size=4)
+    assert next(iter(formatted.train.epoch(0)))[0].shape == (4, 3, 6, 6)
+    columns = {"length": [[1.0, 2.0, 3.0]] * 30, "label": [0, 1] * 15}
+    table = wrap(hugging.Dataset.from_dict(columns), inputs="length", batch_size=5)
+    assert table.facts["in_features"] == 3
+    with pytest.raises(DataError, match=r"IterableDataset, which has no length.*itertools.islice"):
+        wrap(pictures(4).to_iterable_dataset())
