@@ -179,7 +179,9 @@ def _final(found: Results) -> tuple[Figure | None, str]:
     if is_share(metric):
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.set_xlabel(f"{spoken(metric)} at the end of training")
-    return figure, "Mean (diamond) and its 95 % interval (bar) of the last value, and every run (dot)."
+    count = sum(row.value is not None for row in found.rows)
+    best = f" The best {len(rows)} of {count} arms." if count > len(rows) else ""
+    return figure, f"Mean (diamond) and its 95 % interval (bar) of the last value, and every run (dot).{best}"
 
 
 def _limits(rows: Sequence[Any], higher: bool) -> tuple[float, float]:

@@ -20,6 +20,8 @@ from training.show.curves import GREY
 HERE = Path(__file__).parent
 #: Rows of a table of settings, and columns.
 SETTINGS, ARMS = 120, 12
+#: A table of more rows than this is scrolled on a screen.
+MANY = 24
 
 
 class Page:
@@ -44,10 +46,11 @@ class Page:
             said: the verdict's sentences.
             drawn: SVG and explanation of each figure, by name.
         """
-        title = f"Verdict: {self.found.material.title}" if self.found.material.verdict else self.found.material.title
+        words_of_title = ["Verdict" if self.found.material.verdict else "Comparison", self.found.material.title]
+        title = ": ".join(filter(None, words_of_title))
         parts = {
-            "title": escape(title or "Comparison"),
-            "heading": escape(title or "Comparison"),
+            "title": escape(title),
+            "heading": escape(title),
             "verdict": f"{_p(' '.join(said[:-1])) if len(said) > 1 else ''}{_p(said[-1])}",
             "warnings": self._warnings(),
             "table": self._table(),
@@ -110,7 +113,7 @@ class Page:
             cells = []
             for name, cell in made.items():
                 text = _two_lines(cell(row))
-                if (name in linked or name.startswith("time to ")) and text != "–":
+                if (name in linked or name.startswith("time to ")) and text != "–" and row.statuses:
                     text = f'<a href="#runs-{self.number[row.name]}">{text}</a>'
                 elif name == "tuning" and row.trials:
                     text = f'<a href="#trials-{self.number[row.name]}">{text}</a>'
@@ -129,9 +132,10 @@ class Page:
                 "interval takes six runs or more, of fewer the extremes are shown. "
             )
         note += "Numbers lead to their runs."
+        long = " long" if len(lines) > MANY else ""
         links = " ".join(f'<a href="table.{ending}">{ending}</a>' for ending in ("csv", "md", "tex"))
         return (
-            f'<div class="scroll"><table class="main"><thead><tr><th>arm</th>{head}</tr></thead>'
+            f'<div class="scroll{long}"><table class="main"><thead><tr><th>arm</th>{head}</tr></thead>'
             f'<tbody>{"".join(lines)}</tbody></table></div><p class="note">{escape(note)} <span>{links}</span></p>'
         )
 
@@ -209,9 +213,10 @@ class Page:
         if len(differing) > SETTINGS:
             more.append(f"{SETTINGS} of {len(differing)} settings are shown")
         note = f"; {', '.join(more)}" if more else ""
+        counted = f"{len(differing)} {'setting' if len(differing) == 1 else 'settings'}"
         inside = _table(["setting", *(self._swatch(arm.name) for arm in shown)], lines, raw=True)
         return (
-            f"<details><summary>{len(differing)} settings, as each arm's first run had them{escape(note)}; all others "
+            f"<details><summary>{counted}, as each arm's first run had them{escape(note)}; all others "
             f"are the same</summary>{inside}</details>"
         )
 

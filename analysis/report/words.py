@@ -131,8 +131,8 @@ def times(row: Row) -> str:
     if row.to_target is None:
         return "–"
     found, count = row.to_target, f"{row.reached} of {len(row.times)}"
-    if math.isinf(found.middle):
-        return f"not reached ({count})"
+    if math.isinf(found.middle) or len(row.times) == 1:
+        return f"{seconds(found.middle)} ({count})"
     if found.note:
         known = sorted(time for time in row.times.values() if math.isfinite(time))
         return f"{seconds(found.middle)} ({count}; {seconds(known[0])} to {seconds(max(row.times.values()))})"
