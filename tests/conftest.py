@@ -13,6 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+#: How tests start processes: forked ones need not import torch, which forbids it where autograd has threads for CUDA.
+START = "spawn" if torch.cuda.is_available() else "fork"
+
 # Two xdist workers on two cores: more threads each would only fight over them.
 torch.set_num_threads(1)
 

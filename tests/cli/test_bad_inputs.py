@@ -214,7 +214,6 @@ def test_debug_variable_shows_the_trace(command: Callable[..., Outcome], monkeyp
     ("argv", "says"),
     [
         (["optimizer.lrr=1"], r"error: optimizer has no key 'lrr' \(did you mean 'lr'\?\)"),
-        (["dataset=image_folder", "dataset.root=photos"], r"error: there is no folder .*photos: set dataset.root"),
         (["-m", "seed=0,-1"], r"error: seed must be between 0 and"),
     ],
 )

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from optimizers.curvature.recorder import Recorder
 from optimizers.kronecker import KroneckerMethod
+from tests.conftest import START
 from tests.optimizers import problems
 from tests.optimizers.test_contract import build, every, train_step, weights
 
@@ -135,7 +136,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What every case ends with on each of two real processes: final weights, of most."""
     folder = tmp_path_factory.mktemp("ddp")
     cases = [(name, problem) for name in CASES for problem in PROBLEMS]
-    mp.spawn(worker, args=(str(folder), cases), nprocs=2, join=True)  # fails on any worker's exit code
+    # Fails on any worker's exit code.
+    mp.start_processes(worker, args=(str(folder), cases), nprocs=2, start_method=START)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -19,6 +19,7 @@ from optimizers.base import CurvatureOptimizer
 from optimizers.curvature.packing import mirror_, pack_, packed_size, unpack_
 from optimizers.natural_gradient.owners import shared_out
 from optimizers.testing.loop import same_state
+from tests.conftest import START
 from tests.optimizers import problems
 from tests.optimizers.test_contract import build, train_step, weights
 
@@ -162,7 +163,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, alone: dict[str, Any]) -> li
     folder = tmp_path_factory.mktemp("owners")
     states = {name: {key: run[key] for key in ("state", "weights")} for name, run in alone.items()}
     torch.save(states, folder / "stored.pt")
-    mp.spawn(worker, args=(str(folder),), nprocs=2, join=True)
+    mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method=START)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) | {"folder": folder} for rank in range(2)]
 
 

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from optimizers import EMA, KFAC, AdaFisher, AdaHessian, Categorical, FishLeg, Graft, ScheduleFree
+from tests.conftest import START
 from tests.training.small_run import small_data, small_model
 from training import Trainer, UserError, tasks
 
@@ -132,7 +133,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
-    mp.spawn(worker, args=(str(folder),), nprocs=2, join=True)
+    mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method=START)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -33,6 +33,7 @@ from optimizers.step_length import Graft, Normalized
 from optimizers.testing import check_curvature, parametrize_with_checks
 from optimizers.testing.loop import Maker, differentiate, same_state, train_step, weights
 from optimizers.wrapper import Wrapper, check_wrappers, innermost, wrappers
+from tests.conftest import START
 from tests.optimizers.problems import PROBLEMS, images, mlp
 
 KRONECKER: dict[str, Any] = {"lr": 0.05, "update_every": 3, "refresh_every": 4, "likelihood": Categorical()}
@@ -403,7 +404,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], tuple[Tensor, Tensor]]]:
     folder = tmp_path_factory.mktemp("wrapped")
-    mp.spawn(worker, args=(str(folder),), nprocs=2, join=True)
+    mp.start_processes(worker, args=(str(folder),), nprocs=2, start_method=START)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -149,7 +149,7 @@ def torchrun(work: Path, *argv: str) -> Iterator[tuple[subprocess.Popen[str], li
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which processes torchrun has started")
 def test_started_again_they_go_on_where_they_were(tmp_path: Path) -> None:
-    program = ["--max-restarts=1", str(ROOT / "train.py"), *SMALL, "trainer.max_steps=1500"]
+    program = ["--max-restarts=1", str(ROOT / "train.py"), *SMALL, "trainer.max_steps=900"]
     with torchrun(tmp_path, *program) as (launched, workers):
         os.kill(workers[1], signal.SIGKILL)
         out, errors = launched.communicate(timeout=90)
@@ -157,7 +157,7 @@ def test_started_again_they_go_on_where_they_were(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     assert f"resuming {run.relative_to(tmp_path)} from step_" in out
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["status"], summary["steps"], summary["hardware"]["processes"]) == ("finished", 1500, 2)
+    assert (summary["status"], summary["steps"], summary["hardware"]["processes"]) == ("finished", 900, 2)
 
 
 @pytest.mark.slow

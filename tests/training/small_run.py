@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from data import DataModule, digits
@@ -24,6 +25,8 @@ from models import build_model, mlp
 from optimizers import EKFAC, KFAC, AdaFisher, AdaFisherW, AdaHessian, Deflation, build_optimizer
 from optimizers.averaging import EMA, ScheduleFree
 from optimizers.step_length import Graft, Normalized
+from tests.conftest import START
+from tests.survival.conftest import places
 from training import (
     Interrupted,
     RunFolder,
@@ -229,6 +232,30 @@ def run_one(arguments: dict[str, Any], world: World) -> int:
     return 0
 
 
+def _rank(rank: int, body: Callable[..., None], argument: Any, variables: list[dict[str, str]]) -> None:
+    os.environ.update(variables[rank])
+    torch.set_num_threads(1)
+    with session("cpu") as world:
+        body(argument, world)
+
+
+def two_processes(body: Callable[..., None], argument: Any) -> None:
+    """Call `body(argument, world)` in two processes that have met; fails on any one's exit code."""
+    mp.start_processes(_rank, args=(body, argument, places()), nprocs=2, start_method=START)
+
+
+def several(runs: list[dict[str, Any]], world: World) -> list[int]:
+    """Several runs in one process: their exit codes."""
+    codes = []
+    for arguments in runs:
+        if world.is_main:
+            Path(arguments["folder"]).mkdir(parents=True, exist_ok=True)
+            (Path(arguments["folder"]) / "config.yaml").touch()
+        barrier(world)
+        codes.append(run_one(arguments, world))
+    return codes
+
+
 def main() -> int:
     """Several runs in one process: their exit codes are printed; a single run's is the process's."""
     torch.set_num_threads(1)
@@ -236,13 +263,7 @@ def main() -> int:
     with session("cpu") as world:
         if isinstance(described, dict):
             return run_one(described, world)
-        codes = []
-        for arguments in described:
-            if world.is_main:
-                Path(arguments["folder"]).mkdir(parents=True, exist_ok=True)
-                (Path(arguments["folder"]) / "config.yaml").touch()
-            barrier(world)
-            codes.append(run_one(arguments, world))
+        codes = several(described, world)
         if world.is_main:
             sys.stdout.write(f"{codes}\n")
     return 0

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,8 +22,7 @@ from models import GAN, build_model, dcgan
 from models.features import features
 from optimizers import KFAC, AdaFisher, AdaHessian, Gaussian
 from tests.cli.conftest import Outcome, command, metrics, runs, summary, work  # noqa: F401 - fixtures
-from tests.conftest import ROOT
-from tests.training.small_run import Cast, SignalAt, differences, events, final_state
+from tests.training.small_run import Cast, SignalAt, differences, events, final_state, two_processes
 from training import (
     Diverged,
     Interrupted,
@@ -37,7 +33,6 @@ from training import (
     loggers,
     schedules,
     seed_everything,
-    session,
     tasks,
 )
 from training.callbacks import Callback, CurvePlots
@@ -358,6 +353,11 @@ def run_exact(folder: Path, kind: str, world: World) -> None:
 KINDS = ("sgd", "kfac", "adahessian")
 
 
+def run_all(root: Path, world: World) -> None:
+    for kind in KINDS:
+        run_exact(root / kind, kind, world)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of runs that two processes made, in one launch."""
@@ -365,12 +365,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in KINDS:
         (root / kind).mkdir()
         (root / kind / "config.yaml").touch()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, "-m", "tests.training.test_adversarial", str(root)], cwd=ROOT, capture_output=True, text=True,
-        timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    two_processes(run_all, root)
     return root
 
 
@@ -549,11 +544,3 @@ def test_without_their_own_both_players_share_an_optimizer() -> None:
     assert [type(player) for player in players.players.values()] == [AdaFisher, AdaFisher]
     assert "generator.1" in players.coverage() and "unsupported" not in players.coverage()
     players.close()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with session("cpu") as joined:
-        for each in KINDS:
-            run_exact(Path(sys.argv[1]) / each, each, joined)
-    sys.stdout.write(json.dumps(KINDS))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +10,21 @@ import torch
 from torch import Tensor
 
 from optimizers.averaging import EMA, ScheduleFree, recalibrate
-from tests.conftest import ROOT
 from tests.training import test_adversarial as game
-from tests.training.small_run import AROUND, SignalAt, differences, events, final_state, fit, small_data, small_model
+from tests.training.small_run import (
+    AROUND,
+    SignalAt,
+    differences,
+    events,
+    final_state,
+    fit,
+    several,
+    small_data,
+    small_model,
+    two_processes,
+)
 from tests.training.test_resume import assert_same_run
-from training import Interrupted, UserError, tasks
+from training import Interrupted, UserError, World, tasks
 from training.callbacks import Callback
 from training.loop.precision import Precision
 from training.runs import checkpoints
@@ -180,6 +187,12 @@ def test_factors_are_logged(tmp_path: Path) -> None:
 EXACT: dict[str, Any] = {"optimizer": "adam", "model": {"dropout": 0.0, "batch_norm": False, "float64": True}}
 
 
+def as_they_end(argument: tuple[list[dict[str, Any]], list[int]], world: World) -> None:
+    """Runs, and with which codes they end."""
+    runs, codes = argument
+    assert several(runs, world) == codes
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("two")
@@ -191,11 +204,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "signal_rank": 1},
         {"folder": f"{root}/parts", "around": "ema", "max_steps": 12, "snapshots_every": 5, "resume": True},
     ]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.training.small_run", json.dumps(runs)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0, 0, 75, 0]
+    two_processes(as_they_end, (runs, [0, 0, 0, 75, 0]))
     return root
 
 
