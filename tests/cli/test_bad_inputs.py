@@ -114,6 +114,44 @@ REFUSED = [
     ("half an interval", ["optimizer=ekfac", "optimizer.refresh_every=0.5"], r"must be a whole number, got 0.5"),
     ("widest factor", ["optimizer=kfac_corrected", "optimizer.max_factor_dim=0"], r"factor_dim must be in \[1, inf\)"),
     ("curvature of Adam", ["-m", "optimizer=kfac,adam", "optimizer.damping=0.1"], r"optimizer has no key 'damping'"),
+    ("capital letters", ["optimizer=SGD"], r"optimizer has no choice 'SGD' \(did you mean 'sgd'\?\)"),
+    ("a device by its kind", ["trainer.device=gpu"], r"trainer.device must be auto, cpu, cuda or .*, got 'gpu'"),
+    ("bits for a precision", ["trainer.precision=16"], r"precision must be one of fp32, bf16, fp16, got 16"),
+    ("comma for a point", ["optimizer.lr=1,0"], r"'optimizer.lr=1,0' holds several values: add -m"),
+    ("words for a seed", ["seed=abc"], r"seed must be a whole number, got 'abc'"),
+    ("width for widths", ["model.hidden=128"], r"model.hidden must be a list \(each a whole number\), got 128"),
+    ("negative width", ["model.hidden=[128,-1]"], r"model.hidden must hold widths of at least 1, got \[128, -1\]"),
+    ("dropout of more than all", ["model.dropout=1.5"], r"model.dropout must be at least 0 and below 1, got 1.5"),
+    ("schedule of torch's", ["scheduler=linear"], r"scheduler has no choice 'linear'; it has cosine, multistep, "),
+    ("flag for a group", ["averaging=true"], r"averaging must be one of ema, none, schedule_free, got True"),
+    ("yes for true", ["trainer.compile=yes"], r"trainer.compile must be true or false, got 'yes'"),
+    ("power for a count", ["trainer.max_steps=1e3"], r"max_steps must be a whole number or null, got 1000.0"),
+    ("no accumulation", ["trainer.accumulate=0"], r"trainer.accumulate must be at least 1, got 0"),
+    ("depth of no net", ["model=resnet18", "model.depth=19"], r"model.depth must be one of 18, .*, got 19"),
+    ("weights that are not there", ["model=resnet18", "model.pretrained=w.pt"], r"pretrained=w.pt: there is no such"),
+    ("patch that does not fit", ["model=vit_tiny", "model.patch_size=3"], r"patch_size must be a divisor of .* \(8\)"),
+    ("net for another task", ["model=gpt1_mini"], r"model: gpt needs vocabulary, which this data set does not have"),
+    ("nothing to freeze", ["finetune.freeze=head"], r"freeze 'head' is found in no name of a trained parameter"),
+    ("schedule of no scalar", ["schedules={dampin: {end: 1}}"], r"dampin is no scalar .*\(did you mean 'damping'\?\)"),
+    ("class in small letters", ["optimizer=torch", "optimizer.name=adam"], r"got 'adam' \(did you mean 'Adam'\?\)"),
+    ("closures", ["optimizer=torch", "optimizer.name=LBFGS"], r"must not be LBFGS, which calls the model itself"),
+    ("player of one", ["optimizer@generator=kfac"], r"optimizer@generator is for a model of two players"),
+    ("no patience", ["callbacks=early_stopping", "callbacks.early_stopping.patience=0"], r"patience must be at least"),
+    ("no worker", ["-m", "seed=0,1", "workers=0"], r"workers must be a whole number of at least 1, got 0"),
+    ("negative mixture", ["dataset.mixup=-1"], r"dataset.mixup must be at least 0, got -1.0"),
+    ("distortion beyond", ["dataset.randaugment=99"], r"dataset.randaugment must be from 0 to 30, or null, got 99"),
+    ("blocks of none", ["trainer.recompute=true"], r"trainer.recompute: the model has no blocks in a Sequential"),
+    ("compiled twice", ["trainer.recompute=true", "trainer.compile=true"], r"recompute must be false where compile"),
+    ("spaces", ["optimizer", "=", "sgd"], r"malformed override 'optimizer': write key=value, without spaces"),
+    ("no key", ["=3"], r"malformed override '=3': it names no key"),
+    ("two signs", ["optimizer.lr==0.1"], r"malformed override 'optimizer.lr==0.1': write key=value, with one ="),
+    ("round brackets", ["optimizer.betas=(0.9,0.99)"], r"a list has brackets, optimizer.betas=\[0.9,0.99\]"),
+    ("comma at the end", ["seed=1,"], r"malformed override 'seed=1,': a value is missing beside a comma"),
+    ("a quote alone", ["name='mine"], r"a quote has no other"),
+    ("quoted keys", ['finetune.lr_mult={"0": 2}'], r"the keys of a group have no quotes"),
+    ("folder of configurations", ["--config-dir", "nowhere"], r"--config-dir nowhere: there is no such folder"),
+    ("nothing to show", ["--cfg", "yaml"], r"invalid choice: 'yaml' \(choose from"),
+    ("no such information", ["--info", "all_of_it"], r"invalid choice: 'all_of_it'"),
     ("no classes", ["dataset=digits_autoencoder"], r"model: mlp needs num_classes, which this .*choose another model"),
     ("unknown callable", ["optimizer._target_=torch.optim.Sdg"], r"torch.optim has no callable 'Sdg' .*mean 'SGD'"),
 ]  # fmt: skip
@@ -126,6 +164,13 @@ def test_one_sentence_and_no_folder(argv: list[str], says: str, command: Callabl
     assert re.search(says, sentence), sentence
     assert outcome.code == 1
     assert list(work.iterdir()) == []
+
+
+def test_help_whatever_else_is_said(command: Callable[..., Outcome], work: Path) -> None:
+    assert len(REFUSED) >= 125
+    for argv in (["-h", "optimizer"], ["--help", "optimizer=nix"], ["--version"]):
+        outcome = command(*argv)
+        assert outcome.code == 0 and "Traceback" not in outcome.err and list(work.iterdir()) == [], outcome.err
 
 
 @pytest.mark.parametrize("model", ["autoencoder_mnist", "conv_autoencoder"])

@@ -39,8 +39,12 @@ def prepare(argv: Sequence[str], tell: Callable[[str], None] = lambda line: None
         UserError: for whatever is wrong with the run, or with any value that is swept.
     """
     args = Arguments().parse_intermixed_args(list(argv))
-    if args.help or args.hydra_help or args.shell_completion:
+    if args.shell_completion:
         return list(argv)
+    if args.help or args.hydra_help or args.version:  # whatever else is said
+        return flags_of(argv, args.overrides)
+    if args.config_dir and not Path(args.config_dir).is_dir():
+        raise UserError(f"--config-dir {args.config_dir}: there is no such folder")
     if args.config_name or args.config_path:
         raise UserError("--config-name and --config-path are not supported: write an experiment file, experiment=NAME")
     given = [quoted(text) for text in args.overrides]

@@ -44,7 +44,8 @@ class Arguments(argparse.ArgumentParser):
             self.add_argument(flag, action="store_true")
         self.add_argument("--experimental-rerun")
         self.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
-        self.add_argument("--info", "-i", nargs="?", const="all")
+        shown = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+        self.add_argument("--info", "-i", nargs="?", const="all", choices=shown)
         self.add_argument("--package", "-p")
         self.add_argument("--run", "-r", action="store_true")
         self.add_argument("--multirun", "-m", action="store_true")
@@ -94,7 +95,7 @@ def _advice(text: str) -> str:
     """What to do about an override that Hydra's grammar does not know."""
     key, equals, value = text.partition("=")
     if not equals:
-        return "write key=value"
+        return "write key=value, without spaces"
     if any(value.count(a) != value.count(b) for a, b in ("[]", "{}", "()")):
         return "a bracket has no other"
     if any(value.count(mark) % 2 for mark in "'\""):
@@ -103,6 +104,10 @@ def _advice(text: str) -> str:
         return "write key=value, with one ="
     if re.search(r",\s*(,|$)", value):
         return "a value is missing beside a comma"
+    if value.startswith("(") and value.endswith(")"):
+        return f"a list has brackets, {key}=[{value[1:-1]}]"
+    if re.match(r"""\{\s*["']""", value):
+        return "the keys of a group have no quotes, {key: value}"
     return f"""quote its value twice, for the shell and for Hydra: '{key}="{value}"'"""
 
 
