@@ -29,6 +29,8 @@ from training.show import heart
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 # And torch's C++ would fill the screen about a process that is lost, which is told of in a sentence.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# Its profiler would call it an error that a machine has no GPU.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 __all__ = ["main", "on_main", "run_job", "say"]
 
