@@ -256,6 +256,12 @@ def several(runs: list[dict[str, Any]], world: World) -> list[int]:
     return codes
 
 
+def as_they_end(argument: tuple[list[dict[str, Any]], list[int]], world: World) -> None:
+    """Several runs, and the codes with which they have to end."""
+    runs, codes = argument
+    assert several(runs, world) == codes
+
+
 def main() -> int:
     """Several runs in one process: their exit codes are printed; a single run's is the process's."""
     torch.set_num_threads(1)

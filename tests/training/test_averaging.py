@@ -14,17 +14,17 @@ from tests.training import test_adversarial as game
 from tests.training.small_run import (
     AROUND,
     SignalAt,
+    as_they_end,
     differences,
     events,
     final_state,
     fit,
-    several,
     small_data,
     small_model,
     two_processes,
 )
 from tests.training.test_resume import assert_same_run
-from training import Interrupted, UserError, World, tasks
+from training import Interrupted, UserError, tasks
 from training.callbacks import Callback
 from training.loop.precision import Precision
 from training.runs import checkpoints
@@ -185,12 +185,6 @@ def test_factors_are_logged(tmp_path: Path) -> None:
 # -- several processes -------------------------------------------------------------------------------------------------
 
 EXACT: dict[str, Any] = {"optimizer": "adam", "model": {"dropout": 0.0, "batch_norm": False, "float64": True}}
-
-
-def as_they_end(argument: tuple[list[dict[str, Any]], list[int]], world: World) -> None:
-    """Runs, and with which codes they end."""
-    runs, codes = argument
-    assert several(runs, world) == codes
 
 
 @pytest.fixture(scope="module")

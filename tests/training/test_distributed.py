@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT
-from tests.training.small_run import OPTIMIZERS, differences, events, final_state, fit
+from tests.training.small_run import OPTIMIZERS, as_they_end, differences, events, final_state, fit, two_processes
 from training import UserError, session
 from training.loop.distributed import World, broadcast_object, gather_objects, maximum
 from training.show.watching.diagnostics import CurvatureDiagnostics
@@ -46,11 +43,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"folder": f"{root}/watched", "optimizer": "kfac", "watch": 4, **EXACT},
         {"folder": f"{root}/diverged", "lr": 1e30, "schedule": "none", **EXACT},
     ]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.training.small_run", json.dumps(runs)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, *(0 for _ in OTHERS), 0, 75, 0, 0, 0, 0, 0, 1]
+    two_processes(as_they_end, (runs, [0, *(0 for _ in OTHERS), 0, 75, 0, 0, 0, 0, 0, 1]))
     return root
 
 
