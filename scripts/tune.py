@@ -32,15 +32,16 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis import pace, tuning
+from analysis.pace import Pace
 from analysis.tuning import Arm, Choice, Outcome, Plan, Rungs, Space, Trial
 from scripts.studies.sweeping import Sweeping
 from training.command.cluster import read_time
@@ -66,6 +67,7 @@ class Choices:
     given: dict[str, str] = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
     folder: str | None = None
+    default: ClassVar[str] = "[sgd,adam,kfac]"
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -80,7 +82,7 @@ class Choices:
     @property
     def optimizers(self) -> list[str]:
         """The optimizers, which exist."""
-        names = [name for name in self.given.get("optimizers", "[sgd,adam,kfac]").strip("[]").split(",") if name]
+        names = [name for name in self.given.get("optimizers", self.default).strip("[]").split(",") if name]
         places = [CONFIG_FOLDER, *([Path(self.folder)] if self.folder else [])]
         known = sorted(path.stem for place in places for path in (place / "optimizer").glob("*.yaml"))
         for name in names:
@@ -117,10 +119,13 @@ class Choices:
             raise UserError(str(error).replace("time=", f"{key}=", 1)) from error
 
 
+Chosen = TypeVar("Chosen", bound=Choices)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
     try:
-        _tune(_choices(argv))
+        _tune(parsed(argv, Choices, OWN, __doc__ or "")[0])
     except (ValueError, UserError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
@@ -140,7 +145,7 @@ def _tune(choices: Choices) -> None:
     sweep = choices.given.get("name") or "_".join(["tuning", *first.parts[1:]])
     folder = Path(first.values["paths"]["sweeps"]).joinpath(*map(shortened, Path(sweep).parts))
     spaces = Path(choices.given["spaces"]) if "spaces" in choices.given else None
-    arms = {name: _arm(name, run, Space.load(name, spaces)) for name, run in runs.items()}
+    arms = {name: arm_of(name, run, Space.load(name, spaces)) for name, run in runs.items()}
     budget = choices.time("budget")
     if budget is None:
         arms, rungs, unit = _counted(choices, runs, arms)
@@ -168,7 +173,7 @@ def _tune(choices: Choices) -> None:
         print(line)
 
 
-def _arm(name: str, run: RunConfig, space: Space) -> Arm:
+def arm_of(name: str, run: RunConfig, space: Space) -> Arm:
     """An optimizer as the command configures it."""
     own: dict[str, Any] = as_lists(run.values["optimizer"])
     for key, value in space.requires.items():
@@ -209,12 +214,21 @@ def _timed(
     paces = tuning.Book(folder).paces()
     if paces.keys() != arms.keys():
         threads = next((int(t.partition("=")[2]) for t in choices.rest if t.startswith("threads=")), None)
-        print(f"measuring what a step takes, of {len(arms)} optimizers side by side")
-        # In a process of its own: workers are forked of this one, which must have run nothing before.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(pace.measure, runs, threads=threads).result()
-        paces = {name: one.seconds for name, one in measured.items()}
+        paces = {name: one.seconds for name, one in measured(runs, threads).items()}
     return {name: replace(arm, pace=paces[name]) for name, arm in arms.items()}, rungs, "steps"
+
+
+def measured(runs: Mapping[str, RunConfig], threads: int | None, seconds: float = 60.0) -> dict[str, Pace]:
+    """What steps take, measured in a process of its own: workers are forked of this one, which must run nothing before.
+
+    Args:
+        runs: a configuration for each arm.
+        threads: of torch in each run.
+        seconds: see `pace.measure`.
+    """
+    print(f"measuring what a step takes, of {len(runs)} optimizers side by side", flush=True)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(pace.measure, runs, seconds=seconds, threads=threads).result()
 
 
 def _begin(trials: Sequence[Trial]) -> None:
@@ -253,28 +267,48 @@ def _presets(name: str | None, folder: Path, arms: dict[str, Arm], found: dict[s
     return [f"{place}: {', '.join(f'{arm}.yaml' for arm in written)}; {use}"]
 
 
-def _choices(argv: Sequence[str] | None) -> Choices:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(
+    argv: Sequence[str] | None, kind: type[Chosen], own: Sequence[str], description: str, flags: Sequence[str] = ()
+) -> tuple[Chosen, set[str]]:
+    """A command line of KEY=VALUE.
+
+    Args:
+        argv: the arguments, None for those of the process.
+        kind: what is made of them.
+        own: keys that are the command's; what is not goes to train.py.
+        description: of the command, for --help.
+        flags: that it takes besides.
+
+    Returns:
+        What was given, and which of the flags.
+
+    Raises:
+        UserError: an argument has another form.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="see above")
     parser.add_argument("--config-dir", metavar="DIR", help="see above")
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help="see above")
     words = [*(sys.argv[1:] if argv is None else argv)]
-    flags = [index for index, word in enumerate(words) if word == "--config-dir"]
-    moved = [word for index in flags for word in words[index : index + 2]]  # in front: the rest is to be in one piece
-    rest = [word for index, word in enumerate(words) if index not in flags and index - 1 not in flags]
-    given = parser.parse_args([*moved, *rest])
-    choices = Choices(folder=given.config_dir)
-    for text in given.arguments:
+    pairs = [index for index, word in enumerate(words) if word == "--config-dir"]
+    moved = [word for index in pairs for word in words[index : index + 2]]  # in front: the rest is to be in one piece
+    moved += [word for word in words if word.removeprefix("--") in flags and word.startswith("--")]
+    rest = [word for index, word in enumerate(words) if not {index, index - 1} & {*pairs} and word not in moved]
+    options = parser.parse_args([*moved, *rest])
+    choices = kind(folder=options.config_dir)
+    for text in options.arguments:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"{text} is no KEY=VALUE (see --help)")
         if key == "optimizer":
             raise UserError(f"{text}: give optimizers=[{value}], of which there may be several")
-        if key in OWN:
+        if key in own:
             choices.given[key] = value
         else:
             choices.rest.append(text)
-    return choices
+    return choices, {flag for flag in flags if getattr(options, flag)}
 
 
 def _refuse(message: str) -> NoReturn:

@@ -153,7 +153,7 @@ class Page:
             return ""
         lines = []
         for arm in chosen:
-            values = ", ".join(f"{key}={_plain(value)}" for key, value in (arm.choice.get("overrides") or {}).items())
+            values = ", ".join(f"{key}={_plain(value)}" for key, value in (arm.choice.get("values") or {}).items())
             edges = ", ".join(map(str, arm.choice.get("at_edge") or ())) or "–"
             value = arm.choice.get("value")
             text = words.score(float(value), self.metric) if isinstance(value, int | float) else "–"

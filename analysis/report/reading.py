@@ -305,7 +305,7 @@ def read_trials(folder: Path) -> list[Trial]:
             str(line.get("arm")),
             int(line.get("rung") or 0),
             int(line.get("trial") or 0),
-            dict(line.get("overrides") or {}),
+            dict(line.get("values") or {}),
             folder / str(where) if where else None,
             str(line.get("status") or "unfinished").replace("_", " "),
             float(value) if ended and value is not None else math.nan,

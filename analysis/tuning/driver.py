@@ -14,7 +14,8 @@ from analysis.tuning.search import UNITS, Arm, Choice, Search
 from analysis.tuning.trials import Book, Outcome, Trial
 from training.errors import UserError, did_you_mean
 
-#: Runs what lists of overrides ask for, and gives their summaries in the same order; what has ended it runs no more.
+#: Runs what lists of overrides ask for, each behind its name and a colon, and gives their summaries in the same order;
+#: what has ended it runs no more.
 Run = Callable[[Sequence[Sequence[str]]], Sequence[Mapping[str, Any]]]
 
 
@@ -94,8 +95,9 @@ def tune(
         search.check()
     while wave := [trial for name, search in searches.items() for trial in search.due(book.of(name))]:
         begin(wave)
-        rows = list(dict.fromkeys(trial.overrides for trial in wave))  # two points may be the same values
-        summaries = run(rows)
+        named = {trial.overrides: trial.name for trial in reversed(wave)}  # two points may be the same values
+        rows = list(dict.fromkeys(trial.overrides for trial in wave))
+        summaries = run([(f"{named[row]}:", *row) for row in rows])
         if len(summaries) != len(rows):
             raise UserError(f"{len(rows)} trials were to be run, and {len(summaries)} came to an end: launch again")
         ended = []

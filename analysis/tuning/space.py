@@ -118,6 +118,8 @@ class Space:
         Raises:
             UserError: there is none, or it is no space.
         """
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"spaces: there is no folder {folder}; give one with files like {name}.yaml")
         known = sorted(path.stem for path in SPACES.glob("*.yaml"))
         places = [place / f"{name}.yaml" for place in (folder, SPACES) if place is not None]
         path = next((path for path in places if path.is_file()), None)

@@ -42,6 +42,11 @@ class Trial:
     overrides: tuple[str, ...]
 
     @property
+    def name(self) -> str:
+        """What its run is called: kfac_rung-1_trial-3, rungs counted from 1."""
+        return f"{self.arm}_rung-{self.rung + 1}_trial-{self.trial}"
+
+    @property
     def key(self) -> tuple[str, int, int]:
         """What no two trials of a tuning share."""
         return self.arm, self.rung, self.trial

@@ -84,7 +84,7 @@ def verdict(tmp_path: Path) -> Path:
             status = "failed" if value is None else "finished"
             write_run(home / where, value or 0.1, name, 7, status, lr=lr, error="it broke" if value is None else None)
             lines.append(
-                {"arm": name, "rung": 0, "trial": number, "overrides": {"optimizer.lr": lr}, "folder": where,
+                {"arm": name, "rung": 0, "trial": number, "values": {"lr": lr}, "folder": where,
                  "status": status, "value": value, "charged": 2.5, "error": None if value else "it <b>broke</b>"}
             )  # fmt: skip
     (home / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -95,7 +95,7 @@ def verdict(tmp_path: Path) -> Path:
         "tuning": {"seconds": 10, "rungs": []}, "final": {"seconds": 4},
         "pace": {name: {"seconds": 0.1 * k, "low": 0.1, "high": 0.9, "ratio": float(k), "memory": 1000 * k}
                  for k, name in enumerate(LAST, 1)},
-        "choices": {name: {"overrides": {"optimizer.lr": 0.04}, "at_edge": ["optimizer.lr"], "value": 0.91}
+        "choices": {name: {"values": {"lr": 0.04}, "at_edge": ["lr high"], "value": 0.91}
                     for name in LAST},
     }  # fmt: skip
     (home / "verdict.json").write_text(json.dumps(about))

@@ -251,13 +251,13 @@ def test_ties_go_to_the_lower_loss_then_to_the_lower_number(tmp_path: Path) -> N
 
 def test_what_is_lost_is_worst_and_the_next_best_takes_its_place(tmp_path: Path) -> None:
     def worth(row: Sequence[str]) -> float:
-        return 0.5 if len(row) == 2 else 0.9
+        return 0.5 if len(row) == 3 else 0.9
 
     def run(rows: Sequence[Sequence[str]]) -> Summaries:
         """All but trial 0 are better at first, and diverge at once in longer runs."""
         made = made_up(worth=worth)(rows)
         for row, summary in zip(rows, made, strict=True):
-            if len(row) > 2 and steps_of(row) > 10:
+            if len(row) > 3 and steps_of(row) > 10:
                 summary |= {"status": "diverged", "steps": 1, "final": {}}
         return made
 

@@ -45,6 +45,14 @@ def test_a_line_that_leaves_a_value_to_its_files_gets_it(work: Path) -> None:
     assert [sweep.job(index).values["optimizer"]["momentum"] for index in (0, 1)] == [0.5, 0.9]
 
 
+def test_a_line_may_name_its_run(work: Path) -> None:
+    Path("rows.txt").write_text('first: optimizer=sgd\n["the second:", "optimizer=adam"]\noptimizer=adamw\n')
+    sweep = prepare(["-m", "runs=rows.txt", "model=mlp", "seed=1,2"])
+    assert isinstance(sweep, Sweep)
+    names = [f"{name}_seed-{seed}" for name in ("first", "the second", "optimizer-adamw") for seed in (1, 2)]
+    assert sweep.labels == names and sweep.job(2).label == "the second_seed-1"
+
+
 def test_they_run_with_their_threads_and_are_skipped_the_second_time(
     quick: Callable[..., Outcome], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ class Sweep:
         queue: what `hydra/launcher=slurm` asks SLURM for; None where it is not asked.
         workers: how many jobs run at a time.
         threads: of torch in each job; None: this process's, shared out among the workers.
+        names: what a file calls its jobs, in place of what tells them apart; "" for those that it does not name.
         due: numbers of the jobs that this launch is to run.
         composer: composes them.
     """
@@ -70,15 +71,18 @@ class Sweep:
     native: bool = True
     workers: int = 1
     threads: int | None = None
+    names: tuple[str, ...] = ()
     queue: dict[str, Any] | None = None
 
     @property
     def labels(self) -> list[str]:
         """What tells the jobs apart: `optimizer-sgd_seed-0`."""
-        return [self._label(job) for job in self.commands]
+        return [self._label(index) for index in range(len(self.commands))]
 
-    def _label(self, command: Sequence[str]) -> str:
-        return label_of(text for text in command if _element(text) not in self.shared)
+    def _label(self, index: int) -> str:
+        if self.names and (name := self.names[index]):
+            return name
+        return label_of(text for text in self.commands[index] if _element(text) not in self.shared)
 
     def job(self, index: int) -> RunConfig:
         """The configuration of a job.
@@ -87,7 +91,7 @@ class Sweep:
             UserError: something is wrong with it that its values alone did not tell.
         """
         command = self.commands[index]
-        return replace(self.composer.run(command), sweep=self.folder, label=self._label(command))
+        return replace(self.composer.run(command), sweep=self.folder, label=self._label(index))
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,12 @@ def taken_out(given: Sequence[str], multirun: bool) -> tuple[list[str], Shares]:
     return rest, Shares(**numbers, runs=Path(values[RUNS]) if RUNS in values else None)
 
 
-def listed(path: Path) -> list[list[str]]:
-    """The overrides of each job that a file lists: a line a job, a JSON list of strings or words as in a shell.
+def listed(path: Path) -> list[tuple[str, list[str]]]:
+    """The jobs that a file lists: what each is called, "" unless it is said, and its overrides.
 
     Args:
-        path: of the file; empty lines and those that begin with # are skipped.
+        path: of the file. A line a job: words as in a shell, the first of which may be the job's name and a colon, or a
+            JSON list of such words. Empty lines and those that begin with # are skipped.
 
     Raises:
         UserError: it cannot be read, a line is malformed, or it lists nothing.
@@ -146,12 +151,14 @@ def listed(path: Path) -> list[list[str]]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            row = json.loads(line) if line.lstrip().startswith("[") else shlex.split(line)
+            words = json.loads(line) if line.lstrip().startswith("[") else shlex.split(line)
         except ValueError as error:
             raise UserError(f"{RUNS}={path}, line {number}: {error}; write optimizer=sgd optimizer.lr=0.1") from error
+        named = bool(words) and isinstance(words[0], str) and re.fullmatch(r"[^=]*[^=:]:", words[0])
+        row = words[1:] if named else words
         if not all(isinstance(text, str) and "=" in text for text in row):
             raise UserError(f"{RUNS}={path}, line {number}: each run is a list of key=value, got {line.strip()}")
-        found.append([quoted(text) for text in row])
+        found.append((words[0][:-1] if named else "", [quoted(text) for text in row]))
     if not found:
         raise UserError(f"{RUNS}={path} lists no run: write a line of overrides for each")
     return found
@@ -187,15 +194,16 @@ def prepare_sweep(
             )
     # A sweeper plugin will draw other values: what is fixed is checked.
     lists = values_of([o for o in overrides if discrete or not o.is_sweep_override()])
-    rows = [opened(row) for row in listed(shares.runs)] if shares.runs else []
-    parsed = [parse(text) for row in rows for text in row]
+    rows = [(name, opened(row)) for name, row in listed(shares.runs)] if shares.runs else []
+    parsed = [parse(text) for _, row in rows for text in row]
     for override in parsed:
         _refuse_in_row(override, shares.runs)
     varying = [*(override for override in overrides if override.is_sweep_override()), *parsed]
     composer = Composer([*overrides, *parsed], varying)
-    commands = jobs(overrides) if discrete else []
+    common, names = jobs(overrides) if discrete else [], []
     if rows:
-        commands = [_merged(each, row) for row in rows for each in commands]
+        names = [_called(name, each, lists) for name, _ in rows for each in common]
+    commands = [_merged(each, row) for _, row in rows for each in common] if rows else common
     found = _look_at(composer, commands if rows else _one_by_one(lists), tell)
     cfg = composer.cfg
     if len({one.id for one in found}) < len(found):
@@ -235,6 +243,7 @@ def prepare_sweep(
         native=native,
         workers=workers,
         threads=shares.threads,
+        names=tuple(names),
         queue=queue,
     )
 
@@ -287,6 +296,12 @@ def _merged(shared: Sequence[str], row: Sequence[str]) -> list[str]:
     budgets = {f"trainer.{name}" for name in BUDGETS}
     dropped = budgets if budgets & own.keys() else set()
     return [*({key: text for text in shared if (key := _element(text)) not in dropped} | own).values()]
+
+
+def _called(name: str, each: Sequence[str], lists: Mapping[str, list[str]]) -> str:
+    """The label of a job that a file names, with what the command sweeps over besides."""
+    swept = label_of(text for text in each if len(lists[text.partition("=")[0]]) > 1)
+    return "_".join(filter(None, (name, swept))) if name else ""
 
 
 def _refuse_in_row(override: Override, path: Path | None) -> None:
