@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.multiprocessing as mp
 
+import train
 from tests.cli.conftest import QUICK, Outcome, metrics, runs, summary
-from tests.conftest import ROOT
+from tests.conftest import ROOT, START
+from tests.survival.conftest import places
 
 
 def torchrun(work: Path, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -31,15 +35,39 @@ def torchrun(work: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(program, launched.returncode, out, err)
 
 
+def rank(index: int, work: Path, argv: tuple[str, ...], variables: list[dict[str, str]]) -> None:
+    """One of two processes: a command, and what it prints in a file."""
+    os.environ.update(variables[index])
+    os.chdir(work)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(work.parent / f"{work.name}_{name}{index}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    torch.set_num_threads(1)
+    code = train.main((*QUICK, *argv))
+    sys.stdout.flush(), sys.stderr.flush()
+    sys.exit(code)
+
+
+def pair(work: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Two processes as torchrun starts them, which need not import torch."""
+    code = 0
+    try:
+        mp.start_processes(rank, args=(work, argv, places()), nprocs=2, start_method=START)
+    except mp.ProcessExitedException as error:
+        code = error.exit_code
+    logs = ([work.parent / f"{work.name}_{name}{index}.txt" for index in (0, 1)] for name in ("out", "err"))
+    return subprocess.CompletedProcess(argv, code, *("".join(log.read_text() for log in each) for each in logs))
+
+
 def test_one_folder_and_a_resumed_run(work: Path) -> None:
     """Of a method whose curvature is shared out among the processes: checkpoints hold all of it."""
-    done = torchrun(work, "logger=default", "optimizer=kfac", "resume=auto")
+    done = pair(work, "logger=default", "optimizer=kfac", "resume=auto")
     assert done.returncode == 0, done.stderr
     (run,) = runs(work)
     assert summary(run)["status"] == "finished" and summary(run)["hardware"]["processes"] == 2
     assert done.stdout.count("run folder:") == 1 and done.stdout.count("no run of this configuration") == 1
     assert len(list((run / "tensorboard").iterdir())) == 1, "rank 0 alone writes"
-    done = torchrun(work, "logger=default", f"resume={run}", "trainer.max_epochs=2")
+    done = pair(work, "logger=default", f"resume={run}", "trainer.max_epochs=2")
     assert done.returncode == 0, done.stderr
     assert runs(work) == [run] and summary(run)["epochs"] == 2
     assert [event["epoch"] for event in metrics(run) if event["event"] == "eval"] == [1, 2]
