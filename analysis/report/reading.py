@@ -6,11 +6,12 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from analysis.compare import Group, LoadedRun, find_runs, group_runs, higher_is_better, match, read_run
 from training.show.curves import read_metrics
@@ -140,7 +141,7 @@ def read_verdict(folder: Path) -> Material:
     arms = [
         ArmRuns(
             name,
-            found.get(name, []),
+            [paced(run, (verdict.get("pace") or {}).get(name) or {}) for run in found.get(name, [])],
             [trial for trial in trials if trial.arm == name],
             (verdict.get("pace") or {}).get(name) or {},
             (verdict.get("choices") or {}).get(name) or {},
@@ -284,6 +285,27 @@ def _parsed(lines: Sequence[bytes], path: Path) -> list[dict[str, Any]]:
     return read_metrics(path)  # which says what line is damaged
 
 
+def paced(run: LoadedRun, pace: Mapping[str, Any]) -> LoadedRun:
+    """A run whose training seconds are its steps times the pace that its verdict measured, and shared time out by.
+
+    What else the machine did while it was trained so changes nothing. What its own clock said stays in its summary, as
+    ``seconds.measured``.
+
+    Args:
+        run: as it was read.
+        pace: `verdict.json`'s of its arm; {} if it was not measured.
+    """
+    step = pace.get("seconds")
+    if not step:
+        return run
+    events = [event | {"seconds": event["step"] * step} for event in run.events]
+    clocks = run.summary.get("seconds") or {}
+    summary = dict(run.summary)
+    if "training" in clocks and "steps" in summary:
+        summary["seconds"] = clocks | {"training": summary["steps"] * step, "measured": clocks["training"]}
+    return replace(run, events=events, summary=summary)
+
+
 def read_trials(folder: Path) -> list[Trial]:
     """The trials of a verdict; of one that was made again, the last line counts.
 
@@ -297,6 +319,7 @@ def read_trials(folder: Path) -> list[Trial]:
     if not path.is_file():
         return []
     found: dict[tuple[Any, ...], Trial] = {}
+    starts = _starts(folder)
     for line in read_metrics(path):
         where = line.get("folder")
         value, charged = line.get("value"), line.get("charged")
@@ -305,7 +328,7 @@ def read_trials(folder: Path) -> list[Trial]:
             str(line.get("arm")),
             int(line.get("rung") or 0),
             int(line.get("trial") or 0),
-            dict(line.get("values") or {}),
+            dict(line.get("values") or starts.get(str(line.get("arm"))) or {}),
             folder / str(where) if where else None,
             str(line.get("status") or "unfinished").replace("_", " "),
             float(value) if ended and value is not None else math.nan,
@@ -314,6 +337,15 @@ def read_trials(folder: Path) -> list[Trial]:
         )
         found[trial.arm, trial.rung, trial.number] = trial
     return list(found.values())
+
+
+def _starts(folder: Path) -> dict[str, dict[str, Any]]:
+    """What each arm is configured with, which is its trial 0; {} where that was not written down."""
+    try:
+        arms = json.loads((folder / "tuning.json").read_bytes())["plan"]["arms"]
+        return {arm: {key: yaml.safe_load(text) for key, text in arms[arm]["start"].items()} for arm in arms}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return {}
 
 
 def not_begun(folder: Path) -> list[tuple[Path, str]]:

@@ -19,6 +19,8 @@ from analysis.statistics import Difference, Interval
 
 #: From this p on a difference counts as not shown.
 LEVEL = 0.05
+#: By how much clocks may differ before a sentence says so.
+ALIKE = 1.1
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ def _warnings(found: Results) -> list[str]:
         for row in ended
     ]
     said += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in statistics.unequal(spent)]
+    said += _clocks(material)
     if ended and max(len(row.scores) for row in ended) == 1:
         said.append("One seed an arm: nothing is known of what another seed would change.")
     if not material.verdict and ended:
@@ -261,6 +264,24 @@ def _warnings(found: Results) -> list[str]:
     if len({machine(run) for arm in material.arms for run in arm.runs if run.summary} - {""}) > 1:
         said.append("The runs were not all made on the same machine: seconds do not compare.")
     return said + material.remarks
+
+
+def _clocks(material: Material) -> list[str]:
+    """A sentence where runs did not keep, by their own clocks, the paces that their time was shared out by."""
+    ratios = {}
+    for arm in material.arms:
+        clocks = [run.summary.get("seconds") or {} for run in arm.runs]
+        kept = [one for one in clocks if one.get("measured") and one.get("training")]
+        if kept:
+            ratios[arm.name] = sum(one["measured"] for one in kept) / sum(one["training"] for one in kept)
+    if not ratios or max(ratios.values()) <= ALIKE * min(ratios.values()):
+        return []
+    slow, fast = (choose(ratios, key=ratios.__getitem__) for choose in (max, min))
+    return [
+        "Training time is steps times the step time that was measured beforehand, side by side. By the runs' own "
+        f"clocks it was {ratios[fast]:.2f} ({fast}) to {ratios[slow]:.2f} ({slow}) times that: other work, or runs "
+        "beside each other, slowed some more than others."
+    ]
 
 
 def rates(material: Material) -> tuple[dict[str, dict[float, float]], str]:

@@ -93,7 +93,7 @@ def verdict(tmp_path: Path) -> Path:
         "optimizers": list(LAST), "budget": 60, "metric": "val/accuracy", "higher": True,
         "test_metric": "test/accuracy", "seeds": [0, 1, 2], "threads": 1,
         "tuning": {"seconds": 10, "rungs": []}, "final": {"seconds": 4},
-        "pace": {name: {"seconds": 0.1 * k, "low": 0.1, "high": 0.9, "ratio": float(k), "memory": 1000 * k}
+        "pace": {name: {"seconds": 0.25, "low": 0.1, "high": 0.9, "ratio": float(k), "memory": 1000 * k}
                  for k, name in enumerate(LAST, 1)},
         "choices": {name: {"values": {"lr": 0.04}, "at_edge": ["lr high"], "value": 0.91}
                     for name in LAST},
@@ -180,6 +180,30 @@ def test_what_is_missing_is_said(verdict: Path) -> None:
     assert "Sensitivity" not in report.write(verdict).read_text()
     (verdict / "final").rename(verdict / "elsewhere")
     assert "Nothing can be said yet" in report.write(verdict).read_text()
+
+
+def test_time_is_steps_by_the_measured_pace_whatever_the_clocks_said(verdict: Path) -> None:
+    about = json.loads((verdict / "verdict.json").read_text())
+    about["pace"] = {name: {"seconds": 0.5, "low": 0.4, "high": 0.6, "ratio": 1.0} for name in LAST}
+    (verdict / "verdict.json").write_text(json.dumps(about))
+    summary = verdict / "final" / "adam_0" / "summary.json"
+    summary.write_text(summary.read_text().replace('"training": 4.0', '"training": 16.0'))
+    found = report.read(verdict)
+    assert [row.training_seconds for row in found.rows] == [16 * 0.5] * 3
+    run = found.material.arms[0].runs[0]
+    assert [event["seconds"] for event in run.events] == [0.5 * event["step"] for event in run.events]
+    said = [text for text in found.warnings if "own clocks" in text]
+    assert len(said) == 1 and "it was 0.50 (sgd) to 1.00 (adam) times that" in said[0]
+
+
+def test_trial_0_has_the_values_that_its_arm_is_configured_with(verdict: Path) -> None:
+    lines = [json.loads(line) for line in (verdict / "trials.jsonl").read_text().splitlines()]
+    lines = [line | ({"values": {}} if line["trial"] == 0 else {}) for line in lines]
+    (verdict / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = {"arms": {"sgd": {"start": {"lr": "0.3", "nesterov": "False", "betas": "[0.9, 0.99]"}}}}
+    (verdict / "tuning.json").write_text(json.dumps({"plan": plan, "paces": {}}))
+    found = {arm.name: arm.trials[0].overrides for arm in report.read(verdict).material.arms}
+    assert found == {"sgd": {"lr": 0.3, "nesterov": False, "betas": [0.9, 0.99]}, "kfac": {}, "adam": {}}
 
 
 def test_a_run_made_again_counts_once(verdict: Path) -> None:
