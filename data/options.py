@@ -21,7 +21,7 @@ import typing
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import Parameter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -34,8 +34,27 @@ ENTRY = re.compile(r"^    (\w+): (.*(?:\n     .*)*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What is known of a set before any of it is there.
+
+    Attributes:
+        task: what is learned from it, as ``DataModule.task``.
+        facts: names of the ``DataModule.facts``.
+    """
+
+    task: str
+    facts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Options:
-    """A group of options: its fields are the parameters, and the lines under ``Args`` say what they mean."""
+    """A group of options: its fields are the parameters, and the lines under ``Args`` say what they mean.
+
+    Attributes:
+        kind: of the sets that are served by it; None: it does not tell.
+    """
+
+    kind: ClassVar[Kind | None] = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +138,7 @@ def served(*, without: Collection[str] = ("test_fraction",), **defaults: Any) ->
         defaults: of this set, where they differ from those of the classes.
 
     Returns:
-        What makes of the builder the callable that users call.
+        What makes of the builder the callable that users call; its ``kind`` is that of the groups.
     """
 
     def decorate(function: Builder) -> Builder:
@@ -143,6 +162,7 @@ def served(*, without: Collection[str] = ("test_fraction",), **defaults: Any) ->
         build.__signature__ = signature  # type: ignore[attr-defined]
         build.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         build.__annotations__["return"] = DataModule
+        build.kind = next((group.kind for group in groups.values() if group.kind), None)  # type: ignore[attr-defined]
         for name, group in groups.items():
             build.__doc__ = _documented(build.__doc__ or "", name, group, members[name])
         return build

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.base import DataError, DataModule
 from data.memory import ImageStore, InMemoryLoader
-from data.options import Loading, served
+from data.options import Kind, Loading, served
 from data.sources.downloads import UNREACHABLE, alone, reason, retrieve_archive
 from data.sources.reading import read_lines
 from data.splits import limited
@@ -54,6 +54,7 @@ class Reading(Loading):
         ValueError: for an option out of its range.
     """
 
+    kind: ClassVar[Kind | None] = Kind("language_modelling", ("vocabulary", "sequence", "words", "level"))
     sequence: int = 256
     max_vocabulary: int | None = None
     batch_size: int = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,7 @@ __all__ = [
     "mobilenetv3",
     "plain_layers",
     "read_weights",
+    "require_facts",
     "resnet",
     "resnet_gan",
     "swin",
@@ -68,16 +69,36 @@ def build_model(factory: Callable[..., nn.Module], facts: Mapping[str, Any], **o
     Raises:
         ValueError: the factory requires something that is neither an option nor a fact.
     """
-    every = inspect.signature(factory).parameters.values()
-    named = [p for p in every if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    wanted = [p for p in named if p.name not in options]
-    missing = [p.name for p in wanted if p.default is p.empty and p.name not in facts]
-    if missing:
-        name = getattr(factory, "__name__", str(factory))
-        raise ValueError(
-            f"{name} needs {missing[0]}, which this data set does not have (it has {', '.join(facts) or 'no facts'}): "
-            f"choose another model or another data set, or give model.{missing[0]}=..."
-        )
-    options |= {p.name: facts[p.name] for p in wanted if p.name in facts}
+    require_facts(factory, facts, options)
+    named = _named(factory)
+    options |= {p.name: facts[p.name] for p in named if p.name in facts and p.name not in options}
     ordered = itertools.takewhile(lambda p: p.name in options, (p for p in named if p.kind is p.POSITIONAL_ONLY))
     return factory(*[options.pop(p.name) for p in ordered], **options)
+
+
+def require_facts(factory: Callable[..., nn.Module], facts: Collection[str], options: Collection[str]) -> None:
+    """See to it that a model factory gets all that it requires.
+
+    Args:
+        factory: any callable that returns a module.
+        facts: names of those of the data set.
+        options: names of its other arguments.
+
+    Raises:
+        ValueError: it requires something that is neither.
+    """
+    wanted = [p for p in _named(factory) if p.name not in options]
+    missing = next((p for p in wanted if p.default is p.empty and p.name not in facts), None)
+    if missing:
+        name = getattr(factory, "__name__", str(factory))
+        given = "" if missing.kind is missing.KEYWORD_ONLY else f", or give model.{missing.name}=..."
+        has = ", ".join(facts) or "no facts"
+        raise ValueError(
+            f"{name} needs {missing.name}, which this data set does not have (it has {has}): choose another model or "
+            f"another data set{given}"
+        )
+
+
+def _named(factory: Callable[..., nn.Module]) -> list[inspect.Parameter]:
+    every = inspect.signature(factory).parameters.values()
+    return [p for p in every if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional
+
+from data.sources.downloads import alone
 
 CHUNK = 2000  # images made at once: bounded memory
 
@@ -122,8 +123,7 @@ def kept(folder: Path, name: str, make: Callable[[], dict[str, Tensor]]) -> dict
     """
     path = folder / f"{name}.npz"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with alone(folder):
             if path.exists():
                 try:
                     with np.load(path) as saved:
@@ -132,8 +132,11 @@ def kept(folder: Path, name: str, make: Callable[[], dict[str, Tensor]]) -> dict
                     log.warning("%s is damaged (%s): it is made anew.", path, error)
             made = make()
             partial = folder / f".{name}.tmp.npz"
-            np.savez(partial, **{key: tensor.numpy() for key, tensor in made.items()})  # type: ignore[arg-type]
-            partial.replace(path)
+            try:
+                np.savez(partial, **{key: tensor.numpy() for key, tensor in made.items()})  # type: ignore[arg-type]
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
             return made
     except OSError as error:
         log.warning("%s cannot be written (%s): its content is made anew in every run.", path, error)

@@ -6,11 +6,11 @@ The labels are served too, and not learned from.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from data.base import DataModule
 from data.memory import InMemoryLoader
-from data.options import Loading
+from data.options import Kind, Loading
 from data.splits import spread
 from data.tasks.labelled import LabelledImages, labelled_set
 
@@ -29,6 +29,7 @@ class Imitating(Loading):
         ValueError: for an option out of its range.
     """
 
+    kind: ClassVar[Kind | None] = Kind("generation", ("in_channels", "image_size", "frechet"))
     frechet: Literal["mnist", "cifar10", "inception"] = "mnist"
     eval_images: int = 2000
     augment: Literal["none"] = "none"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from data.options import Loading
+from data.options import Kind, Loading
 
 STRONGEST = 30  # magnitude of RandAugment, which divides the range of each distortion by it
 
@@ -31,6 +31,7 @@ class Classifying(Loading):
         ValueError: for an option out of its range.
     """
 
+    kind: ClassVar[Kind | None] = Kind("classification", ("in_channels", "num_classes", "image_size"))
     mixup: float = 0.0
     cutmix: float = 0.0
     randaugment: int | None = None

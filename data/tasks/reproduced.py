@@ -6,14 +6,14 @@ Inputs are pixels in [0, 1], targets the same pixels in a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from data.base import DataModule
 from data.memory import ImageStore, InMemoryLoader
-from data.options import Loading
+from data.options import Kind, Loading
 from data.splits import cut, limited, random_order
 from data.tasks.labelled import LabelledImages, augmentation_of
 
@@ -34,6 +34,7 @@ class Reproducing(Loading):
         ValueError: for an option out of its range.
     """
 
+    kind: ClassVar[Kind | None] = Kind("reconstruction", ("in_channels", "image_size", "likelihood"))
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
     val_from: Literal["train", "test"] = "train"
     augment: Literal["none", "standard"] = "none"

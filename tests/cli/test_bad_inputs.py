@@ -176,7 +176,7 @@ def test_help_whatever_else_is_said(command: Callable[..., Outcome], work: Path)
 @pytest.mark.parametrize("model", ["autoencoder_mnist", "conv_autoencoder"])
 def test_an_auto_encoder_is_no_classifier(model: str, command: Callable[..., Outcome], work: Path) -> None:
     outcome = command(f"model={model}", "optimizer=kfac", "logger=quiet", "callbacks=none")
-    assert re.search(r"needs 10 outputs an example, .* gives \[64\]: choose a classifier", outcome.sentence())
+    assert re.search(r"needs an output a class, and (conv_)?autoencoder does not ask .*: choose", outcome.sentence())
     assert outcome.code == 1
     assert list(work.iterdir()) == [], "found out before the run folder was made"
 
@@ -223,6 +223,27 @@ def test_damaged_files(quick: Callable[..., Outcome], work: Path) -> None:
         assert re.search(says, outcome.sentence())
         assert outcome.code == 1
         assert runs(work) == [run]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["dataset=curves", "model=resnet18"], r"model: resnet needs num_classes, which .* or another data set$"),
+        (["dataset=curves", "model=dcgan"], r"two players is for images to be imitated, and .* is for reconstruction"),
+        (["dataset=curves", "model=autoencoder_curves", "optimizer@critic=sgd"], r"this one has no critic: leave it"),
+        (["dataset=curves", "model=autoencoder_curves", "trainer.label_smoothing=0.1"], r"label_smoothing must be 0"),
+        (["dataset=cifar10", "model=autoencoder_curves"], r"autoencoder does not ask how many there are: choose a"),
+        (["dataset=mnist_generation", "model=resnet18"], r"imitated by a model of two players, .* choose model=dcgan"),
+        (["dataset=wikitext2", "model=mlp"], r"mlp needs in_channels, which this data set does not have \(it has voca"),
+        (["dataset=tiny_imagenet", "model=gpt1"], r"gpt needs vocabulary, which this data set does not have"),
+    ],
+)
+def test_what_is_not_for_each_other_is_refused_before_data_are_made_or_fetched(
+    argv: list[str], says: str, command: Callable[..., Outcome], work: Path
+) -> None:
+    outcome = command(*argv)
+    assert outcome.code == 1 and re.search(says, outcome.sentence()), outcome.err
+    assert list(work.iterdir()) == []
 
 
 def test_divergence_keeps_the_last_good_checkpoint(quick: Callable[..., Outcome], work: Path) -> None:

@@ -165,6 +165,24 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str, caplog: pytest
     assert torch.equal(kept(tmp_path, "set", make)["images"], made) and len(calls) == 2
 
 
+def test_what_is_stopped_while_it_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path / "new", "set", stopped)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+    def written(path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", written)
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path / "new", "set", lambda: {"images": torch.zeros(3)})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING):

@@ -6,13 +6,14 @@ import inspect
 import re
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 import data
 from data import DataModule, digits
-from data.options import Loading, Options, served
+from data.options import Kind, Loading, Options, served
 
 BUILDERS = [name for name in data.__all__ if inspect.isfunction(getattr(data, name))]
 
@@ -116,6 +117,18 @@ def test_every_option_of_every_set_has_a_type_and_a_line_of_help(name: str) -> N
     for option in inspect.signature(made).parameters:
         assert option in hints
         assert re.search(rf"^ +{option}: \S", made.__doc__, re.MULTILINE), option
+
+
+def test_what_is_known_of_a_set_before_it_is_there(tmp_path: Path) -> None:
+    """Every set has a kind; facts are those of the groups, of which there is one set each that needs no files."""
+    kinds = {name: getattr(data, name).kind for name in BUILDERS if name != "wrap"}
+    assert None not in kinds.values()
+    (tmp_path / "text").write_text("one word after another, " * 40)
+    text = data.text_file(str(tmp_path / "text"), sequence=4, batch_size=2)
+    made = [data.digits(), data.digits_autoencoder(), data.digits_generation(), text]
+    for one in made:
+        assert kinds[one.name] == Kind(one.task, tuple(one.facts)), one.name
+    assert {*kinds.values()} == {kinds[one.name] for one in made}
 
 
 def test_a_default_of_one_set_is_not_that_of_another() -> None:

@@ -479,8 +479,7 @@ GAME = (
     [
         (["dataset=digits"], r"model of two players is for images to be imitated, and this data set is for classific"),
         (["model=conv_autoencoder"], r"imitated by a model of two players, .* choose model=dcgan or resnet_gan"),
-        (["model=mlp"], r"mlp needs num_classes, which this data set does not have"),
-        (["model=conv_autoencoder", "optimizer@critic=adam"], r"optimizer@critic is for a model of two players"),
+        (["model=mlp"], r"imitated by a model of two players, .* choose model=dcgan or resnet_gan"),
         (["optimizer@critic=adamm"], r"optimizer@critic has no choice 'adamm' \(did you mean 'adam'\?\)"),
         (["optimizer@critc=adam"], r"unknown key 'optimizer@critc' \(did you mean 'optimizer@critic'\?\)"),
         (["optimizer@generator=kfac", "generator.dampin=1"], r"generator has no key 'dampin' \(did you mean 'damping'"),

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from data import kept
 from data.kept import Preparation
+from data.options import Kind
 from models import build_model
 from training import tasks
 from training.errors import UserError
@@ -27,6 +28,7 @@ from training.runs import checkpoints, record
 from training.runs.warm_start import warm_start
 from training.settings import schema
 from training.settings.trust import is_known, targets
+from training.tasks import suited
 from training.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -51,11 +53,27 @@ def build_parts(config: Mapping[str, Any], world: World) -> tuple[DataModule, Ta
     Raises:
         UserError: a value is refused, or something is not there.
     """
+    _check_choice(config)
     data = build_data(config["dataset"], config["seed"], world)
     task, model = build_learning(config, data, world)
     if statistics := getattr(model, "statistics", None):  # they were trained on pixels of this mean and std
         data.normalise(*statistics)
     return data, task, model
+
+
+def _check_choice(config: Mapping[str, Any]) -> None:
+    """Refuse a model and a data set that are not for each other before the data are read, fetched or made."""
+    kind = getattr(schema.locate(config["dataset"][TARGET], "dataset"), "kind", None)
+    if not isinstance(kind, Kind):  # one's own says what it is when it is called
+        return
+    factory = schema.locate(config["model"][TARGET], "model")
+    options = {*config["model"]} - {TARGET}
+    with schema.refusals("trainer", config["trainer"]):
+        suited.check_smoothing(config["trainer"].get("label_smoothing", 0.0), kind)
+    with schema.refusals("model", options, factory):
+        suited.check_choice(factory, options, kind)
+    if suited.makes_players(factory) is False:
+        schema.refuse_players(config)
 
 
 def build_learning(config: Mapping[str, Any], data: DataModule, world: World) -> tuple[Task, nn.Module]:

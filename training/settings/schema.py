@@ -232,11 +232,7 @@ def build_optimizers(config: Mapping[str, Any], model: torch.nn.Module, **inject
     theirs = [name for name in PLAYERS if config.get(name)]
     tuned = any(config["finetune"].values())
     if not isinstance(model, GAN):
-        if theirs:
-            raise UserError(
-                f"optimizer@{theirs[0]} is for a model of two players and this one has no {theirs[0]}: leave it out, "
-                "or choose one of them, such as model=dcgan"
-            )
+        refuse_players(config)
         if tuned:
             with refusals("finetune", config["finetune"]):
                 injected["params"] = parameter_groups(model, **config["finetune"], lr=config["optimizer"].get("lr"))
@@ -255,6 +251,16 @@ def build_optimizers(config: Mapping[str, Any], model: torch.nn.Module, **inject
     generator = build(config[names[0]], names[0], through=through, seed=seed, **injected)
     critic = build(config[names[1]], names[1], through=build_optimizer, model=model.critic, seed=seed + 1, **injected)
     return Players(wrap(config, generator, model.generator), wrap(config, critic, model.critic))
+
+
+def refuse_players(config: Mapping[str, Any]) -> None:
+    """Raise a sentence if a configuration, whose model is none of two players, has an optimizer for one of them."""
+    for name in PLAYERS:
+        if config.get(name):
+            raise UserError(
+                f"optimizer@{name} is for a model of two players and this one has no {name}: leave it out, or choose "
+                "one of them, such as model=dcgan"
+            )
 
 
 def wrap(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -4,7 +4,7 @@
 file here and its line in ``build.TASKS``.
 """
 
-from training.tasks.build import TASKS, build
+from training.tasks.build import TASKS, build, find
 from training.tasks.task import Task, Turn
 
-__all__ = ["TASKS", "Task", "Turn", "build"]
+__all__ = ["TASKS", "Task", "Turn", "build", "find"]

@@ -28,6 +28,18 @@ def build(name: str, facts: dict[str, Any], label_smoothing: float = 0.0, seed: 
     Raises:
         ValueError: for a task there is none of, or label smoothing out of its range.
     """
+    return find(name).of(facts, label_smoothing, seed)
+
+
+def find(name: str) -> type[Task]:
+    """The class of a task.
+
+    Args:
+        name: see ``build``.
+
+    Raises:
+        ValueError: there is none.
+    """
     if name not in TASKS and "." not in name:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, or a dotted name of your own, got {name!r}")
     module, kind = TASKS[name] if name in TASKS else (name.rpartition(".")[0], name.rpartition(".")[2])
@@ -37,4 +49,4 @@ def build(name: str, facts: dict[str, Any], label_smoothing: float = 0.0, seed: 
         raise ValueError(f"task {name} of this data set cannot be imported ({error})") from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ValueError(f"task {name} of this data set must be a class made from training.tasks.Task")
-    return found.of(facts, label_smoothing, seed)
+    return found

@@ -78,7 +78,12 @@ class Adversarial(Task):
 
     def check(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         """See Task."""
-        if not isinstance(model, GAN):
+        self.check_players(isinstance(model, GAN))
+
+    @classmethod
+    def check_players(cls, two: bool) -> None:
+        """See Task."""
+        if not two:
             raise UserError(
                 "images are imitated by a model of two players, a generator and a critic, and this one is none: choose "
                 "model=dcgan or resnet_gan, or another data set"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import typing
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -10,8 +12,11 @@ from torch.optim import Optimizer
 
 from data import DataError
 from data.base import told
+from data.options import Kind
+from models import GAN, require_facts
 from optimizers.checks import are_sharded
 from optimizers.wrapper import innermost
+from training import tasks
 from training.errors import UserError, lack_of_memory
 from training.loop import rng
 from training.tasks.players import Players
@@ -19,6 +24,55 @@ from training.tasks.task import Task
 
 if TYPE_CHECKING:
     from data import DataModule
+
+#: Facts that say how many classes an output is one of.
+CLASSES = {"num_classes", "vocabulary"}
+
+
+def check_smoothing(smoothing: float, kind: Kind) -> None:
+    """Refuse to smooth labels that a data set does not have.
+
+    Args:
+        smoothing: of labels.
+        kind: of the data set.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not CLASSES & {*kind.facts}:
+        tasks.find(kind.task)._refuse_smoothing(smoothing)
+
+
+def check_choice(factory: Callable[..., nn.Module], options: Collection[str], kind: Kind) -> None:
+    """Refuse a model that is none for a data set, as far as both say so before there are data: before they are fetched.
+
+    Args:
+        factory: makes the model.
+        options: names of the arguments that it will be given besides facts of the data.
+        kind: of the data set.
+
+    Raises:
+        ValueError: the model needs a fact that the data set does not have.
+        UserError: it is a model for another task.
+    """
+    task = tasks.find(kind.task)
+    two = makes_players(factory)
+    if two is not None:
+        task.check_players(two)
+    require_facts(factory, kind.facts, options)
+    asked = inspect.signature(factory).parameters
+    if two is not None and CLASSES & {*kind.facts} and not CLASSES & asked.keys():
+        raise UserError(
+            f"a {kind.task.replace('_', ' ')} needs an output a class, and {factory.__name__} does not ask how many "
+            "there are: choose a classifier, or a data set of images to rebuild"
+        )
+
+
+def makes_players(factory: Callable[..., nn.Module]) -> bool | None:
+    """Whether a callable makes a model of two players; None: it is nobody's here, and its model will tell."""
+    if str(getattr(factory, "__module__", "")).removeprefix("curvlab.").partition(".")[0] != "models":
+        return None
+    return typing.get_type_hints(factory).get("return") is GAN
 
 
 def check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:

@@ -90,6 +90,22 @@ class Task(ABC):
         if label_smoothing:
             raise ValueError(f"label_smoothing must be 0 for a {cls.name}, which has no labels, got {label_smoothing}")
 
+    @classmethod
+    def check_players(cls, two: bool) -> None:
+        """See to it that a model has as many players as the task is for.
+
+        Args:
+            two: whether it has a generator and a critic.
+
+        Raises:
+            UserError: it has not.
+        """
+        if two:
+            raise UserError(
+                f"a model of two players is for images to be imitated, and this data set is for {cls.name}: choose a "
+                "data set such as dataset=mnist_generation, or another model"
+            )
+
     @abstractmethod
     def meters(self, device: torch.device) -> Meters:
         """Fresh meters of ``metrics``."""
@@ -121,11 +137,7 @@ class Task(ABC):
         Raises:
             UserError: it is none.
         """
-        if isinstance(model, GAN):
-            raise UserError(
-                f"a model of two players is for images to be imitated, and this data set is for {self.name}: choose a "
-                "data set such as dataset=mnist_generation, or another model"
-            )
+        self.check_players(isinstance(model, GAN))
         outputs = model(inputs)
         if not isinstance(outputs, Tensor):
             raise UserError(
