@@ -1,10 +1,10 @@
 # `make train` sets up and runs the default job; `make test` sets up and runs the tests; `make docs` builds the pages as a
-# site; `make gpu` checks a CUDA machine.
+# site; `make results` makes tables and pictures of docs/results anew; `make gpu` checks a CUDA machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check docs gpu clean
+.PHONY: train test check docs results gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/python train.py $(ARGS)
@@ -36,6 +36,9 @@ $(VENV)/.installed-docs: requirements-docs.txt | $(VENV)/bin/python
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . docs/_build
 	@echo "the site: docs/_build/index.html"
+
+results: $(VENV)/.installed
+	$(BIN)/python scripts/studies/results.py
 
 gpu: $(VENV)/.installed-dev
 	$(BIN)/python scripts/gpu_check.py $(ARGS)

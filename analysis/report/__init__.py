@@ -65,13 +65,16 @@ def verdict_sentences(folder: Path) -> list[str]:
     return sentences(read(folder))
 
 
-def write(folder: Path | Results, out: Path | None = None, command: str | None = None) -> Path:
+def write(
+    folder: Path | Results, out: Path | None = None, command: str | None = None, linked: bool = True
+) -> Path:
     """Write the page, the tables and the figures.
 
     Args:
         folder: of `scripts/verdict.py`, one that holds runs, or what was computed of them already.
         out: folder of the page; None: `report` in that of the runs.
         command: that writes the page again, to be said on it; None: `scripts/compare.py FOLDER --html`.
+        linked: whether numbers lead to the folders of runs; a page that is to stand without them has no links.
 
     Returns:
         `index.html`.
@@ -93,7 +96,7 @@ def write(folder: Path | Results, out: Path | None = None, command: str | None =
         (out / "table.csv").write_text(tables.to_csv(found), encoding="utf-8")
         (out / "table.md").write_text(tables.to_markdown(found, said), encoding="utf-8")
         (out / "table.tex").write_text(tables.to_tex(found), encoding="utf-8")
-        page = Page(found, out, command or f"python scripts/compare.py {home} --html")
+        page = Page(found, out, command or f"python scripts/compare.py {home} --html", linked)
         with atomic_file(out / "index.html") as file:
             file.write(page.text(said, drawn).encode())
     except OSError as error:

@@ -30,11 +30,12 @@ class Page:
     Args:
         found: the results.
         out: folder of the page.
+        linked: whether numbers lead to the folders of runs.
         command: that writes it again.
     """
 
-    def __init__(self, found: Results, out: Path, command: str) -> None:
-        self.found, self.out, self.command = found, out.resolve(), command
+    def __init__(self, found: Results, out: Path, command: str, linked: bool = True) -> None:
+        self.found, self.out, self.command, self.linked = found, out.resolve(), command, linked
         self.metric = found.material.metric
         self.colours = figures.palette(found)
         self.number = {arm.name: i for i, arm in enumerate(found.material.arms)}
@@ -298,6 +299,8 @@ class Page:
         return escape(said)
 
     def _link(self, path: Path, text: str) -> str:
+        if not self.linked:
+            return escape(text)
         relative = os.path.relpath(path.resolve(), self.out)
         return f'<a href="{escape(quote(Path(relative).as_posix()), quote=True)}">{escape(text)}</a>'
 

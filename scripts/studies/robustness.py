@@ -112,12 +112,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(choices: Choices) -> tuple[Path, bool]:
+    good = run_missing(cells(choices), Path(choices.results), Path(choices.data))
+    return write(choices), good
+
+
+def write(choices: Choices) -> Path:
+    """Write the page of what is in the file of results, beside it.
+
+    Args:
+        choices: of a command line.
+    """
     path = Path(choices.results)
-    good = run_missing(cells(choices), path, Path(choices.data))
     target = path.with_suffix(".md")
     with atomic_file(target) as file:
         file.write(page(read(path), choices).encode())
-    return target, good
+    return target
 
 
 if __name__ == "__main__":

@@ -1,0 +1,172 @@
+"""Make the pages of docs/results that have logs beside them anew, so that no figure in them is typed by hand.
+
+    python scripts/studies/results.py                                 # `make results`
+    python scripts/studies/results.py keep multirun/verdict_mlp_digits digits   # a verdict's logs, for the next time
+
+The default values' tables and those of the ranges of rates come of their `.jsonl`. Of a verdict, docs/results/verdicts
+has what its page is made of, NAME.tar.xz: the plan, the trials, and of the final runs the configuration, the summary
+and the events, those of training thinned; docs/results/verdict.md and docs/results/verdicts/NAME.html come of it. What
+stands in verdict.md from "## Notes" on stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from analysis import report
+from analysis.report import tables
+from scripts.problems.tables import write_page
+from scripts.studies import robustness
+from training.errors import UserError
+from training.runs.folder import atomic_file
+
+RESULTS = ROOT / "docs" / "results"
+#: What of a verdict's folder is kept beside its final runs.
+PLANS = ("verdict.json", "tuning.json", "trials.jsonl")
+#: Of the training events of a run, how many are kept.
+EVENTS = 100
+#: Of the figures of a page, those that verdict.md shows, and what they are.
+SHOWN = {
+    "final": "the last value of every run, means with 95 % intervals",
+    "curves_seconds": "by training time, means over seeds",
+    "tuning": "what the best of k trials would be",
+    "sensitivity": "the trials by their learning rate",
+}
+NOTES = "## Notes"
+HEAD = """# Verdicts
+
+Which optimizer for a problem, tuned alike, at equal training time ([how](../verdict.md)): each verdict is one command,
+whose logs are kept in `verdicts/`, and `make results` writes this page and the verdicts' own pages
+(`verdicts/NAME.html`, to be opened in a browser) of them. What they say together is in the notes at the end.
+"""
+
+
+def keep(folder: Path, name: str, home: Path = RESULTS) -> Path:
+    """Pack what the page of a verdict is made of.
+
+    Args:
+        folder: of the verdict.
+        name: of the archive.
+        home: folder of the results' pages.
+
+    Returns:
+        The archive. The same folder gives the same bytes.
+
+    Raises:
+        UserError: it is no folder of a verdict.
+    """
+    if not report.is_verdict(folder):
+        raise UserError(f"{folder} has no verdict.json: give a folder of scripts/verdict.py")
+    path = home / "verdicts" / f"{name}.tar.xz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w:xz", preset=9) as archive:
+        for where, content in _kept(folder):
+            info = tarfile.TarInfo(where)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def _kept(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for name in PLANS:
+        if (folder / name).is_file():
+            yield name, (folder / name).read_bytes()
+    for run in sorted(path.parent for path in (folder / "final").glob("*/config.yaml")):
+        where = f"final/{run.name}"
+        yield f"{where}/config.yaml", (run / "config.yaml").read_bytes()
+        if (run / "metrics.jsonl").is_file():
+            yield f"{where}/metrics.jsonl", _thinned((run / "metrics.jsonl").read_text(encoding="utf-8"))
+        if (run / "summary.json").is_file():
+            summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+            summary.get("hardware", {}).pop("system", None)
+            yield f"{where}/summary.json", json.dumps(summary).encode()
+
+
+def _thinned(text: str) -> bytes:
+    events = [json.loads(line) for line in text.splitlines() if line.strip()]
+    training = [event for event in events if event["event"] == "train"]
+    stride = max(1, -(-len(training) // EVENTS))
+    stay = {id(event) for event in (*training[stride - 1 :: stride], *training[-1:])}
+    lines = []
+    for event in events:
+        if event["event"] != "train" or id(event) in stay:
+            short = {key: value for key, value in event.items() if not key.startswith("time/")}
+            lines.append(json.dumps(short) + "\n")
+    return "".join(lines).encode()
+
+
+def verdicts(home: Path = RESULTS) -> Path:
+    """Write the pages of all verdicts that are kept, and the one that shows them all.
+
+    Args:
+        home: folder of the results' pages, whose `verdicts/` has the archives.
+
+    Returns:
+        `verdict.md`.
+    """
+    parts = [HEAD]
+    for path in sorted((home / "verdicts").glob("*.tar.xz")):
+        name = path.name.partition(".")[0]
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / name
+            with tarfile.open(path) as archive:
+                archive.extractall(folder, filter="data")
+            page = report.write(folder, command="make results", linked=False)
+            found = report.read(folder)
+            shutil.copyfile(page, home / "verdicts" / f"{name}.html")
+            said = report.sentences(found)
+            command = str(found.material.verdict.get("command"))
+            parts += [
+                f"## {found.material.title[0].upper()}{found.material.title[1:]}\n", f"    {command}\n",
+                tables.to_markdown(found, said), f"The page: `verdicts/{name}.html`.\n",
+            ]  # fmt: skip
+            for figure, what in SHOWN.items():
+                drawn = page.parent / f"{figure}.png"
+                if drawn.exists():
+                    shutil.copyfile(drawn, home / "verdicts" / f"{name}_{figure}.png")
+                    parts.append(f"![{found.material.title}: {what}](verdicts/{name}_{figure}.png)\n")
+    target = home / "verdict.md"
+    before = target.read_text(encoding="utf-8") if target.exists() else ""
+    notes = before[before.index(NOTES) :] if NOTES in before else ""
+    with atomic_file(target) as file:
+        file.write("\n".join([*parts, notes] if notes else parts).encode())
+    return target
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="keep FOLDER NAME", help="pack a verdict's logs under a name")
+    words = parser.parse_args(argv).words
+    try:
+        if words:
+            if len(words) != 3 or words[0] != "keep":
+                raise UserError("give nothing, or keep FOLDER NAME (see --help)")
+            print(keep(Path(words[1]), words[2]))
+            return 0
+        for page in (
+            write_page(RESULTS / "defaults.jsonl"),
+            robustness.write(robustness.Choices(results=str(RESULTS / "robustness.jsonl"))),
+            verdicts(),
+        ):
+            print(page)
+    except (ValueError, UserError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
