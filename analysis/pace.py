@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -127,6 +127,27 @@ def measure(
         }  # fmt: skip
     finally:
         torch.set_num_threads(before)
+
+
+def averaged(found: Sequence[Mapping[str, Pace]]) -> dict[str, Pace]:
+    """The paces that several processes measured at the same time, each of the same configurations.
+
+    Args:
+        found: by process.
+
+    Returns:
+        Means of seconds and evaluations, the fastest block of all and the slowest.
+    """
+    return {
+        name: replace(
+            first,
+            seconds=statistics.fmean(one[name].seconds for one in found),
+            low=min(one[name].low for one in found),
+            high=max(one[name].high for one in found),
+            evaluation=statistics.fmean(one[name].evaluation for one in found),
+        )
+        for name, first in found[0].items()
+    }
 
 
 def _built(name: str, config: RunConfig) -> _Going:

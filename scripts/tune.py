@@ -213,22 +213,32 @@ def _timed(
     )
     paces = tuning.Book(folder).paces()
     if paces.keys() != arms.keys():
-        threads = next((int(t.partition("=")[2]) for t in choices.rest if t.startswith("threads=")), None)
-        paces = {name: one.seconds for name, one in measured(runs, threads).items()}
+        launching = {
+            key: int(text.partition("=")[2]) for text in choices.rest for key in LAUNCH if text.startswith(key)
+        }
+        workers = launching.get("workers", 1)
+        paces = {name: one.seconds for name, one in measured(runs, launching.get("threads"), workers=workers).items()}
     return {name: replace(arm, pace=paces[name]) for name, arm in arms.items()}, rungs, "steps"
 
 
-def measured(runs: Mapping[str, RunConfig], threads: int | None, seconds: float = 60.0) -> dict[str, Pace]:
-    """What steps take, measured in a process of its own: workers are forked of this one, which must run nothing before.
+def measured(
+    runs: Mapping[str, RunConfig], threads: int | None, seconds: float = 60.0, workers: int = 1
+) -> dict[str, Pace]:
+    """What steps take where so many runs are beside each other: cores and caches that are shared slow all of them.
+
+    It is measured in processes of their own: workers are forked of this one, which must have run nothing before.
 
     Args:
         runs: a configuration for each arm.
-        threads: of torch in each run.
+        threads: of torch in each run; None: this process's, shared out among the workers.
         seconds: see `pace.measure`.
+        workers: runs at a time.
     """
-    print(f"measuring what a step takes, of {len(runs)} optimizers side by side", flush=True)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(pace.measure, runs, seconds=seconds, threads=threads).result()
+    beside = f", {workers} at a time" if workers > 1 else ""
+    print(f"measuring what a step takes, of {len(runs)} optimizers side by side{beside}", flush=True)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        asked = [pool.submit(pace.measure, runs, seconds=seconds, threads=threads) for _ in range(workers)]
+        return pace.averaged([one.result() for one in asked])
 
 
 def _begin(trials: Sequence[Trial]) -> None:

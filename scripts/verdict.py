@@ -137,7 +137,7 @@ def _verdict(choices: Choices, command: str, planning: bool) -> None:
     if "target" in choices.given:
         state.target = choices.share("target", 0.0)
     began = time.monotonic()
-    _measure(state, runs)
+    _measure(state, runs, workers)
     division = _divide(state, workers)
     print("\n".join(plan_lines(state, division, workers)), flush=True)
     if planning:
@@ -159,12 +159,12 @@ def _verdict(choices: Choices, command: str, planning: bool) -> None:
 # -- the four parts ----------------------------------------------------------------------------------------------------
 
 
-def _measure(state: State, runs: Mapping[str, RunConfig]) -> None:
+def _measure(state: State, runs: Mapping[str, RunConfig], workers: int) -> None:
     """What a step of each arm takes, unless an earlier launch has measured it."""
     if state.paces:
         return
     seconds = min(MEASURING * state.asked["budget"], MEASURED)
-    state.paces = tune.measured(runs, state.threads, seconds)
+    state.paces = tune.measured(runs, state.threads, seconds, workers)
     monitors = {one.monitor for one in state.paces.values()}
     if len(monitors) > 1:
         raise UserError(f"the optimizers are judged by {' and '.join(sorted(monitors))}: give trainer.monitor")

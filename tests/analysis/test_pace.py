@@ -55,6 +55,12 @@ def held_by_sgd() -> int:
     return sum(held(optimizer).values())
 
 
+def test_what_two_measured_at_a_time_is_averaged() -> None:
+    one = pace.Pace(1.0, 0.5, 2.0, 4.0, 20.0, 7, "val/loss")
+    other = pace.Pace(3.0, 0.7, 5.0, 8.0, 20.0, 7, "val/loss")
+    assert pace.averaged([{"a": one}, {"a": other}]) == {"a": pace.Pace(2.0, 0.5, 5.0, 6.0, 20.0, 7, "val/loss")}
+
+
 def test_what_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: torch.optim.SGD, closure: None = None) -> None:
         raise RuntimeError("no room\nfor it")
