@@ -6,15 +6,16 @@ Examples: `python train.py optimizer=adafisher model=resnet18 dataset=digits`, `
 from __future__ import annotations
 
 import signal
+
+if __name__ == "__main__":  # until all is imported, Ctrl-C ends the process without a trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # until all is imported, Ctrl-C ends the process without a trace
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from omegaconf import DictConfig

@@ -164,3 +164,20 @@ def test_forked_children_leave_it_to_their_parent() -> None:
     os.killpg(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=10)
     assert (process.returncode, out, errors) == (0, "130\n", "")
+
+
+def test_ctrl_c_while_modules_are_loaded(tmp_path: Path) -> None:
+    """Before the command listens it ends the process, as Ctrl-C does anywhere; then the second does; no trace."""
+    program = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "model=mlp"]
+    for reached, signals, code in (("omegaconf", 1, -signal.SIGINT), ("numpy", 2, 130)):
+        process = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        while reached not in process.stderr.readline():
+            assert process.poll() is None
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == code and "Traceback" not in errors and "KeyboardInterrupt" not in errors
+        assert errors.count("Stopped at once by a second signal") == signals - 1
+    assert not list(tmp_path.iterdir())

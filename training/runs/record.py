@@ -42,6 +42,8 @@ _GROUP = re.compile(r"(?!hydra)\w+(@\w+)?")
 _CHOICE = re.compile(r"\w[\w.+/-]*")
 # As safe as safe_load, and written in C where that is built: a sweep has hundreds of these files.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# What people write for null.
+NO = ("false", "no", "none", "off")
 # How the names of callbacks end that only show what was learned.
 ONLOOKERS = ("Plots", "SampleText", "Trajectory", "Diagnostics")
 
@@ -133,7 +135,12 @@ def find(path: str, asked: str = "resume=") -> tuple[Path, Path | None]:
     """
     given = Path(path)
     if not exists(given):
-        raise UserError(f"{asked}{path}: there is no such file or folder; give a run folder or a checkpoint in one")
+        way = "give a run folder or a checkpoint in one"
+        if asked == "resume=" and path.lower() in NO:
+            way = "leave it out, and a new run begins"
+        elif asked == "resume=" and "/" not in path:  # a word
+            way = f"did you mean auto, the newest run of this very configuration? Or {way}"
+        raise UserError(f"{asked}{path}: there is no such file or folder; {way}")
     folder, checkpoint = (given, None) if given.is_dir() else (given.parent, given)
     if folder.name == "checkpoints" or folder.absolute().name == "checkpoints":
         folder = folder.parent if folder.name else folder.absolute().parent
