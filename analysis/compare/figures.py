@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from analysis.compare.groups import Group
 from analysis.compare.measures import Comparison, Target, higher_is_better
 from analysis.compare.runs import AXES
-from training.show.curves import GREY, dress
+from training.show.curves import GREY, dress, log_axis
 
 # One colour a group; grey is kept for what belongs to no group.
 PALETTE = (
@@ -112,10 +112,7 @@ def scale(axes: Axes, drawn: list[np.ndarray], metric: str, plateaus: list[float
     low, top = float(values.min()), min(float(values.max()), ceiling)
     logarithmic = low > 0 and top / low > LOG_RANGE
     if logarithmic:
-        axes.set_yscale("log")  # shared with the others
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if top / low < 300 else (1.0,)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_axis(axes, low, top)  # shared with the others
     if top < values.max():
         margin = 0.05 * (math.log(top / low) if logarithmic else top - low)
         axes.set_ylim(

@@ -16,7 +16,7 @@ from torch import Tensor
 from analysis.compare.figures import PALETTE
 from analysis.factors import matrices
 from analysis.factors.study import Point, Study
-from training.show.curves import GREY, dress
+from training.show.curves import GREY, dress, log_axis
 
 #: What ``over_training`` and ``runs`` draw: key, label, whether the axis is logarithmic.
 PANELS: tuple[tuple[str, str, bool], ...] = (
@@ -142,7 +142,7 @@ def _panels(
                 steps, values = [s for s, _ in kept], [v for _, v in kept]
             axes.plot(steps, values, "o-", color=palette[name], linewidth=1.5, markersize=3)
         if logarithmic:
-            axes.set_yscale("log")
+            log_axis(axes)
         else:
             axes.set_ylim(0, 1.03)
         dress(axes, "step" if axes in grid[-1] else "", "")
@@ -165,7 +165,7 @@ def spectra(study: Study) -> Figure:
                 if name in point.spectra:
                     values = getattr(point.spectra[name], key).flatten().sort(descending=True).values
                     _curve(axes, values, shades(0.9 * index / most), f"step {point.step}")
-            axes.set_yscale("log")
+            log_axis(axes)
             plain(axes, "eigenvalue, from the largest" if row is grid[-1] else "", f"{key} of {name}")
             axes.set_xlim(left=1)
     if names:

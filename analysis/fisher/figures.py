@@ -10,7 +10,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.compare.figures import PALETTE
 from analysis.fisher.measure import Row
@@ -18,7 +17,7 @@ from analysis.fisher.methods import OWN
 from analysis.fisher.methods import label as label_of
 from analysis.fisher.profiles import Profile
 from analysis.fisher.tables import DIRECTIONS, ERRORS, middle
-from training.show.curves import GREY
+from training.show.curves import GREY, log_axis
 
 #: Colour, line and mark of each method: families share a colour's neighbourhood, and no two look alike in grey.
 LOOKS: dict[str, tuple[str, Literal["-", "--", ":"], str]] = {
@@ -207,10 +206,7 @@ def _logarithmic(axes: Axes, beyond: Sequence[str] = ()) -> None:
         axes.set_ylim(top=TOP)
         text = f"also above {TOP:g}: {', '.join(label_of(method) for method in dict.fromkeys(beyond))}"
         axes.text(0.99, 0.98, text, ha="right", va="top", fontsize=8, transform=axes.transAxes)
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    log_axis(axes)
 
 
 def _dress(axes: Axes, x_label: str, y_label: str) -> None:

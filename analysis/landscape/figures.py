@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LightSource, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from analysis.compare.figures import PALETTE
 from analysis.landscape.surface import Surface
-from training.show.curves import GREY
+from training.show.curves import GREY, log_axis
 
 COLOURS = "viridis"
 # Under ways, colours end at so many times the largest value that these have met.
@@ -94,10 +94,7 @@ def _lines(surfaces: Sequence[Surface], metric: str) -> Figure:
         axes.plot(surface.x, surface.metric(metric), color=colour, linewidth=1.8, label=surface.title)
     values = np.concatenate([surface.metric(metric) for surface in surfaces])
     if isinstance(_norm(values), LogNorm):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_axis(axes)
     _dress(axes, surfaces[0].axes[0], metric)
     axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize="small")
     axes.set_title("\n".join(textwrap.wrap("; ".join(surfaces[0].notes), 100)), fontsize=9, loc="left")

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from analysis import statistics
 from analysis.compare import Curve, LoadedRun, Target
@@ -23,6 +23,7 @@ from analysis.compare.figures import colours, scale
 from analysis.report.reading import ArmRuns
 from analysis.report.results import Results, octaves, rates
 from analysis.report.words import digits, is_share, score, seconds, spoken
+from training.show.curves import log_axis
 from training.show.watching.curvature import PANELS
 
 #: Points of a line, fewer where lines are many.
@@ -420,7 +421,7 @@ def _diagnostics(found: Results) -> tuple[Figure | None, str]:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel("optimizer steps")
         if logarithmic and all((ys > 0).all() for _, _, _, ys in lines):
-            axes.set_yscale("log")
+            log_axis(axes)
     for axes in list(panels.flat)[len(given) :]:
         axes.remove()
     _legend(figure, found, [name for _, name, _ in runs])
@@ -431,7 +432,4 @@ def _logarithmic(axes: Axes) -> None:
     """A logarithmic vertical axis where values differ by much."""
     low, high = axes.dataLim.intervaly
     if low > 0 and high / low > 5:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_axis(axes, low, high)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from training.show.curves import plot_run, read_metrics, series
+from training.show.curves import log_axis, plot_run, read_metrics, series
 
 
 def event(kind: str, step: int, **values: float | None) -> dict[str, object]:
@@ -112,6 +113,20 @@ def test_a_rise_is_not_shown_before_it_happens(tmp_path: Path) -> None:
     means = list(drawn.get_ydata())
     assert max(means[:100]) == 1.0 < means[100] < 1.5 and means[-1] == 2.0
     assert drawn.get_label() == "training (mean of 11)", "and the legend says what it is"
+
+
+@pytest.mark.parametrize("low, high", [(3.2, 3.9), (0.9, 8.0), (0.02, 0.31), (1e-3, 5.0), (1e-7, 1e4)])
+def test_a_logarithmic_axis_has_plain_numbers_whatever_its_span(low: float, high: float) -> None:
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([low, high])
+    log_axis(axes)
+    figure.canvas.draw()
+    bottom, top = axes.get_ylim()
+    texts = {tick: text.get_text() for tick, text in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)}
+    shown = {tick: text for tick, text in texts.items() if bottom <= tick <= top}
+    assert 2 <= len(shown) <= 9 and all(float(text) == pytest.approx(tick) for tick, text in shown.items())
 
 
 @pytest.mark.parametrize(

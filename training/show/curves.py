@@ -211,7 +211,7 @@ def _logarithmic(events: Sequence[Mapping[str, Any]], title: str, metric: str, l
     figure = canvas(6.4, 4.2, title, rows=2)
     axes = figure.subplots()
     values = _draw_splits(axes, events, metric, "epoch", best=min)
-    logarithmic(axes, min(values), max(values))
+    log_axis(axes, min(values), max(values))
     dress(axes, "epoch", label)
     _legend(axes, 2)
     return figure
@@ -241,22 +241,27 @@ def scale(axes: Axes, values: Sequence[float]) -> None:
     if not sizes:
         return
     if _swings(values):
-        logarithmic(axes, min(values), max(values))
+        log_axis(axes, min(values), max(values))
     elif min(values) <= 0 and (typical := sizes[len(sizes) // 2]) > 0 and sizes[-1] / typical > SWING:
         axes.set_yscale("symlog", linthresh=typical)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def logarithmic(axes: Axes, low: float, high: float) -> None:
+def log_axis(axes: Axes, low: float | None = None, high: float | None = None) -> None:
     """A logarithmic vertical axis with plain numbers, as many as there is room for.
 
     Args:
         axes: whose.
-        low: the smallest value on it, above zero.
-        high: the largest.
+        low: the smallest value on it, above zero; None: where it begins.
+        high: the largest; None: where it ends.
     """
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    limits = axes.get_ylim()
+    low, high = limits[0] if low is None else low, limits[1] if high is None else high
+    if high / low > 10:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    else:  # such as 3.2 to 3.9, where 1, 2 and 5 times a power of ten may be none
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

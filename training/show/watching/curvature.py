@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-from training.show.curves import GREY, dress, name_of_run, read_metrics, series
+from training.show.curves import GREY, dress, log_axis, name_of_run, read_metrics, series
 
 #: Panels in their order: what it is called, and whether it is drawn on a logarithmic axis.
 PANELS = {
@@ -103,11 +103,7 @@ def _draw_layers(
     if key in SHARES:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     if logarithmic and positive:
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_axis(axes)
     if key == "angle":
         axes.axhline(90, color=GREY, linestyle=":", linewidth=1)
 
