@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.loop.signals import CTRL_C, REQUEUE, Interrupted
+from training.loop.signals import CTRL_C, REQUEUE, Interrupted, StopSignals, requested
 from training.runs.folder import RunFolder, atomic_file, unwritable
 from training.runs.resume import sweep_folder
 from training.settings.composition import Sweep, prepare
+
+#: How a run is said to be that has no summary.
+UNFINISHED = "unfinished"
+#: Seconds between two looks at runs that another process trains, on another machine perhaps; and until they are
+#: launched again, since that process may have died.
+PAUSE, AGAIN = 5.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -55,16 +62,36 @@ class Sweeping:
         command = [*self.flags, "-m", f"runs={path}", *self.shared, f"name={self.name}"]
         sweep = prepare(command)
         assert isinstance(sweep, Sweep)
-        code = train.main(command)
-        if code in (CTRL_C, REQUEUE):
-            raise Interrupted("Interrupted: what ran is saved, and the same command goes on.", code)
+        while True:
+            code = train.main(command)
+            if code in (CTRL_C, REQUEUE):
+                raise Interrupted("Interrupted: what ran is saved, and the same command goes on.", code)
+            found = self._found(sweep)
+            if code or not (others := _unfinished(found)):
+                return found
+            print(f"{others} of these runs are trained by another process: waiting for them", flush=True)
+            until = time.monotonic() + AGAIN
+            while time.monotonic() < until and _unfinished(found):
+                with StopSignals(command=True):
+                    time.sleep(PAUSE)
+                    if signal := requested():
+                        raise Interrupted("Interrupted: the same command goes on.", signal)
+                found = self._found(sweep)
+
+    @staticmethod
+    def _found(sweep: Sweep) -> list[dict[str, Any]]:
+        """What became of a sweep's runs."""
         found = []
-        for index in range(len(rows)):
+        for index in range(len(sweep.commands)):
             try:
                 place = sweep_folder(sweep.job(index))
             except UserError as error:  # two of its values are wrong together, of which the sweep has told
                 found.append({"status": "failed", "error": str(error)})
                 continue
             summary = RunFolder(place).read_summary() if place.is_dir() else None
-            found.append({**(summary or {"status": "unfinished"}), "folder": str(place)})
+            found.append({**(summary or {"status": UNFINISHED}), "folder": str(place)})
         return found
+
+
+def _unfinished(found: Sequence[dict[str, Any]]) -> int:
+    return sum(summary["status"] == UNFINISHED for summary in found)
