@@ -122,15 +122,16 @@ class Page:
             best = ' class="best"' if row.name == self.found.leader else ""
             lines.append(f"<tr{best}><th>{self._swatch(row.name)}</th>{''.join(cells)}</tr>")
         note = (
-            "Means over seeds with 95 % intervals (Student's t). Behind the leader: 95 % interval of the paired "
-            "difference over common seeds, p adjusted by Holm. "
+            "A row, an arm, is what was trained alike but for the seed. Means over seeds with 95 % intervals "
+            "(Student's t). Behind the leader: 95 % interval of the paired difference over common seeds, p adjusted by "
+            "Holm. "
         )
         if self.found.target is not None:
             how = "given" if self.found.material.target is not None else "the median of the arms' last means"
             note += (
                 f"Time to target: median of training seconds until {words.spoken(self.metric)} is "
-                f"{words.score(self.found.target, self.metric)} ({how}); a run that never is counts as infinite; its "
-                "interval takes six runs or more, of fewer the extremes are shown. "
+                f"{words.score(self.found.target, self.metric)} ({how}), where a run that never gets there takes for "
+                "ever; below it how many get there, and the interval or, of fewer than six runs, the extremes. "
             )
         note += "Numbers lead to their runs."
         long = " long" if len(lines) > MANY else ""
@@ -158,8 +159,8 @@ class Page:
             edges = ", ".join(map(str, arm.choice.get("at_edge") or ())) or "–"
             value = arm.choice.get("value")
             text = words.score(float(value), self.metric) if isinstance(value, int | float) else "–"
-            lines.append([self._swatch(arm.name), escape(values or "defaults"), escape(text), escape(edges)])
-        return _table(["arm", "values that tuning chose", words.spoken(self.metric), "at an edge"], lines)
+            lines.append([self._swatch(arm.name), escape(text), escape(edges), escape(values or "defaults")])
+        return _table(["arm", words.spoken(self.metric), "at an edge", "values that tuning chose"], lines, wide=True)
 
     def _trials(self) -> str:
         parts = []
@@ -327,6 +328,7 @@ def _two_lines(text: str) -> str:
     if not mark:
         value, mark, rest = text.partition(", ")
     rest = rest[:-1] if mark == " (" else rest
+    value = re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", value)
     return f"{escape(value)}<small>{escape(rest)}</small>" if mark else escape(text)
 
 
@@ -344,6 +346,10 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]], raw: bool = Fa
     if not lines:
         return ""
     head = "".join(f"<th>{name if raw else escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+    # On a phone, the cells of a wide table stand below each other, and those in the middle say what they are.
+    named = [f' data-name="{escape(name, quote=True)}"' if wide else "" for name in header]
+    begins = [f"<td{name if 0 < i < len(header) - 1 else ''}>" for i, name in enumerate(named)]
+    rows = ("".join(f"{begin}{cell}</td>" for begin, cell in zip(begins, line, strict=True)) for line in lines)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
     kind = ' class="words"' if wide else ""
     return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
