@@ -274,7 +274,7 @@ def test_command(verdict: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert said.startswith("No difference is shown") or said.startswith("Use kfac")
     text = (verdict / "final" / "report" / "index.html").read_text()
-    assert "times adam's" in text and "time to 90.0 %" in text
+    assert "times adam&#x27;s" in text and "time to 90.0 %" in text
     closed = [part for part in re.findall(r"<details[^>]*>", text) if "command" not in part]
     assert closed and "open all closed parts" in text, "which paper does not show, and says so"
     assert main([str(verdict), "--html", "--metric", "val/loss"]) == 1
