@@ -26,8 +26,8 @@ def test_a_run_says_what_it_is_before_its_first_step(quick: Callable[..., Outcom
     (run,) = runs(work)
     for part in (
         r"optimizer +kfac: lr 0.1, .*damping .*averaging ema", r"model +mlp, 1,210 parameters",
-        r"data +digits: 1,280 to train on, 144 to validate, \d+ to test; 10 classes",
-        r"on +cpu \(\d+ threads\), fp32, 1 process", r"budget +1 epoch, 20 steps of 64",
+        r"data +digits: 1,280 of 1,294 to train on \(whole batches\), 144 to validate, \d+ to test; 10 classes",
+        r"on +cpu \(\d+ threads?\), fp32, 1 process", r"budget +1 epoch, 20 steps of 64",
         rf"run folder +{re.escape(str(run.relative_to(work)))}",
     ):  # fmt: skip
         assert re.search(part, head.replace("\n" + " " * 12, " ")), (part, head)

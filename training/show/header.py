@@ -73,7 +73,9 @@ def _optimizers(run: Run, choices: Mapping[str, str]) -> list[str]:
 def _data(run: Run, choices: Mapping[str, str]) -> str:
     sizes = [getattr(loader, "num_examples", 0) for loader in (run.data.train, run.data.val, run.data.test)]
     name = choices.get("dataset", run.data.name)
-    text = f"{name}: {sizes[0]:,} to train on, {sizes[1]:,} to validate, {sizes[2]:,} to test"
+    there = len(getattr(run.data.train, "rows", ()))  # the last batch of an epoch is left out if it is no whole one
+    train = f"{sizes[0]:,} of {there:,} to train on (whole batches)"
+    text = f"{name}: {train if there > sizes[0] else f'{sizes[0]:,} to train on'}, {sizes[1]:,} to validate, {sizes[2]:,} to test"
     if classes := run.data.facts.get("num_classes"):
         return f"{text}; {classes} classes"
     if tokens := run.data.facts.get("vocabulary"):
@@ -84,9 +86,13 @@ def _data(run: Run, choices: Mapping[str, str]) -> str:
 def _place(run: Run) -> str:
     settings = run.config.get("trainer") or {}
     size, device = run.world.world_size, run.world.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _threads(torch.get_num_threads())
     compiled = ", compiled" if settings.get("compile") else ""
     return f"{device} ({name}), {settings.get('precision', 'fp32')}{compiled}, {size} process{'es' * (size > 1)}"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count != 1)}"
 
 
 def _budget(run: Run) -> str:
