@@ -74,8 +74,8 @@ def _data(run: Run, choices: Mapping[str, str]) -> str:
     sizes = [getattr(loader, "num_examples", 0) for loader in (run.data.train, run.data.val, run.data.test)]
     name = choices.get("dataset", run.data.name)
     there = len(getattr(run.data.train, "rows", ()))  # the last batch of an epoch is left out if it is no whole one
-    train = f"{sizes[0]:,} of {there:,} to train on (whole batches)"
-    text = f"{name}: {train if there > sizes[0] else f'{sizes[0]:,} to train on'}, {sizes[1]:,} to validate, {sizes[2]:,} to test"
+    part, why = (f" of {there:,}", " (whole batches)") if there > sizes[0] else ("", "")
+    text = f"{name}: {sizes[0]:,}{part} to train on{why}, {sizes[1]:,} to validate, {sizes[2]:,} to test"
     if classes := run.data.facts.get("num_classes"):
         return f"{text}; {classes} classes"
     if tokens := run.data.facts.get("vocabulary"):
