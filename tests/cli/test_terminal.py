@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from analysis import toy as toy_functions
 from scripts import toy
 from tests.cli.conftest import Outcome, runs, summary
+from tests.conftest import ROOT
 from training.loggers import epoch_line
 from training.show import heart, report
 
@@ -73,6 +77,21 @@ def test_scripts_break_it_beside_their_output(
         work.of(3, None, "points")
         time.sleep(0.1)
     assert re.search(r"^looking: 3 points  \(0 s\)$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_a_run_goes_on_where_nobody_reads() -> None:
+    """`python train.py | head -1`, or a `tee` that has ended."""
+    more = "for _ in range(300): say('0' * 1000)"  # than a pipe holds
+    code = f"from training.show.report import say\n{more}\nsay('done'); raise SystemExit(7)"
+    reader, writer = os.pipe()
+    streams: dict[str, Any] = {"stdout": writer, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-uc", code], cwd=ROOT, text=True, **streams)
+    os.close(writer)
+    assert os.read(reader, 1) == b"0"
+    os.close(reader)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 7 and errors.startswith("Nobody reads what is printed any more")
+    assert errors.count("\n") == 1
 
 
 def test_a_sweep_is_a_line_a_run_and_one_table(command: Callable[..., Outcome], work: Path) -> None:

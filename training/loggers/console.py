@@ -35,12 +35,12 @@ class Console(Logger):
         self._shown: dict[str, float] = {}
         self._next = 0.0
         self._since = (0.0, 0.0)
-        self._out = rich.console.Console(highlight=False)
+        self._out: rich.console.Console = report.Terminal(highlight=False)
         self._stack = ExitStack()
 
     def start(self, run: Run) -> None:
         """See Logger."""
-        self._out = rich.console.Console(highlight=False)
+        self._out = report.Terminal(highlight=False)
         if not report.brief():
             self._print(header(run))
         self._stack.enter_context(heart.at(lambda: "" if self._bar is not None else _at(run, self._shown)))

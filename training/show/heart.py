@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from training.loop.launch import is_main
@@ -100,6 +100,7 @@ def _beat(over: threading.Event, stream: TextIO | None) -> None:
     while not over.wait(min(_LOOK, SILENCE)):
         if _stack and time.monotonic() - _last >= SILENCE and (text := _stack[-1]()):
             out = stream or sys.stdout
-            out.write(f"{text}  ({duration(time.monotonic() - _begun[-1], 0)})\n")
-            out.flush()
+            with suppress(OSError):  # nobody reads it any more
+                out.write(f"{text}  ({duration(time.monotonic() - _begun[-1], 0)})\n")
+                out.flush()
             spoke()

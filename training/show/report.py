@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -31,10 +32,22 @@ def duration(seconds: float, digits: int = 1) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class Terminal(Console):
+    """A console whose reader may go, `head` or a lost connection: what is said after that is lost, and not the run."""
+
+    def on_broken_pipe(self) -> None:
+        """Say no more where nobody listens; standard error, if it is another place, hears of it."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        with suppress(OSError):
+            sys.stderr.write("Nobody reads what is printed any more: the run goes on, and train.log has the rest.\n")
+
+
 def say(*parts: Any) -> None:
     """Print lines and tables to the terminal; lines as they are (no markup, no wrapping of paths)."""
     # A file has no width: enough for the names of a sweep's runs.
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
+    console = Terminal(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
 
