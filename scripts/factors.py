@@ -38,9 +38,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from analysis import factors
+from data import DataError
 from training.errors import UserError
 from training.runs.folder import file_name, writing
 from training.settings.loading import LoadedRun, load_run
+from training.settings.own import reachable
 from training.show import heart
 from training.show.snapshots import NAME, Snapshots, put
 
@@ -51,8 +53,9 @@ DAMPING, LOWER = 3e-3, 1e-3
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
     try:
-        _main(_parser().parse_args(argv))
-    except (ValueError, UserError) as error:
+        with reachable():
+            _main(_parser().parse_args(argv))
+    except (ValueError, UserError, DataError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
     except KeyboardInterrupt:
@@ -64,7 +67,7 @@ def _main(options: argparse.Namespace) -> None:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     studies: list[factors.Study] = []
     for folder in options.runs:
-        run = load_run(folder, None, data=options.data, device=options.device)
+        run = load_run(folder, None, data=options.data, device=options.device, own=options.own)
         name = str(run.config.get("name") or run.name)
         if any(study.name == name for study in studies):  # of a sweep
             name = f"{name} / {run.folder.name}"
@@ -201,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of sampled labels, dropout and noise (0)")
     parser.add_argument("--device", default="cpu", help="where models run (cpu)")
     parser.add_argument("--data", help="where the data lies here (default: where it lay, paths.data)")
+    parser.add_argument("--own", action="append", default=[], metavar="NAME", help="a callable of yours: mine.Net")
     parser.add_argument("--dpi", type=_count, default=100, help="dots an inch of the pictures (100)")
     parser.add_argument("--out", help="folder of the pictures of several runs (factors)")
     return parser

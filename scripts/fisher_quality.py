@@ -53,6 +53,7 @@ from training.errors import UserError, did_you_mean
 from training.loop.signals import CTRL_C
 from training.runs.folder import atomic_file
 from training.settings.loading import LoadedRun, Weights, load_run
+from training.settings.own import reachable
 from training.show import heart
 
 #: Of a run, unless others are asked for: examples, damping, FishLeg's updates, and up to how many outputs F is exact.
@@ -62,7 +63,8 @@ EXAMPLES, DAMPING, UPDATES, FEW = 64, 1e-2, 200, 20
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
     try:
-        _main(_parser().parse_args(argv))
+        with reachable():
+            _main(_parser().parse_args(argv))
     except (ValueError, UserError, DataError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
@@ -133,7 +135,7 @@ def _of_nets(options: argparse.Namespace, nets: Sequence[fisher.Net]) -> Iterato
 
 def _of_run(options: argparse.Namespace, titles: dict[str, str]) -> Iterator[fisher.Problem]:
     """A run at its checkpoints, on the first examples that it was trained on."""
-    loaded = load_run(options.run, "last")
+    loaded = load_run(options.run, "last", own=options.own)
     likelihood = getattr(loaded.task, "likelihood", None)
     if likelihood is None:
         raise UserError(f"RUN must be of a model with a likelihood; {options.run} trains two players: take another run")
@@ -302,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", action="store_true", help="also NET_profile.png: curvature and step by eigenvalue of F, last step"
     )
     parser.add_argument("--out", help="folder of the results (default: the run's, or fisher_quality)")
+    parser.add_argument("--own", action="append", default=[], metavar="NAME", help="a callable of yours: mine.Net")
     parser.add_argument("--fresh", action="store_true", help="leave results of an earlier call behind")
     return parser
 

@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from scripts import predict
 from tests.cli.conftest import Outcome, metrics, runs, summary, unfinish
 from tests.conftest import ROOT
+from training.errors import UserError
 from training.runs.record import load
 from training.settings.composition import compose
+from training.settings.loading import load_run
 
 PROJECT = ROOT / "examples" / "own_project"
 BRIEF = ("logger=quiet", "trainer.max_epochs=null", "trainer.max_steps=6", "trainer.eval_every_steps=3")
@@ -105,6 +109,28 @@ def test_a_model_by_its_name_has_its_own_values_alone(command: Callable[..., Out
     assert again.code == 0 and summary(run)["steps"] == 9, again.err
     shown = command("--cfg", "job", "model._target_=more.Positional", "model.width=3")
     assert re.search(r"^model:\n  _target_: more.Positional\n  width: 3\n\S", shown.out, re.MULTILINE), shown.out
+
+
+def test_a_run_of_one_s_own_pieces_predicts_at_one_s_word(
+    command: Callable[..., Outcome], project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ("dataset._target_=more.plain", "model._target_=more.Positional")
+    outcome = command(*BRIEF, *given, "optimizer._target_=myoptimizer.SignMomentum", "callbacks=none")
+    assert outcome.code == 0, outcome.err
+    (run,) = runs(project)
+    Image.new("L", (9, 9), 7).save(project / "one.png")
+    asked = [str(run), str(project / "one.png")]
+    assert predict.main(asked) == 1
+    assert "if it is yours, add --own more.Positional, or own=['more.Positional'] in Python" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"_target_=more\.Positional and dataset\._target_=more\.plain, which are no p"):
+        load_run(run, None)
+    assert predict.main([*asked, "--own", "more.Positional"]) == 1
+    assert "does not say how images become inputs" in capfd.readouterr().err, "as its data set yields floats"
+    loaded = load_run(run, own=["more.Positional"])
+    with pytest.raises(UserError, match=r"add --own myoptimizer\.SignMomentum, or own="):
+        loaded.build_optimizer()
+    loaded.own = ["myoptimizer.SignMomentum"]
+    assert type(loaded.build_optimizer()).__name__ == "SignMomentum"
 
 
 def test_a_file_whose_keys_all_go_with_another_callable_keeps_its_values() -> None:

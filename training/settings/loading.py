@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 #: Which weights: of the best evaluation, of the newest checkpoint, of a step, of a file, or None: untrained.
 Weights = Literal["best", "last"] | int | Path | None
-# What of a configuration is called to load a run.
-BUILT = ("model", "optimizer", *PLAYERS)
+# What of a configuration is called to make a run's optimizer.
+OPTIMIZERS = ("optimizer", *PLAYERS)
 
 
 def build_parts(config: Mapping[str, Any], world: World) -> tuple[DataModule, Task, nn.Module]:
@@ -150,6 +150,7 @@ class LoadedRun:
         step: at which step of training these were; 0: untrained.
         device: that all of it is on.
         preparation: how image files become inputs; None: the task has no images, or nobody knows.
+        own: dotted names of callables of the user's own that the configuration may call.
     """
 
     folder: Path
@@ -161,6 +162,7 @@ class LoadedRun:
     step: int
     device: torch.device
     preparation: Preparation | None = None
+    own: Collection[str] = ()
 
     @property
     def name(self) -> str:
@@ -270,8 +272,10 @@ class LoadedRun:
         """The run's optimizer on ``model``, as it is before its first step; what surrounds it included.
 
         Raises:
-            UserError: the model cannot have it.
+            UserError: the model cannot have it, or it is nobody's here and not named in ``own``.
         """
+        given = {group: self.config[group] for group in OPTIMIZERS if self.config.get(group)}
+        _require_known(given, self.own, self.folder)
         return schema.build_optimizers(
             self.config, self.model, likelihood=self.task.likelihood, seed=self.config["seed"]
         )  # fmt: skip
@@ -308,13 +312,10 @@ def load_run(
     held = kept.read(path)
     if held is not None and not (held["whole"] and ("." in held["task"] or held["task"] in tasks.TASKS)):
         held = None
-    _require_known({group: config[group] for group in BUILT if config.get(group)}, own, path)
-    if held is None or weights is None:  # which are drawn after what the data set draws
-        _require_known({"dataset": config["dataset"]}, own, path)
+    called = ("model", "dataset") if held is None or weights is None else ("model",)  # drawn after what the data draw
+    _require_known({group: config[group] for group in called}, own, path)
     if held is not None and "." in held["task"] and held["task"] not in own:
-        raise UserError(
-            f"{path} is of a task that is no part of Curvlab: if it is yours, say so by own=['{held['task']}']"
-        )
+        raise UserError(f"{path} is of a task that is no part of Curvlab: {_as_own([held['task']])}")
     if data is not None:
         config = record.replace_folder(config, str(config["paths"]["data"]), str(data))
     world = World(device=torch.device(device))
@@ -331,13 +332,13 @@ def load_run(
 
     with _seeded(config["seed"], world.device):
         if held is None or weights is None:
-            loaded = LoadedRun(path, config, choices, *build_parts(config, world), step=0, device=world.device)
+            loaded = LoadedRun(path, config, choices, *build_parts(config, world), step=0, device=world.device, own=own)
             loaded.preparation = kept.preparation(loaded.data)
         else:
             recalled = kept.recalled(held, examples)
             spared = {"pretrained": False} if "pretrained" in config["model"] else {}  # its weights are replaced anyway
             learning = build_learning({**config, "model": {**config["model"], **spared}}, recalled, world)
-            loaded = LoadedRun(path, config, choices, recalled, *learning, step=0, device=world.device)
+            loaded = LoadedRun(path, config, choices, recalled, *learning, step=0, device=world.device, own=own)
             if held["preparation"] is not None:
                 loaded.preparation = Preparation(**held["preparation"])
     if weights is not None:
@@ -349,12 +350,21 @@ def load_run(
 
 
 def _require_known(nodes: Mapping[str, Any], own: Collection[str], path: Path) -> None:
-    for where, target in targets(nodes):
-        if target not in own and not is_known(where, target):
-            raise UserError(
-                f"{path}/config.yaml has {where}={target}, which is no part of Curvlab or of its packages for this "
-                f"place: if it is yours, say so by own=['{target}']"
-            )
+    strange = {where: target for where, target in targets(nodes) if target not in own and not is_known(where, target)}
+    if strange:
+        said = " and ".join(f"{where}={target}" for where, target in strange.items())
+        what = "is no part" if len(strange) == 1 else "are no parts"
+        raise UserError(
+            f"{path}/config.yaml has {said}, which {what} of Curvlab, or of its packages for this place: "
+            f"{_as_own(strange.values())}"
+        )
+
+
+def _as_own(names: Iterable[str]) -> str:
+    """How a user says that callables are the user's own, of a script and in Python."""
+    listed = [str(name) for name in dict.fromkeys(names)]
+    options = " ".join(f"--own {name}" for name in listed)
+    return f"if {'it is' if len(listed) == 1 else 'they are'} yours, add {options}, or own={listed} in Python"
 
 
 @contextmanager
