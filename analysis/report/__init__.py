@@ -65,9 +65,7 @@ def verdict_sentences(folder: Path) -> list[str]:
     return sentences(read(folder))
 
 
-def write(
-    folder: Path | Results, out: Path | None = None, command: str | None = None, linked: bool = True
-) -> Path:
+def write(folder: Path | Results, out: Path | None = None, command: str | None = None, linked: bool = True) -> Path:
     """Write the page, the tables and the figures.
 
     Args:

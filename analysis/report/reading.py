@@ -306,6 +306,11 @@ def paced(run: LoadedRun, pace: Mapping[str, Any]) -> LoadedRun:
     return replace(run, events=events, summary=summary)
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric is written in per cent."""
+    return metric.endswith("accuracy")
+
+
 def read_trials(folder: Path) -> list[Trial]:
     """The trials of a verdict; of one that was made again, the last line counts.
 

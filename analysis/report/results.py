@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import statistics as plain
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from analysis import statistics
 from analysis.compare import LoadedRun, Target
-from analysis.report.reading import ENDED, ArmRuns, Material, run_score
+from analysis.report.reading import ENDED, ArmRuns, Material, is_share, run_score
 from analysis.sensitivity import NEAR, number
 from analysis.statistics import Difference, Interval
 
@@ -131,8 +131,8 @@ def results(material: Material) -> Results:
             Row(
                 arm.name,
                 scores.get(arm.name, {}),
-                statistics.t_interval(list(scores[arm.name].values())) if arm.name in scores else None,
-                statistics.t_interval(tested) if tested else None,
+                _interval(list(scores.get(arm.name, {}).values()), material.metric),
+                _interval(tested, material.test_metric),
                 differences.get(arm.name),
                 adjusted.get(arm.name, math.nan),
                 likely.get(arm.name, math.nan),
@@ -150,6 +150,16 @@ def results(material: Material) -> Results:
         )
     found = Results(material, rows, leader, target)
     return Results(material, rows, leader, target, _warnings(found))
+
+
+def _interval(values: Sequence[float], metric: str) -> Interval | None:
+    """Student's interval of the mean; that of a share ends at 0 and 1."""
+    if not values:
+        return None
+    found = statistics.t_interval(values)
+    if not is_share(metric) or not math.isfinite(found.low):
+        return found
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 def _scores(arm: ArmRuns, metric: str) -> dict[int, float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.report.reading import is_share
 from analysis.report.results import LEVEL, Results, Row
 from analysis.statistics import Interval
 
@@ -25,11 +26,6 @@ def digits(value: float, count: int = 3) -> str:
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{count}g}"
     return str(np.format_float_positional(value, count, unique=False, fractional=False, trim="-"))
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is written in per cent."""
-    return metric.endswith("accuracy")
 
 
 def score(value: float, metric: str, unit: bool = True) -> str:
@@ -250,7 +246,8 @@ def _cheapest(rows: Sequence[Row]) -> tuple[Row, str]:
         if not any(map(math.isnan, cost)) and high > 1.05 * low:
             place = next(i for i, value in enumerate(cost) if value <= 1.05 * low)
             text = memory(cost[place]) if "memory" in what else seconds(cost[place])
-            return rows[place], f"needs {what} ({text})"
+            about = "" if cost[place] == low else "about "  # others need less by what counts as alike
+            return rows[place], f"needs {about}{what} ({text})"
     return rows[0], ""
 
 

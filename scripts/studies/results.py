@@ -129,7 +129,7 @@ def verdicts(home: Path = RESULTS) -> Path:
             said = report.sentences(found)
             command = str(found.material.verdict.get("command"))
             parts += [
-                f"## {found.material.title[0].upper()}{found.material.title[1:]}\n", f"    {command}\n",
+                f"## {name.replace('_', ' ').capitalize()}: {found.material.title}\n", f"    {command}\n",
                 tables.to_markdown(found, said), f"The page: `verdicts/{name}.html`.\n",
             ]  # fmt: skip
             for figure, what in SHOWN.items():
