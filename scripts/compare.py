@@ -76,6 +76,8 @@ def _main(options: argparse.Namespace) -> None:
         console.print(_table(sheet))
     for line in (*compare.notes(comparison), f"{out}: comparison.png, comparison.md, comparison.csv"):
         console.print(line, soft_wrap=True)
+    if len(groups) > 1 and not (options.epochs or options.reference):
+        console.print("Which is ahead, how sure that is, and the test set: the same command with --html")
 
 
 def _page(options: argparse.Namespace, target: compare.Target | None) -> None:

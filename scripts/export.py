@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"{out}: {told}; {out.with_suffix('.json').name} says which classes there are")
+    print(f"{out}: {told}; {out.with_suffix('.json').name} says what goes in and what comes out")
     return 0
 
 
@@ -103,6 +103,9 @@ def export(run: LoadedRun, to: str, out: Path, inputs: bool = False) -> str:
         content = _safetensors(model, run)
     else:
         about["takes"] = f"{str(example.dtype).removeprefix('torch.')} {['batch', *example.shape[1:]]}"
+        about["gives"] = "logits of the classes" if run.task.name == "classification" else "the model's outputs"
+        if isinstance(model, OfBytes):  # whoever is told of it would normalise once more
+            about["preparation"] = {name: about["preparation"][name] for name in ("channels", "size", "resize")}
         content = _graph(model, example, to)
     with atomic_file(out) as file:
         file.write(content)

@@ -114,10 +114,12 @@ def test_what_is_exported_says_the_same(to: str, folder: Path, tmp_path: Path) -
     if to == "safetensors":
         from safetensors.torch import load_file
 
+        assert "scale" in about["preparation"]
         run.model.load_state_dict(load_file(out))
         assert torch.equal(run.outputs(run.prepare(list(pixels))), expected)
         return
-    assert about["takes"] == "uint8 ['batch', 3, 9, 9]"
+    assert about["takes"] == "uint8 ['batch', 3, 9, 9]" and about["gives"] == "logits of the classes"
+    assert about["preparation"].keys() == {"channels", "size", "resize"}, "it normalises itself"
     if to == "onnx":
         import onnxruntime
 
