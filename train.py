@@ -6,11 +6,14 @@ Examples: `python train.py optimizer=adafisher model=resnet18 dataset=digits`, `
 from __future__ import annotations
 
 import signal
-
-if __name__ == "__main__":  # until all is imported, Ctrl-C ends the process without a trace
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import sys
+from importlib.util import find_spec
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, Ctrl-C ends the process without a trace
+    if not find_spec("hydra"):
+        sys.exit("error: hydra is not installed: activate the .venv of make train, or pip install -r requirements.txt")
+
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial

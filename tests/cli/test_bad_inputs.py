@@ -260,6 +260,11 @@ def test_divergence_keeps_the_last_good_checkpoint(quick: Callable[..., Outcome]
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
+def test_a_python_without_packages_is_told_of_them(work: Path) -> None:
+    done = subprocess.run([sys.executable, "-S", ROOT / "train.py"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and re.fullmatch(r"error: hydra is not installed: .*requirements.txt\n", done.stderr)
+
+
 def test_a_bug_keeps_its_trace(quick: Callable[..., Outcome], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*args: object, **kwargs: object) -> None:
         raise RuntimeError("a bug in the loop")
