@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -265,6 +266,18 @@ def test_the_best_weights_are_chosen_on_validation_and_tested_once(tmp_path: Pat
     assert evaluate(model, data.test, task, precision)["loss"] == summary["final"]["test/loss"]
     model.load_state_dict(checkpoints.load(tmp_path / "run" / "checkpoints" / "best.pt")["model"])
     assert evaluate(model, data.test, task, precision)["loss"] == summary["best"]["test/loss"]
+
+
+@pytest.mark.parametrize(
+    "accuracy, loss, better", [(0.9, 0.4, True), (0.9, 0.5, False), (0.8, 0.1, False), (1.0, 9.0, True)]
+)
+def test_of_equally_good_weights_those_with_the_lower_loss_are_the_best(
+    accuracy: float, loss: float, better: bool
+) -> None:
+    best = {"value": 0.9, "val/accuracy": 0.9, "val/loss": 0.5}
+    task = tasks.build("classification", {"num_classes": 2})
+    run: Any = SimpleNamespace(monitor="val/accuracy", task=task, best=best)
+    assert Run.improves(run, {"val/accuracy": accuracy, "val/loss": loss}) is better
 
 
 def test_the_best_checkpoint_is_written_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -194,10 +195,12 @@ class Run:
             logger.log(record)
 
     def improves(self, values: dict[str, float]) -> bool:
-        """Whether an evaluation is the best so far."""
+        """Whether an evaluation is the best so far; of two that are equally good, the one with the lower loss."""
         value, name = values[self.monitor], self.monitor.partition("/")[2]
         if self.best is None:
             return True
+        if value == self.best["value"]:
+            return values["val/loss"] < self.best.get("val/loss", -math.inf)
         return value < self.best["value"] if self.task.metrics[name] == "min" else value > self.best["value"]
 
 
