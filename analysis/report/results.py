@@ -270,7 +270,9 @@ def _warnings(found: Results) -> list[str]:
             )
     for arm in material.arms:
         if edges := arm.choice.get("at_edge"):
-            said.append(f"{arm.name}: the best {' and '.join(map(str, edges))} lies at the edge of what was tried.")
+            ends = (str(edge).rpartition(" ") for edge in edges)  # "lr high"
+            where = " and ".join(f"{key} (the {end}est of all tried)" for key, _, end in ends)
+            said.append(f"{arm.name}: best at the edge in {where}: more trials tell, or a wider range.")
     if len({machine(run) for arm in material.arms for run in arm.runs if run.summary} - {""}) > 1:
         said.append("The runs were not all made on the same machine: seconds do not compare.")
     return said + material.remarks
