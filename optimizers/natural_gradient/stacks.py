@@ -22,7 +22,12 @@ class Block(Invertible, Approximation):
 
 def stacked(tensors: list[Tensor]) -> Tensor:
     """Tensors ``[groups, ...]`` side by side; a single one as it is."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    if len(tensors) == 1:
+        return tensors[0]
+    # What LAPACK lays out by columns stays so: products round by the layout, and a resumed run stacks what was saved.
+    if all(t.dim() > 2 and t.mT.is_contiguous() and not t.is_contiguous() for t in tensors):
+        return torch.cat([t.mT for t in tensors]).mT
+    return torch.cat(tensors)
 
 
 class Stack:
