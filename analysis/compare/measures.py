@@ -172,7 +172,7 @@ def higher_is_better(metric: str) -> bool:
 
 
 def rows(comparison: Comparison) -> list[Row]:
-    """A row a group: a text, a number or a `Spread` by column; NaN where there is nothing to say.
+    """A row a group, the best first: a text, a number or a `Spread` by column; NaN where there is nothing to say.
 
     Final and best values of diverged runs do not count: the status tells of them.
     """
@@ -190,7 +190,8 @@ def rows(comparison: Comparison) -> list[Row]:
             last = round(max(curve.epoch[-1] for curve in curves)) if (curves := group.curves(comparison.metric)) else 0
             row["last epoch"] = last
             row |= _published(row[final], published, last, "final")
-    return found
+    sign = -1 if higher_is_better(comparison.metric) else 1
+    return sorted(found, key=lambda row: math.inf if math.isnan(row[final].mean) else sign * row[final].mean)
 
 
 def _measured(comparison: Comparison, group: Group) -> Row:
@@ -203,6 +204,8 @@ def _measured(comparison: Comparison, group: Group) -> Row:
         values = [curve.value for curve in Group(group.label, lasting).curves(one)]
         row[f"final {one}"] = Spread.of(float(value[-1]) for value in values)
         row[f"best {one}"] = Spread.of(float(best(value)) for value in values)
+    tests = [(run.summary.get("final") or {}).get(f"test/{name}") for run in group.runs if run.status != "diverged"]
+    row[f"final test/{name}"] = Spread.of(float(value) for value in tests if value is not None)
     for epoch in comparison.epochs:
         row[f"epoch {epoch}"] = Spread.of(_at(curve, epoch) for curve in group.curves(metric))
     ends = [run.events[-1] for run in group.runs if run.events and run.events[-1]["step"]]

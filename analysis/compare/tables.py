@@ -65,8 +65,13 @@ def sheets(comparison: Comparison, found: Sequence[Row]) -> list[Sheet]:
     if any(row["status"] != "finished" for row in found):
         group["status"] = "status"
     results = {c: c for split in ("train", "val") for c in (f"final {split}/{name}", f"best {split}/{name}")}
+    if any(not math.isnan(row[f"final test/{name}"].mean) for row in found):
+        results[f"final test/{name}"] = f"final test/{name}"
+    marked = found
+    if len(found) > 1 and not math.isnan(found[0][f"final {metric}"].mean):
+        marked = [found[0] | {"group": f"* {found[0]['group']}"}, *found[1:]]  # the best
     results[f"final {metric} / baseline"] = f"final {metric.partition('/')[0]} ratio"
-    parts = [_sheet(f"Results{unit}", group | results, found, name)]
+    parts = [_sheet(f"Results{unit}", group | results, marked, name)]
     group = {"group": "group"}
     if comparison.epochs:
         columns = {}
@@ -136,6 +141,8 @@ def notes(comparison: Comparison) -> list[str]:
     """How the figures are defined and where they were measured."""
     runs = [run for group in comparison.groups for run in group.runs]
     said = ["Mean ± standard deviation over seeds; a training metric is the mean over an epoch's steps."]
+    if len(comparison.groups) > 1:
+        said.append(f"Best first, by the final {comparison.metric}; * the best.")
     if comparison.target:
         said.append(
             "Time to target: training seconds until the first epoch (training metrics) or evaluation (validation "

@@ -276,6 +276,8 @@ def test_tables_hold_what_the_rows_hold(make: Callable[..., Path], tmp_path: Pat
     tables = [line.split("|") for line in text.splitlines() if line.startswith("|")]
     assert len(tables) == 4 * 4 and "- a remark\n" in text and "Measured on cpu, a chip, 1 thread(s)." in text
     assert "| optimizer=sgd | 2 ± 0 | 4 | 0.5 | 0.5 ± 0 | – | – |" in text
+    results = text[: text.index("## train/loss at")]
+    assert results.index("| * optimizer=sgd |") < results.index("| optimizer=adam |"), "the best first, with a mark"
     assert "| optimizer=adam | 1 | interrupted | 3 | 3 | 3.3 | 3.3 | 12 |" in text and "not reached" in text
     assert all(len(sheet.header) == len(line) for sheet in compare.sheets(comparison, rows) for line in sheet.lines)
     percent = Comparison(groups, metric="val/accuracy")
@@ -413,9 +415,12 @@ def test_from_a_sweep_to_its_comparison(command: Callable[..., Outcome], work: P
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "# mlp on digits: 2 groups of runs" in (folder / "comparison.md").read_text()
     rows = list(csv.DictReader((folder / "comparison.csv").open()))
-    assert [row["group"] for row in rows] == ["optimizer=adam", "optimizer=sgd"]
+    assert [row["group"] for row in rows] == ["optimizer=sgd", "optimizer=adam"]
+    losses = [float(row["final train/loss"]) for row in rows]
+    assert losses == sorted(losses) and all(float(row["final test/loss"]) > 0 for row in rows)
+    assert "* optimizer=sgd" in shown and "final test/loss" in shown
     assert all(row["runs"] == "2" and float(row["epoch 2"]) < float(row["epoch 1"]) for row in rows)
-    assert float(rows[1]["s/step / baseline"]) == 1
+    assert float(rows[0]["s/step / baseline"]) == 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
