@@ -23,7 +23,7 @@ from tests.survival.forks import Forks
 from tests.training.small_run import differences, events
 
 SEED = os.environ.get("CURVLAB_KILLS_SEED", "0")
-KILLS = 2  # of each family in each of its forms, between a run's beginning and its end
+KILLS = 3  # 66 in all: of each family in each of its forms, between a run's beginning and its end
 RUN = (
     "trainer.max_epochs=null", "trainer.max_steps=12", "trainer.log_every_steps=2", "trainer.eval_every_epochs=null",
     "trainer.eval_every_steps=4", "trainer.checkpoint_every_epochs=null", "trainer.checkpoint_every_steps=3",
