@@ -45,11 +45,13 @@ from analysis.pace import Pace
 from analysis.tuning import Arm, Choice, Outcome, Plan, Rungs, Space, Trial
 from scripts.studies.sweeping import Sweeping
 from training.command.cluster import read_time
+from training.command.workers import threads_of
 from training.errors import UserError, did_you_mean
 from training.loop.signals import Interrupted
 from training.runs.folder import atomic_file, shortened
 from training.runs.record import RunConfig, as_lists
 from training.settings.composition import CONFIG_FOLDER, compose
+from training.settings.sweeps import taken_out
 
 OWN = (
     "optimizers", "budget", "final", "trials", "rungs", "eta", "sampler", "seed", "metric", "name", "spaces", "preset",
@@ -213,11 +215,8 @@ def _timed(
     )
     paces = tuning.Book(folder).paces()
     if paces.keys() != arms.keys():
-        launching = {
-            key: int(text.partition("=")[2]) for text in choices.rest for key in LAUNCH if text.startswith(key)
-        }
-        workers = launching.get("workers", 1)
-        paces = {name: one.seconds for name, one in measured(runs, launching.get("threads"), workers=workers).items()}
+        _, shares = taken_out(choices.rest, multirun=True)
+        paces = {name: one.seconds for name, one in measured(runs, shares.threads, workers=shares.workers).items()}
     return {name: replace(arm, pace=paces[name]) for name, arm in arms.items()}, rungs, "steps"
 
 
@@ -237,7 +236,8 @@ def measured(
     beside = f", {workers} at a time" if workers > 1 else ""
     print(f"measuring what a step takes, of {len(runs)} optimizers side by side{beside}", flush=True)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        asked = [pool.submit(pace.measure, runs, seconds=seconds, threads=threads) for _ in range(workers)]
+        share = threads or threads_of(workers)
+        asked = [pool.submit(pace.measure, runs, seconds=seconds, threads=share) for _ in range(workers)]
         return pace.averaged([one.result() for one in asked])
 
 

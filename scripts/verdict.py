@@ -46,6 +46,7 @@ from analysis.tuning.rungs import TRIALS
 from analysis.verdict import LOOKS, Division, State, divide, steps_of
 from scripts import tune
 from scripts.studies.sweeping import Sweeping
+from training.command.workers import threads_of
 from training.errors import UserError
 from training.loop.signals import Interrupted
 from training.runs.folder import shortened
@@ -133,7 +134,7 @@ def _verdict(choices: Choices, command: str, planning: bool) -> None:
         "sampler": choices.given.get("sampler", "halton"),
         "runs": sorted([*choices.shared, *choices.flags[1:]]),
     }
-    state = State.open(folder, asked, command, choices.whole("threads", None, 1) or _threads(workers))
+    state = State.open(folder, asked, command, choices.whole("threads", None, 1) or threads_of(workers))
     if "target" in choices.given:
         state.target = choices.share("target", 0.0)
     began = time.monotonic()
@@ -151,8 +152,9 @@ def _verdict(choices: Choices, command: str, planning: bool) -> None:
     _tune(state, division, arms, trials, progress)
     final = Sweeping(f"{name}/final", folder / "final", (*choices.shared, *launching), choices.flags)
     _train(state, division, arms, final, progress)
-    page = report.write(folder)
-    print("\n" + "\n".join(report.verdict_sentences(folder)))
+    found = report.read(folder)
+    page = report.write(found)
+    print("\n" + "\n".join(report.sentences(found)))
     print(f"\n{page}")
 
 
@@ -299,13 +301,6 @@ def plan_lines(state: State, division: Division, workers: int) -> list[str]:
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
-
-
-def _threads(workers: int) -> int:
-    """The share of a run in this process's threads (all cores, or OMP_NUM_THREADS)."""
-    import torch
-
-    return max(1, torch.get_num_threads() // workers)
 
 
 if __name__ == "__main__":

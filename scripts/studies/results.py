@@ -123,8 +123,8 @@ def verdicts(home: Path = RESULTS) -> Path:
             folder = Path(place) / name
             with tarfile.open(path) as archive:
                 archive.extractall(folder, filter="data")
-            page = report.write(folder, command="make results", linked=False)
             found = report.read(folder)
+            page = report.write(found, command="make results", linked=False)
             shutil.copyfile(page, home / "verdicts" / f"{name}.html")
             said = report.sentences(found)
             command = str(found.material.verdict.get("command"))

@@ -164,7 +164,7 @@ def launch(train: Train, sweep: Sweep, rows: list[Row]) -> None:
         raise UserError("workers needs a POSIX system: here take hydra/launcher=joblib (hydra-joblib-launcher)")
     jobs.write_plan(sweep)
     count = min(sweep.workers, len(sweep.due))
-    pool = Pool(train, sweep, sweep.threads or _threads(count), _gpus(), list(sweep.due))
+    pool = Pool(train, sweep, sweep.threads or threads_of(count), _gpus(), list(sweep.due))
     gpus = f", on GPUs {', '.join(pool.gpus)}" if pool.gpus else ""
     say(f"{count} at a time, with {pool.threads} thread(s) each{gpus}")
     ended: dict[int, Row] = {}
@@ -223,7 +223,7 @@ def _bury(pool: Pool, index: int, code: int | None) -> dict[str, Any]:
         release()
 
 
-def _threads(workers: int) -> int:
+def threads_of(workers: int) -> int:
     """The share of a worker in this process's threads (all cores, or OMP_NUM_THREADS)."""
     import torch
 
