@@ -18,7 +18,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,14 @@ def verdicts(home: Path = RESULTS) -> Path:
     return target
 
 
+#: What writes the pages that are made of their records alone, one a line.
+PAGES: tuple[Callable[[], Path], ...] = (
+    lambda: write_page(RESULTS / "defaults.jsonl"),
+    lambda: robustness.write(robustness.Choices(results=str(RESULTS / "robustness.jsonl"))),
+    verdicts,
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,12 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError("give nothing, or keep FOLDER NAME (see --help)")
             print(keep(Path(words[1]), words[2]))
             return 0
-        for page in (
-            write_page(RESULTS / "defaults.jsonl"),
-            robustness.write(robustness.Choices(results=str(RESULTS / "robustness.jsonl"))),
-            verdicts(),
-        ):
-            print(page)
+        for write in PAGES:
+            print(write())
     except (ValueError, UserError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
