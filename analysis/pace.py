@@ -1,8 +1,8 @@
 """What a step and an evaluation take: several configurations on one machine, their steps interleaved.
 
 A budget of seconds becomes one of steps by it, so that what else a machine does while runs are trained changes nothing
-of what they learn. Blocks of steps take turns, so that whatever disturbs them disturbs all alike; a block is a whole
-round of an optimizer's intervals, so that curvature is paid for in its share.
+of what they learn. A few steps of each take turns, so that whatever disturbs them disturbs all alike; they make up
+blocks, a block being a whole round of an optimizer's intervals, so that curvature is paid for in its share.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ WARM = 20
 BLOCK = (10, 100)
 #: Blocks of each configuration, at least and at most.
 ROUNDS = (3, 9)
+#: Seconds of a turn, about: long beside what caches lose to the others' turns, short beside what disturbs a machine.
+TURN = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Pace:
     """What a configuration takes.
 
     Attributes:
-        seconds: of a training step: data, forward and backward pass, update; the median of the blocks.
+        seconds: of a training step: data, forward and backward pass, update. Of a block that is made of each turn's
+            median over the blocks.
         low: of the fastest block.
         high: of the slowest block.
         evaluation: seconds of an evaluation on the validation set.
@@ -61,20 +64,26 @@ class Pace:
 
 @dataclass
 class _Going:
-    """A run whose steps are taken one block at a time."""
+    """A run whose steps are taken a few at a time; `blocks` has the seconds of each block's turns."""
 
     run: Run
     clip_norm: float | None
     block: int
     batches: Iterator[tuple[Tensor, Tensor]] = field(init=False)
-    means: list[float] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    blocks: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.run.model.train()
         self.batches = self.run.batches()
 
+    def divide(self, seconds: float) -> None:
+        """Divide a block into turns, by what a step takes."""
+        count = min(self.block, max(1, round(self.block * seconds / TURN)))
+        self.turns = [self.block * (i + 1) // count - self.block * i // count for i in range(count)]
+
     def go(self, steps: int) -> float:
-        """Take steps; the seconds of one."""
+        """Take steps; their seconds."""
         began = time.perf_counter()
         for _ in range(steps):
             step.take(self.run, self.batches, self.clip_norm)
@@ -82,7 +91,14 @@ class _Going:
         self.run.window.reset()
         if self.run.world.device.type == "cuda":
             torch.cuda.synchronize(self.run.world.device)
-        return (time.perf_counter() - began) / steps
+        return time.perf_counter() - began
+
+    @property
+    def pace(self) -> tuple[float, float, float]:
+        """Seconds of a step, in the fastest block, and in the slowest."""
+        usual = sum(statistics.median(turn) for turn in zip(*self.blocks, strict=True))
+        whole = [sum(block) for block in self.blocks]
+        return usual / self.block, min(usual, *whole) / self.block, max(usual, *whole) / self.block
 
 
 def measure(
@@ -108,19 +124,21 @@ def measure(
     try:
         going = {name: _built(name, config) for name, config in configs.items()}
         for name, one in going.items():
-            _tried(name, one, max(WARM, one.block))
+            warm = max(WARM, one.block)
+            one.divide(_tried(name, one, warm) / warm)
         looks = {name: _evaluation(one.run) for name, one in going.items()}
         began = time.perf_counter()
         for count in range(ROUNDS[1]):
             if count >= ROUNDS[0] and time.perf_counter() - began > seconds * (1 - 1 / (count + 1)):
                 break
-            # Forwards and backwards: what grows warmer or slower meanwhile does so for all.
-            for name in [*going][:: 1 if count % 2 else -1]:
-                going[name].means.append(_tried(name, going[name], going[name].block))
+            for one in going.values():
+                one.blocks.append([])
+            for name, steps in _order(going, backwards=not count % 2):
+                going[name].blocks[-1].append(_tried(name, going[name], steps))
             tell(f"steps measured side by side: round {count + 1}")
         return {
             name: Pace(
-                statistics.median(one.means), min(one.means), max(one.means), looks[name],
+                *one.pace, looks[name],
                 one.run.budget.steps_per_epoch, sum(held(one.run.optimizer).values()), one.run.monitor,
             )
             for name, one in going.items()
@@ -148,6 +166,19 @@ def averaged(found: Sequence[Mapping[str, Pace]]) -> dict[str, Pace]:
         )
         for name, first in found[0].items()
     }
+
+
+def _order(going: Mapping[str, _Going], *, backwards: bool) -> list[tuple[str, int]]:
+    """Whose turn it is and for how many steps, each one's turns spread over the round.
+
+    Every other round is taken backwards: what grows warmer or slower meanwhile does so for all.
+    """
+    turns = [
+        ((place + 0.5) / len(one.turns), -index if backwards else index, name, steps)
+        for index, (name, one) in enumerate(going.items())
+        for place, steps in enumerate(one.turns)
+    ]
+    return [(name, steps) for _, _, name, steps in sorted(turns)]
 
 
 def _built(name: str, config: RunConfig) -> _Going:
