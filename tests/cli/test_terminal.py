@@ -114,6 +114,12 @@ def test_a_sweep_is_a_line_a_run_and_one_table(command: Callable[..., Outcome], 
     assert table[0][2] == f"* {(one + two) / 2:.2f} ± {abs(one - two) / 2**0.5:.2f} %"
 
 
+def test_a_long_sweep_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    assert report.rest(400.0, 3, 7) == ", about 13:20 left"
+    assert report.rest(990.0, 1, 6) == "" == report.rest(0.0, 5, 5)
+
+
 def test_rows_without_seeds_keep_their_names() -> None:
     rows = [("lr-1_seed-0", {"status": "finished", "best": {"val/loss": 2.0}}), ("lr-2_seed-0", {"status": "failed"})]
     table = report.sweep_table(rows, "val/loss")

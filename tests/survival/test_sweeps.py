@@ -166,7 +166,7 @@ def test_a_sweep_that_is_killed_three_times_and_then_launched_twice_at_once(
     assert ended.items() <= written_at(tmp_path).items(), "what had finished was left alone"
     assert litter(tmp_path) == []
     assert sorted(one.state for one in status.look(tmp_path)) == states
-    lines = re.findall(r"^ *\d+ of 12  \S+: (failed|finished|running elsewhere)", said, re.MULTILINE)
+    lines = re.findall(r"^ *\d+ of 12(?:, about .*?)?  \S+: (failed|finished|running elsewhere)", said, re.MULTILINE)
     assert len(lines) == 24 and lines.count("failed") >= 2
 
 

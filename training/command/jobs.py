@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,13 +38,14 @@ def launch(train: Train, sweep: Sweep, rows: list[Row]) -> None:
         Interrupted: a signal asked to stop.
     """
     write_plan(sweep)
-    labels = sweep.labels
-    for index in sweep.due:
+    labels, began = sweep.labels, time.monotonic()
+    for done, index in enumerate(sweep.due, start=1):
         label = labels[index] or "run 1"
         building = partial("{}: its data, its model, its optimizer".format, label)
         with _threads(sweep.threads), report.in_brief(), heart.at(building):
             rows.append((label, perform(train, sweep, index)))
-        say(f"{index + 1} of {len(labels)}  {report.outcome(*rows[-1])}")
+        rest = report.rest(began, done, len(sweep.due))
+        say(f"{index + 1} of {len(labels)}{rest}  {report.outcome(*rows[-1])}")
 
 
 @contextmanager

@@ -181,11 +181,11 @@ def launch(train: Train, sweep: Sweep, rows: list[Row]) -> None:
 
 def _attend(pool: Pool, ended: dict[int, Row]) -> None:
     """Hand out jobs and take in what became of them until no worker is left."""
-    labels, told = pool.sweep.labels, False
+    labels, told, due, began = pool.sweep.labels, False, len(pool.sweep.due), time.monotonic()
 
     def report_on(index: int, summary: dict[str, Any]) -> None:
         ended[index] = labels[index] or "run 1", summary
-        say(f"{len(ended)} of {len(pool.sweep.due)}  {report.outcome(*ended[index])}")
+        say(f"{len(ended)} of {due}{report.rest(began, len(ended), due)}  {report.outcome(*ended[index])}")
 
     while pool.workers:
         if (code := requested() or pool.code) and not told:

@@ -7,6 +7,7 @@ import os
 import re
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,18 @@ def duration(seconds: float, digits: int = 1) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def rest(began: float, done: int, due: int) -> str:
+    """What is left of a sweep, from how long its runs have taken so far: ", about 12:30 left"; "" below a minute.
+
+    Args:
+        began: when the first of them did, by ``time.monotonic``.
+        done: how many have ended.
+        due: how many there are.
+    """
+    seconds = (time.monotonic() - began) * (due - done) / done
+    return f", about {duration(seconds)} left" if seconds >= 60 else ""
 
 
 class Terminal(Console):
