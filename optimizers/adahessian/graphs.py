@@ -51,7 +51,8 @@ def owned(tensors: Sequence[Tensor]) -> list[Tensor]:
     result = []
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        own = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in seen
-        seen.add(storage.data_ptr())
+        place = storage.data_ptr()
+        own = place not in seen and storage.nbytes() == tensor.numel() * tensor.element_size()
+        seen.add(place)
         result.append(tensor if own else tensor.clone(memory_format=torch.contiguous_format))
     return result

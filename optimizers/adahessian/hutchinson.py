@@ -23,8 +23,8 @@ def rademacher(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
     words = torch.randint(-(2**63), 2**63 - 1, ((total + 63) // 64,), generator=generator, device=device)
     bits = (torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)) & 1
     signs = F.embedding(words.view(torch.uint8).int(), (2 * bits - 1).to(tensors[0].dtype)).flatten()
-    pieces = signs[:total].split([t.numel() for t in tensors])
-    return [piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors, strict=True)]
+    pieces = map(Tensor.view_as, signs[:total].split([t.numel() for t in tensors]), tensors)
+    return [piece if piece.dtype is t.dtype else piece.to(t.dtype) for piece, t in zip(pieces, tensors, strict=True)]
 
 
 def hutchinson(
@@ -49,8 +49,7 @@ def hutchinson(
         None for a parameter that the gradients do not depend on (its Hessian is zero). Complex parameters count as
         real ones of two channels, and so does their diagonal.
     """
-    gradients = real(gradients)
-    probed = real(p.detach() for p in params)
+    gradients, probed = real(gradients), real(params)
     curved = [g.requires_grad for g in gradients]
     roots = [g for g, c in zip(gradients, curved, strict=True) if c]
     result: list[Tensor | None] = [None] * len(params)
@@ -62,15 +61,14 @@ def hutchinson(
         products = torch.autograd.grad(
             roots, params, grad_outputs=chosen, retain_graph=retain_graph or sample + 1 < samples, allow_unused=True
         )
-        for i, (z, hz) in enumerate(zip(probes, products, strict=True)):
+        found: list[Tensor | None] = [None if hz is None else real([hz])[0] for hz in products]
+        if samples == 1 and not signed:
+            return found
+        for i, (z, hz) in enumerate(zip(probes, found, strict=True)):
             if hz is not None:
-                (hz,) = real([hz])
                 # Out of place: what autograd returns may be an expanded view, or shared.
                 previous = result[i]
-                if samples == 1 and not signed:
-                    result[i] = hz
-                else:
-                    result[i] = z * hz if previous is None else torch.addcmul(previous, z, hz)
+                result[i] = z * hz if previous is None else torch.addcmul(previous, z, hz)
     if samples > 1:
         result = [None if r is None else r / samples for r in result]
     return result

@@ -30,7 +30,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _LinearBackward.apply(g, *ctx.saved_tensors, list(ctx.needs_input_grad))
+        x, w = ctx.saved_tensors
+        given = (g, x, w, list(ctx.needs_input_grad))
+        return _LinearBackward.apply(*given) if torch.is_grad_enabled() else _linear_backward(*given)
+
+
+def _linear_backward(g: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+    return g @ w if mask[0] else None, g.mT @ x if mask[1] else None, g.sum(0) if mask[2] else None
 
 
 class _LinearBackward(torch.autograd.Function):
@@ -40,7 +46,7 @@ class _LinearBackward(torch.autograd.Function):
     def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(g, x, w)
         ctx.set_materialize_grads(False)
-        return g @ w if mask[0] else None, g.mT @ x if mask[1] else None, g.sum(0) if mask[2] else None
+        return _linear_backward(g, x, w, mask)
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Any:
@@ -78,7 +84,8 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        return (*_Conv2dBackward.apply(g, x, w, ctx.settings, list(ctx.needs_input_grad[:3])), None)
+        given = (g, x, w, ctx.settings, list(ctx.needs_input_grad[:3]))
+        return (*(_Conv2dBackward.apply(*given) if torch.is_grad_enabled() else _conv_backward(*given)), None)
 
 
 class _Conv2dBackward(torch.autograd.Function):
@@ -130,8 +137,9 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight, center, scale = ctx.saved_tensors
-        return (*_BatchNormBackward.apply(g, x, weight, center, scale, ctx.eps), None, None, None, None)
+        given = (g, *ctx.saved_tensors, ctx.eps)
+        found = _BatchNormBackward.apply(*given) if torch.is_grad_enabled() else _norm_backward(*given)
+        return (*found, None, None, None, None)
 
 
 def _norm_backward(g: Tensor, x: Tensor, weight: Tensor, center: Tensor, scale: Tensor, eps: float) -> Any:
@@ -220,25 +228,23 @@ class SecondOrder(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept one call of a torch function."""
         kwargs = kwargs or {}
-        self.attention |= func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-        if func is F.linear:
-            return self._linear(*args, **kwargs)
-        if func is F.conv2d or func is torch.conv2d:
-            return self._conv2d(*args, **kwargs)
-        if func is F.batch_norm:
-            return self._batch_norm(*args, **kwargs)
-        if func in (F.hardsigmoid, F.hardswish) and _saves_elsewhere():
+        name = _REPLACED.get(func)
+        return func(*args, **kwargs) if name is None else getattr(self, name)(func, *args, **kwargs)
+
+    def _attention(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.attention = True
+        return func(*args, **kwargs)
+
+    def _hard(self, func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if _saves_elsewhere():
             raise NoSecondDerivatives(
                 f"{func.__name__} has no second derivatives in torch.utils.checkpoint: compute it outside of one"
             )
-        if func in (F.hardsigmoid, F.hardswish):  # torch has no second derivative of the one, so neither is fused
-            x = args[0] if args else kwargs["input"]
-            gate = (x + 3).clamp(0, 6) / 6
-            return gate if func is F.hardsigmoid else x * gate
-        return func(*args, **kwargs)
+        gate = (input + 3).clamp(0, 6) / 6  # torch has no second derivative of the one, so neither is fused
+        return gate if func is F.hardsigmoid else input * gate
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        given = [input, weight] if bias is None else [input, weight, bias]
+    def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        given = (input, weight) if bias is None else (input, weight, bias)
         # A checkpoint's second pass, in which this mode is not active, must save the tensors that its first one did.
         if input.dim() < 2 or weight.dim() != 2 or _usual(*given) or _saves_elsewhere():
             return F.linear(input, weight, bias)
@@ -248,7 +254,8 @@ class SecondOrder(TorchFunctionMode):
 
     def _conv2d(
         self,
-        x: Tensor,
+        func: Any,
+        input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         stride: Any = 1,
@@ -256,14 +263,15 @@ class SecondOrder(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        if _usual(x, weight) or x.dim() != 4 or isinstance(padding, str):
-            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if _usual(input, weight) or input.dim() != 4 or isinstance(padding, str):
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         pair = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
-        return _Conv2d.apply(x, weight, bias, (*pair, groups))
+        return _Conv2d.apply(input, weight, bias, (*pair, groups))
 
     def _batch_norm(
         self,
-        x: Tensor,
+        func: Any,
+        input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         weight: Tensor | None = None,
@@ -272,18 +280,30 @@ class SecondOrder(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        usual = _usual(x, weight) if weight is not None else True
-        if not training or bias is None or usual or x.numel() == x.shape[1] or _saves_elsewhere():
-            return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-        return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
+        usual = _usual(input, weight) if weight is not None else True
+        if not training or bias is None or usual or input.numel() == input.shape[1] or _saves_elsewhere():
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
 
 
-def _usual(*tensors: Tensor) -> bool:
-    x = tensors[0]
-    same = all(t.dtype == x.dtype for t in tensors)
-    return not (x.device.type == "cpu" and same and x.dtype in (torch.float32, torch.float64)) or (
-        torch.is_autocast_enabled("cpu")
-    )
+#: The method of ``SecondOrder`` that takes a function's place.
+_REPLACED = {
+    F.linear: "_linear",
+    F.conv2d: "_conv2d",
+    torch.conv2d: "_conv2d",
+    F.batch_norm: "_batch_norm",
+    F.hardsigmoid: "_hard",
+    F.hardswish: "_hard",
+    F.scaled_dot_product_attention: "_attention",
+    F.multi_head_attention_forward: "_attention",
+}
+
+
+def _usual(x: Tensor, *others: Tensor) -> bool:
+    """Whether a call goes its usual way."""
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        return True
+    return any(t.dtype != x.dtype for t in others)
 
 
 def _saves_elsewhere() -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from optimizers import AdaHessian
 from optimizers.adahessian import block_expand, block_mean, hutchinson, rademacher
@@ -84,6 +85,51 @@ def test_the_average_is_of_the_squares_of_what_the_dense_hessian_gives(samples: 
         d = d.view_as(p)
         d = d.mean((2, 3), keepdim=True) if d.dim() == 4 else d
         torch.testing.assert_close(optimizer.state[p]["exp_hessian_sq"], d.square() / 2, rtol=1e-8, atol=1e-14)
+
+
+def accumulated(into: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...], **others: object) -> int:
+    """Operations of ``addmm_``, of which torch's counter knows nothing."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+COUNTED = {
+    "linear": (
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 4)
+        ),
+        [192 * 16, 16 * 10, 10 * 4],
+    ),
+    "convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(96, 4),
+        ),
+        [3 * 4 * 9 * 64, 4 * 6 * 9 * 16, 96 * 4],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "whole"), [("linear", True), ("linear", False), ("convolution", True)])
+def test_a_step_takes_no_product_that_nobody_needs(kind: str, whole: bool) -> None:
+    """Of a layer's size: nine for SGD's three; of the first, whose input has no derivative, four for SGD's two.
+
+    Torch's kernels take the same of linear layers, and more of convolutions.
+    """
+    build, sizes = COUNTED[kind]
+    model, (inputs, targets) = build(), images(8)
+    counts = []
+    optimizer = AdaHessian(model if whole else model.parameters())
+    for own in (True, False):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: accumulated}) as counter:
+            loss = F.cross_entropy(model(inputs), targets)
+            if own:
+                optimizer.backward(loss)
+                optimizer.step()
+            else:
+                loss.backward()
+        counts.append(counter.get_total_flops() / (2 * len(inputs)))
+    assert counts[0] == 4 * sizes[0] + 9 * sum(sizes[1:])
+    assert counts[1] == 2 * sizes[0] + 3 * sum(sizes[1:]), "what is counted of SGD"
 
 
 class Checkpointed(nn.Module):

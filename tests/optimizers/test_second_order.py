@@ -103,6 +103,19 @@ def test_running_statistics_move_as_usual() -> None:
     torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
+def test_arguments_may_be_named_as_torch_names_them() -> None:
+    x, w, b = torch.randn(2, 4, 6, 6), torch.randn(3, 4, 3, 3, requires_grad=True), torch.randn(3)
+    scale = torch.randn(4, requires_grad=True)
+    with SecondOrder():
+        y = F.conv2d(input=x, weight=w, bias=b, padding=1)
+        z = F.batch_norm(input=x, running_mean=None, running_var=None, weight=scale, bias=scale, training=True)
+        rows = F.linear(input=x, weight=w[0, 0].new_ones(2, 6, requires_grad=True))
+    assert [type(t.grad_fn).__name__ for t in (y, z)] == ["_Conv2dBackward", "_BatchNormBackward"]
+    torch.testing.assert_close(y, F.conv2d(x, w, b, padding=1))
+    torch.testing.assert_close(z, F.batch_norm(x, None, None, scale, scale, training=True))
+    torch.testing.assert_close(rows, x.sum(-1, keepdim=True).expand(-1, -1, -1, 2))
+
+
 def test_the_mode_covers_what_it_claims_and_nothing_else() -> None:
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
     conv, norm, linear = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Linear(6, 2)
