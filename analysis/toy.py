@@ -104,6 +104,45 @@ class Path:
         return value if math.isfinite(value) else math.inf
 
 
+def as_dict(path: Path) -> dict[str, Any]:
+    """A path for a record: its points to five digits, rates and ends as they are.
+
+    Args:
+        path: one.
+    """
+    points = [[float(f"{x:.5g}") for x in point] for point in path.points[:-1]] + [path.points[-1].tolist()]
+    return {
+        "optimizer": path.optimizer, "surface": path.surface.name, "lr": path.lr, "evaluations": path.evaluations,
+        "points": [[x if math.isfinite(x) else None for x in point] for point in points],
+    }  # fmt: skip
+
+
+def from_dict(values: dict[str, Any]) -> Path:
+    """What ``as_dict`` has made of a path.
+
+    Args:
+        values: of it.
+    """
+    surface = next(surface for surface in SURFACES if surface.name == values["surface"])
+    points = np.array(values["points"], dtype=float)  # None: NaN
+    return Path(values["optimizer"], surface, values["lr"], values["evaluations"], points)
+
+
+def to_markdown(paths: Sequence[Path]) -> str:
+    """A line an optimizer: its distance to each minimum at the end, and the rate.
+
+    Args:
+        paths: one an optimizer and surface.
+    """
+    lines = [f"| optimizer | {' | lr | '.join(surface.name for surface in SURFACES)} | lr |"]
+    lines.append(f"| --- |{' ---: |' * 2 * len(SURFACES)}")
+    for name in dict.fromkeys(path.optimizer for path in paths):
+        package, _, kind = name.rpartition(":")
+        own = [text for path in paths if path.optimizer == name for text in (f"{path.distance:.3g}", f"{path.lr:.2g}")]
+        lines.append(f"| {' | '.join([f'`{package}` {kind}' if package else f'`{kind}`', *own])} |")
+    return "\n".join(lines) + "\n"
+
+
 def run(optimizer: str, build: Build, surface: Surface, lr: float, evaluations: int) -> Path:
     """One path.
 

@@ -6,23 +6,22 @@
 An entry of ``optimizers`` is a file of configs/optimizer or a class by its dotted path (a peer), with options behind
 colons. Blocks of steps alternate between the optimizers, so what else the machine does hits all of them alike. The step
 time is the median of ordinary steps plus, for methods with an interval, the median surplus of a due step divided by the
-interval (of updates and of refreshes each by its own, where they differ): what a step costs over a whole run. Curvature
-seconds are read off a profiler in steps of their own, peak memory off a process of its own.
+interval (of updates and of refreshes each by its own, where they differ): what a step costs over a whole run. Of other
+packages' methods it is the median over whole rounds of their intervals, of the mean step of each. Curvature seconds are
+read off a profiler, which knows the wall's clock alone, in steps of their own; peak memory off a process of its own.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -39,8 +38,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import models
+from analysis import records
 from optimizers import Bernoulli, Categorical, CurvatureOptimizer, Likelihood, build_optimizer
 from optimizers.base import CURVATURE
+from optimizers.forecast import round_of
 from training.show import heart
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ class Options:
         quantile: of a step's times that stands for them; a low one where other things disturb most steps.
         memory: measure peak memory, one process an optimizer.
         only: (internal) run this one optimizer and print its peak memory.
-        json: also write the rows to this file.
+        json: also write the rows to this file, JSON Lines, behind a line on how they were made.
     """
 
     model: str = "resnet18"
@@ -204,8 +205,17 @@ class Arm:
     def block(self, steps: int) -> None:
         """A block of timed steps; where curvature has an interval, its first step is a due one.
 
-        Where refreshes have a longer one, every other block begins with an update that brings none.
+        Where refreshes have a longer one, every other block begins with an update that brings none. A method of another
+        package that has an interval takes whole rounds of it, each of which counts as its mean step.
         """
+        length = 1 if isinstance(self.optimizer, CurvatureOptimizer) else round_of(self.optimizer)
+        if length > 1:
+            for _ in range(-(-steps // length)):
+                forward, backward, update = (
+                    statistics.fmean(phase) for phase in zip(*(self.step() for _ in range(length)), strict=True)
+                )
+                self.ordinary.append((forward, backward, update))
+            return
         apart = self.refresh_interval > self.interval and len(self.updates) < len(self.due)
         if isinstance(self.optimizer, CurvatureOptimizer):
             (CurvatureOptimizer.renew if apart else type(self.optimizer).renew)(self.optimizer)
@@ -323,7 +333,7 @@ def measured(options: Options, work: heart.Work) -> list[dict[str, Any]]:
             "forward_ms": 1e3 * forward,
             "backward_ms": 1e3 * backward,
             "update_ms": 1e3 * update,
-            "curvature_ms": 1e3 * arm.curvature_seconds(),
+            "curvature_ms": None if options.clock == "cpu" else 1e3 * arm.curvature_seconds(),
             "memory_mib": peak_memory(options, arm.entry) if options.memory else None,
         }
         rows.append(row)
@@ -350,9 +360,8 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
     for row in rows:
         numbers = [row[key] for key in ("forward_ms", "backward_ms", "update_ms", "curvature_ms")]
         memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
-        table.add_row(
-            row["optimizer"], f"{row['ms']:.1f}", f"{row['ratio']:.3f}", *(f"{n:.1f}" for n in numbers), memory
-        )
+        texts = ["" if n is None else f"{n:.1f}" for n in numbers]
+        table.add_row(row["optimizer"], f"{row['ms']:.1f}", f"{row['ratio']:.3f}", *texts, memory)
     Console(width=120).print(table)
     return written(options, rows)
 
@@ -360,9 +369,26 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
 def written(options: Options, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, written to a file if one is asked for."""
     if options.json:
-        report = {"options": asdict(options), "machine": platform.processor() or platform.machine(), "rows": rows}
-        Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
+        records.write(Path(options.json), rows, options=asdict(options))
     return rows
+
+
+def called(entry: str) -> str:
+    """An entry as a page has it: ``kfac:damping=1`` as its name and its options."""
+    return ", ".join(f"`{word}`" for word in entry.split(":"))
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table of docs/results/benchmark.md; memory where any row has it."""
+    columns = {"ms": "step ms", "ratio": "× SGD", "forward_ms": "forward", "backward_ms": "backward",
+               "update_ms": "update", "memory_mib": "peak MiB"}  # fmt: skip
+    shown = [key for key in columns if any(row[key] for row in rows)]
+    lines = [f"| optimizer | {' | '.join(columns[key] for key in shown)} |", f"| --- |{' ---: |' * len(shown)}"]
+    for row in rows:
+        digits = {"ratio": 2, "memory_mib": 0}
+        cells = [f"{row[key]:.{digits.get(key, 1)}f}" if row[key] else "" for key in shown]
+        lines.append(f"| {called(row['optimizer'])} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from analysis import toy
+from analysis import records, toy
 from optimizers import packaged, table
 from training.errors import UserError, did_you_mean
 from training.show import heart
@@ -70,6 +70,8 @@ def _main(options: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
         toy.plot(paths).savefig(out / "toy.png", dpi=110)
         (out / "toy.csv").write_text(toy.to_csv(paths), encoding="utf-8")
+        if options.json:
+            records.write(options.json, map(toy.as_dict, paths))
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); give another folder") from error
     if options.optimizers == ",".join(DEFAULT):
@@ -118,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluations", type=int, default=500, help="of the function, for each learning rate")
     parser.add_argument("--optimizers", default=",".join(DEFAULT), help="names, torch:CLASS or pytorch_optimizer:CLASS")
     parser.add_argument("--out", default="toy", help="folder of the results")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of the record (none)")
     return parser
 
 

@@ -12,7 +12,7 @@ from analysis.compare.figures import plot
 from analysis.compare.groups import Group, group_runs, match
 from analysis.compare.measures import Comparison, Reference, Row, Spread, Target, higher_is_better, rows
 from analysis.compare.runs import Curve, LoadedRun, find_runs, read_run
-from analysis.compare.tables import Sheet, notes, sheets, to_csv, to_markdown
+from analysis.compare.tables import Sheet, notes, sheets, to_csv, to_markdown, to_table
 
 __all__ = [
     "Comparison",
@@ -35,4 +35,5 @@ __all__ = [
     "sheets",
     "to_csv",
     "to_markdown",
+    "to_table",
 ]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from analysis.compare.measures import Comparison, Row, Spread, higher_is_better
+from analysis.compare.measures import Comparison, Row, Spread, higher_is_better, rows
 from analysis.compare.runs import LoadedRun
 
 
@@ -130,11 +131,38 @@ def to_markdown(comparison: Comparison, found: Sequence[Row]) -> str:
     """
     lines = [f"# {comparison.title or 'Comparison'}: {len(comparison.groups)} groups of runs", ""]
     for sheet in sheets(comparison, found):
-        lines += [f"## {sheet.title}", "", f"| {' | '.join(sheet.header)} |"]
-        lines += [f"| {' | '.join(['---', *['---:'] * (len(sheet.header) - 1)])} |"]
-        lines += [f"| {' | '.join(line)} |" for line in sheet.lines] + [""]
+        lines += [f"## {sheet.title}", "", *_lines(sheet), ""]
     lines += [f"- {remark}" for remark in notes(comparison)]
     return "\n".join(lines) + "\n"
+
+
+def to_table(comparison: Comparison, columns: Sequence[str]) -> str:
+    """Some columns as one table in Markdown, the best first.
+
+    Args:
+        comparison: what is compared.
+        columns: of its `rows`, "epoch 5", besides the group's label, or of those by another metric, "final test/loss".
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    found = rows(comparison)
+    for name in {m[1] for column in columns if (m := re.fullmatch(r"(?:final|best) \w+/(\w+)", column))}:
+        others = {row["group"]: row for row in rows(replace(comparison, metric=f"val/{name}", references={}))}
+        for row in found:
+            row |= {key: cell for key, cell in others[row["group"]].items() if key not in row}
+    if unknown := [column for column in columns if column not in found[0]]:
+        raise ValueError(f"columns: there is no {unknown[0]!r}; there are {', '.join(found[0])}")
+    lines = [
+        [row["group"], *(_cell(row[c], comparison.metric if c.startswith("epoch") else c) for c in columns)]
+        for row in found
+    ]
+    return "\n".join(_lines(Sheet("", ["group", *columns], lines))) + "\n"
+
+
+def _lines(sheet: Sheet) -> list[str]:
+    rule = ["---", *["---:"] * (len(sheet.header) - 1)]
+    return [f"| {' | '.join(line)} |" for line in (sheet.header, rule, *sheet.lines)]
 
 
 def notes(comparison: Comparison) -> list[str]:

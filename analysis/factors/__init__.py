@@ -11,11 +11,11 @@ from analysis.factors.fit import Fit
 from analysis.factors.kept import Kept
 from analysis.factors.noise import Perturbation
 from analysis.factors.observing import LABELS, LayerFactors, Observation, View, chosen, halves, observe, taken
-from analysis.factors.saving import SHORT, pictures, save, save_figure, table, to_json, to_markdown
+from analysis.factors.saving import COLUMNS, SHORT, cell, pictures, save, save_figure, table, to_json, to_markdown
 from analysis.factors.study import MEANINGS, Plan, Point, Spectra, Study, measure, perturbations, spread
 
 __all__ = [
-    "LABELS", "MEANINGS", "SHORT", "Fit", "Kept", "LayerFactors", "Observation", "Perturbation", "Plan", "Point",
-    "Spectra", "Study", "View", "chosen", "halves", "measure", "observe", "perturbations", "pictures", "runs", "save",
-    "save_figure", "spread", "table", "taken", "to_json", "to_markdown",
+    "COLUMNS", "LABELS", "MEANINGS", "SHORT", "Fit", "Kept", "LayerFactors", "Observation", "Perturbation", "Plan",
+    "Point", "Spectra", "Study", "View", "cell", "chosen", "halves", "measure", "observe", "perturbations", "pictures",
+    "runs", "save", "save_figure", "spread", "table", "taken", "to_json", "to_markdown",
 ]  # fmt: skip

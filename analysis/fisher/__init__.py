@@ -14,7 +14,7 @@ from analysis.fisher.measure import Problem, Row, angle, measure
 from analysis.fisher.methods import METHODS, Method, Settings
 from analysis.fisher.nets import NETS, Net, batch, trained
 from analysis.fisher.profiles import Profile, profiles
-from analysis.fisher.results import Results
+from analysis.fisher.results import Results, kept
 from analysis.fisher.tables import order, summary, to_csv, to_markdown
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "batch",
     "directions",
     "errors",
+    "kept",
     "measure",
     "order",
     "profile",

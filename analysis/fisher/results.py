@@ -39,9 +39,7 @@ class Results:
             return
         ways_out = "give another folder with --out, or --fresh to replace it"
         try:
-            first, *rest = [json.loads(line) for line in lines]
-            known = first["settings"]
-            self.rows = [_row(values) for values in rest]
+            known, self.rows = _parsed(lines)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"out: {self.path} is no file of these results ({error}); {ways_out}") from error
         if other := [key for key in {**known, **self.settings} if known.get(key) != self.settings.get(key)]:
@@ -81,6 +79,26 @@ class Results:
         """
         own = [row for row in self.rows if (row.net, row.damping) == (net, damping)]
         return sorted(own, key=lambda row: row.step)
+
+
+def kept(path: Path) -> list[Row]:
+    """The rows of a file of results.
+
+    Args:
+        path: of it.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return _parsed(path.read_text(encoding="utf-8").splitlines())[1]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} is no file of these results ({error})") from error
+
+
+def _parsed(lines: Sequence[str]) -> tuple[dict[str, Any], list[Row]]:
+    first, *rest = [json.loads(line) for line in lines]
+    return first["settings"], [_row(values) for values in rest]
 
 
 def _row(values: dict[str, Any]) -> Row:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from analysis import records
 from data.sources.synthetic import draw_curves
 from models.generative.autoencoder import autoencoder
 from optimizers import Bernoulli
@@ -32,13 +33,14 @@ from training.show import heart
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a call, after one that does not count."""
+    """Median seconds of a call, after one that does not count; on one thread those of this process alone."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     function()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times)
 
 
@@ -73,13 +75,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of a record, which docs/results is made of (none)")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     a, g = first_layer(options.samples)
     reference = leading_pairs(a.double(), g.double(), 2)
     table = Table(title=f"785 x 400 layer of autoencoder_curves, {options.samples} samples, rank two, float32")
     for column in ("solver", "ms", "x gram", "error"):
         table.add_column(column, justify="left" if column == "solver" else "right")
-    unit = None
+    unit, rows = None, []
     runs = [("gram", torch.float32, 1e-6), ("lanczos", torch.float32, 1e-6), ("power", torch.float32, 1e-6)]
     runs += [("power", torch.float64, 1e-8)]  # what it takes to be as close as the closed form is in float32
     for solver, dtype, tolerance in runs:
@@ -90,8 +95,11 @@ def main() -> None:
         unit = unit or taken
         error = distance(fit(), reference)
         name = solver if dtype == torch.float32 else f"{solver}, {str(dtype).removeprefix('torch.')}"
+        rows.append({"solver": name, "ms": 1e3 * taken, "× gram": taken / unit, "error": error})
         table.add_row(name, f"{1e3 * taken:.1f}", f"{taken / unit:.0f}", f"{error:.1e}")
     Console(width=100).print(table)
+    if options.json:
+        records.write(options.json, rows)
 
 
 if __name__ == "__main__":

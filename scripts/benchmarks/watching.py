@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from analysis import records
 from data import DataModule
 from scripts import benchmark
 from training import RunFolder, Trainer, tasks
@@ -46,6 +47,7 @@ class Options:
         batch_size: examples a step.
         image_size: side of the images.
         steps: of each run.
+        json: also write the rows to this file, as scripts/benchmark.py does.
     """
 
     model: str = "autoencoder"
@@ -53,6 +55,7 @@ class Options:
     batch_size: int = 256
     image_size: int = 32
     steps: int = 160
+    json: str | None = None
 
 
 @dataclass
@@ -112,17 +115,22 @@ def measure(options: Options, entry: str) -> tuple[float, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, and print a table."""
+    """Measure, print a table and, if asked for, write it."""
     options = benchmark.parsed(Options, arguments)
     torch.set_num_threads(1)
     default = CurvatureDiagnostics().every
     table = Table(title=f"{options.model}, batch {options.batch_size}: callbacks=curvature, every {default} steps")
     for column in ("optimizer", "step ms", "a look ms", "% of a step"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
+    rows = []
     for entry in options.optimizers:
         mean, surplus = measure(options, entry)
-        table.add_row(entry, f"{1e3 * mean:.1f}", f"{1e3 * surplus:.1f}", f"{100 * surplus / default / mean:.2f}")
+        percent = 100 * surplus / default / mean
+        rows.append({"optimizer": entry, "step, ms": 1e3 * mean, "a look, ms": 1e3 * surplus, "% of a step": percent})
+        table.add_row(entry, f"{1e3 * mean:.1f}", f"{1e3 * surplus:.1f}", f"{percent:.2f}")
     Console(width=120).print(table)
+    if options.json:
+        records.write(Path(options.json), rows, options=asdict(options))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python scripts/studies/results.py                                 # `make results`
     python scripts/studies/results.py keep multirun/verdict_mlp_digits digits   # a verdict's logs, for the next time
+    python scripts/studies/results.py keep multirun/sensitivity_mlp_digits sensitivity      # any runs' logs, likewise
 
 The default values' tables and those of the ranges of rates come of their `.jsonl`. Of a verdict, docs/results/verdicts
 has what its page is made of, NAME.tar.xz: the plan, the trials, and of the final runs the configuration, the summary
 and the events, those of training thinned; docs/results/verdict.md and docs/results/verdicts/NAME.html come of it. What
-stands in verdict.md from "## Notes" on stays.
+stands in verdict.md from "## Notes" on stays. Logs of other runs are kept in docs/results/logs; what comes of them, and
+of records of measurements there, is in the pages' marked places: scripts/studies/marks.py.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from analysis import report
+from analysis import compare, report
 from analysis.report import tables
 from scripts.problems.tables import write_page
-from scripts.studies import robustness
+from scripts.studies import marks, robustness
 from training.errors import UserError
 from training.runs.folder import atomic_file
 
@@ -54,40 +56,42 @@ whose logs are kept in `verdicts/`, and `make results` writes this page and the 
 
 
 def keep(folder: Path, name: str, home: Path = RESULTS) -> Path:
-    """Pack what the page of a verdict is made of.
+    """Pack what pages are made of: of a verdict its plan, its trials and its final runs, else all runs of a folder.
 
     Args:
-        folder: of the verdict.
-        name: of the archive.
+        folder: of the verdict, or with runs anywhere below it.
+        name: of the archive, in `verdicts/` or `logs/`.
         home: folder of the results' pages.
 
     Returns:
         The archive. The same folder gives the same bytes.
 
     Raises:
-        UserError: it is no folder of a verdict.
+        ValueError: there is no run.
     """
-    if not report.is_verdict(folder):
-        raise UserError(f"{folder} has no verdict.json: give a folder of scripts/verdict.py")
-    path = home / "verdicts" / f"{name}.tar.xz"
+    verdict = report.is_verdict(folder)
+    runs = compare.find_runs([folder / "final" if verdict else folder])
+    path = home / ("verdicts" if verdict else "logs") / f"{name}.tar.xz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w:xz", preset=9) as archive:
-        for where, content in _kept(folder):
+        for where, content in _kept(folder.resolve(), runs):
             info = tarfile.TarInfo(where)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return path
 
 
-def _kept(folder: Path) -> Iterator[tuple[str, bytes]]:
+def _kept(folder: Path, runs: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for name in PLANS:
         if (folder / name).is_file():
             yield name, (folder / name).read_bytes()
-    for run in sorted(path.parent for path in (folder / "final").glob("*/config.yaml")):
-        where = f"final/{run.name}"
-        yield f"{where}/config.yaml", (run / "config.yaml").read_bytes()
-        if (run / "metrics.jsonl").is_file():
-            yield f"{where}/metrics.jsonl", _thinned((run / "metrics.jsonl").read_text(encoding="utf-8"))
+    for run in runs:
+        where = run.relative_to(folder).as_posix()
+        values, text = compare.read_run(run, []).values, (run / "config.yaml").read_text(encoding="utf-8")
+        for path in (values["paths"]["data"], values["dataset"].get("root")):  # where it lay is nobody's concern
+            text = text.replace(path, "datasets") if path and Path(path).is_absolute() else text
+        yield f"{where}/config.yaml", text.encode()
+        yield f"{where}/metrics.jsonl", _thinned((run / "metrics.jsonl").read_text(encoding="utf-8"))
         if (run / "summary.json").is_file():
             summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
             summary.get("hardware", {}).pop("system", None)
@@ -156,7 +160,7 @@ PAGES: tuple[Callable[[], Path], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="keep FOLDER NAME", help="pack a verdict's logs under a name")
+    parser.add_argument("words", nargs="*", metavar="keep FOLDER NAME", help="pack logs of runs under a name")
     words = parser.parse_args(argv).words
     try:
         if words:
@@ -166,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         for write in PAGES:
             print(write())
+        for page in marks.renew():
+            print(page)
     except (ValueError, UserError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1

@@ -66,5 +66,5 @@ def test_the_page_says_what_the_logs_do(path: Path, tmp_path: Path) -> None:
 
 def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results.main(["keep", str(tmp_path), "name"]) == 1
-    assert "has no verdict.json: give a folder of scripts/verdict.py" in capsys.readouterr().err
+    assert "holds no run that has begun to train; give folders that train.py wrote" in capsys.readouterr().err
     assert results.main(["keep"]) == 1 and "keep FOLDER NAME" in capsys.readouterr().err

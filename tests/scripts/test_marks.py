@@ -1,0 +1,123 @@
+"""Marked places of pages hold what committed records say; runs and measurements that are kept are read as written."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from analysis import records, toy
+from scripts import benchmark
+from scripts.studies import makers, marks, results
+from tests.analysis.test_report import write_run
+from tests.conftest import ROOT
+from tests.pages.reading import name
+
+MARKED = [page for page in marks.PAGES if marks.marks(page)]
+FOLDER = ROOT / "docs" / "results"
+
+
+@pytest.fixture
+def logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(marks, "LOGS", tmp_path / "logs")
+    return tmp_path / "logs"
+
+
+@pytest.mark.parametrize("page", MARKED, ids=name)
+def test_a_page_says_what_its_records_do(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert marks.renewed(text) == text, "make results"
+    for mark in marks.marks(page):
+        assert mark.maker in (makers.PICTURES if mark.picture else makers.TABLES), mark
+        if mark.picture and mark.record:
+            assert marks.drawn_from(mark.picture) == mark.digest, f"make results: {mark.picture}"
+    assert not re.search(r"^ *<!-- table: [^>]*-->[^\n]", text, re.MULTILINE), "a line that begins so is no text"
+
+
+def test_the_index_says_which_figures_come_of_records() -> None:
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    rows = text[text.index("## Where") :]
+    said = dict(re.findall(r"^\| \[[^]]+\]\((\w+)\.md\) \|.*\| ([^|]+) \|$", rows, re.MULTILINE))
+    assert set(said) == {page.stem for page in FOLDER.glob("*.md")} - {"README"}
+    for page in MARKED:
+        if page.parent == FOLDER:
+            kept = {mark.record is not None for mark in marks.marks(page)}
+            expected = {True: ("records", "records in part"), False: ("not kept",)}
+            assert said[page.stem] in (expected[kept.pop()] if len(kept) == 1 else ("records in part",)), page.stem
+
+
+def test_no_record_says_where_it_was_made() -> None:
+    for path in (path for path in marks.LOGS.rglob("*") if path.is_file()):
+        contents = [path.read_bytes()]
+        if path.name.endswith(".tar.xz"):
+            with tarfile.open(path) as archive:
+                contents = [file.read() for entry in archive if (file := archive.extractfile(entry))]
+        assert path.stat().st_size < 300_000
+        assert not [found for text in contents for found in re.findall(rb"[ \"'=]/\w+/[^\n]*", text)]
+
+
+def test_runs_are_kept_and_become_a_table_and_a_picture(logs: Path, tmp_path: Path) -> None:
+    for optimizer, lasts in (("sgd", (0.8, 0.9)), ("adam", (0.95, 0.97))):
+        for seed, last in enumerate(lasts):
+            run = write_run(tmp_path / "sweep" / f"{optimizer}_{seed}", last, optimizer, seed)
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            config["paths"]["data"] = str(tmp_path / "mine")
+            (run / "config.yaml").write_text(yaml.safe_dump(config))
+    columns = "runs, epoch 2, final val/accuracy, final test/loss, s/step"
+    page = f"<!-- table: runs two val/accuracy: {columns} -->\nold\n<!-- end -->\n"
+    assert marks.renewed(page) == page, "without a record the old table stays"
+    path = results.keep(tmp_path / "sweep", "two", tmp_path)
+    with tarfile.open(path) as archive:
+        assert not [entry for entry in archive if b"mine" in (archive.extractfile(entry) or pytest.fail("gone")).read()]
+    _, title, rule, *rows, _ = marks.renewed(page).splitlines()
+    assert title == f"| group | {columns.replace(', ', ' | ')} |" and rule.count("---:") == 5
+    assert rows[0] == "| optimizer=adam | 2 | 76 ± 1.4 % | 96 ± 1.4 % | – | 0.25 ± 0 |"
+    assert rows[1].startswith("| optimizer=sgd |")
+    picture = tmp_path / "two.png"
+    mark = marks.Mark("runs", "two", "val/accuracy", picture)
+    assert mark.record == path and marks.drawn_from(picture) is None
+    marks.save(makers.PICTURES["runs"](path, mark.words), picture, mark.digest)
+    assert marks.drawn_from(picture) == mark.digest != marks.Mark("runs", "two", "val/loss", picture).digest
+    with pytest.raises(ValueError, match="there is no 'last'"):
+        makers.TABLES["runs"](path, "val/accuracy: last")
+
+
+def test_measurements_are_kept_and_become_tables(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["model=mlp:hidden=[4]", "batch_size=4", "image_size=4", "rounds=2", "block=2", "threads=1", "clock=cpu"]
+    file = logs / "small.jsonl"
+    rows = benchmark.main([*options, "optimizers=[kfac:damping=1,soap]", "memory=false", f"json={file}"])
+    first, kept = records.read(file)
+    assert kept == json.loads(json.dumps(rows)) and first["options"]["rounds"] == 2 and first["threads"] == 1
+    text = marks.renewed("<!-- table: benchmark small -->\n<!-- end -->\n")
+    assert "\n    python " in text and f"torch {first['torch']}.\n" in text
+    assert f"| `kfac`, `damping=1` | {rows[1]['ms']:.1f} | {rows[1]['ratio']:.2f} |" in text and "| peak" not in text
+    inline = marks.renewed("It takes <!-- table: ratio small soap / kfac:damping=1 -->?<!-- end --> of it.")
+    assert inline.endswith(f"-->{rows[2]['ratio'] / rows[1]['ratio']:.2f}<!-- end --> of it.")
+    (logs / "small.jsonl").write_text("{}\n")
+    with pytest.raises(results.UserError, match="no record of a measurement"):
+        marks.renewed(text)
+
+
+def test_of_another_packages_method_whole_rounds_are_measured() -> None:
+    options = benchmark.Options(model="mlp:hidden=[4]", batch_size=4, image_size=4)
+    model, likelihood, batches = benchmark.make_model(options)
+    optimizer = benchmark.make_optimizer("soap:precondition_frequency=5", model, likelihood)
+    arm = benchmark.Arm("soap", model, optimizer, likelihood, batches)
+    arm.block(7)
+    assert len(arm.ordinary) == 2 and arm.count == 10 and not arm.due
+
+
+def test_a_path_of_a_record_is_the_path_that_was_taken() -> None:
+    def sgd(tensors: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(tensors, lr=lr)
+
+    path, lost = (toy.run("torch:SGD", sgd, toy.SURFACES[0], lr, 20) for lr in (1e-4, 10.0))
+    again, lost_again = (toy.from_dict(json.loads(json.dumps(toy.as_dict(it)))) for it in (path, lost))
+    assert again.points == pytest.approx(path.points, rel=1e-4) and again.value == path.value
+    assert toy.to_markdown([again]) == toy.to_markdown([path]) and "| `torch` SGD |" in toy.to_markdown([path])
+    assert lost_again.value == lost.value == float("inf") and len(lost_again.points) == len(lost.points) < 20
