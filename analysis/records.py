@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -28,8 +29,9 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], **facts: Any) -> None:
         UserError: the file cannot be written.
     """
     machine = provenance.hardware(torch.device("cpu"), 1)
+    words = [re.sub(r"(^|=)/(?:.*/)?", r"\1", word) for word in sys.argv]  # where it lay is nobody's concern
     first = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *words]),
         "cpu": machine["cpu"],
         "threads": machine["threads"],
         "torch": torch.__version__.partition("+")[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tarfile
 from pathlib import Path
 
@@ -87,14 +88,17 @@ def test_runs_are_kept_and_become_a_table_and_a_picture(logs: Path, tmp_path: Pa
         makers.TABLES["runs"](path, "val/accuracy: last")
 
 
-def test_measurements_are_kept_and_become_tables(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measurements_are_kept_and_become_tables(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["model=mlp:hidden=[4]", "batch_size=4", "image_size=4", "rounds=2", "block=2", "threads=1", "clock=cpu"]
     file = logs / "small.jsonl"
-    rows = benchmark.main([*options, "optimizers=[kfac:damping=1,soap]", "memory=false", f"json={file}"])
+    words = [*options, "optimizers=[kfac:damping=1,soap]", "memory=false", f"json={file}"]
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmark.py", *words])
+    rows = benchmark.main(words)
     first, kept = records.read(file)
     assert kept == json.loads(json.dumps(rows)) and first["options"]["rounds"] == 2 and first["threads"] == 1
     text = marks.renewed("<!-- table: benchmark small -->\n<!-- end -->\n")
-    assert "\n    python " in text and f"torch {first['torch']}.\n" in text
+    assert first["command"].endswith(" json=small.jsonl") and str(logs) not in text
+    assert "\n    python scripts/benchmark.py " in text and f"torch {first['torch']}.\n" in text
     assert f"| `kfac`, `damping=1` | {rows[1]['ms']:.1f} | {rows[1]['ratio']:.2f} |" in text and "| peak" not in text
     inline = marks.renewed("It takes <!-- table: ratio small soap / kfac:damping=1 -->?<!-- end --> of it.")
     assert inline.endswith(f"-->{rows[2]['ratio'] / rows[1]['ratio']:.2f}<!-- end --> of it.")
