@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from importlib.util import find_spec
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, Ctrl-C ends the process without a trace
-    if not find_spec("hydra"):
-        sys.exit("error: hydra is not installed: activate the .venv of make train, or pip install -r requirements.txt")
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train = importlib.import_module("curvlab.train")
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("", "curvlab", *names.PARTS):
+        sentence = importlib.import_module("training.errors").not_installed(error)
+        if sentence is None:
             raise
-        sys.stderr.write(f"error: {missing} is not installed: pip install 'curvlab[train]' adds what curvlab needs\n")
+        sys.stderr.write(f"error: {sentence}\n")
         return 1
     code: int = train.main(argv)
     return code

@@ -1,5 +1,11 @@
 """Data sets as three loaders each (train, val, test) that serve whole batches on the target device."""
 
+import importlib
+import sys
+
+if sys.argv[:1] == ["-m"]:  # python -m data.fetch: what is not installed is a sentence
+    importlib.import_module("training.missing")  # beside this package, which does not know it otherwise
+
 from data.autoencoding import (
     cifar10_autoencoder,
     curves,

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from data.base import DataError, DataModule
-from data.options import Loading
 from data.sources.given import Source, open_source, splits_of
 from data.sources.streamed import StreamedLoader
 from data.splits import cut, limited, random_order, spread, stratified_order
+from data.tasks.mixing import Classifying
 
 MEASURED = 500  # images that mean and standard deviation are measured on
 
 #: Options of `wrap` that a command may give, `dataset.batch_size=32`, whatever the callable takes that calls it.
 ASKED = (
     "batch_size", "eval_batch_size", "val_fraction", "test_fraction", "split_seed", "limit_train", "limit_val",
-    "limit_test", "workers",
+    "limit_test", "workers", "mixup", "cutmix",
 )  # fmt: skip
 
 
@@ -79,6 +79,8 @@ def wrap(
     limit_train: float | None = None,
     limit_val: float | None = None,
     limit_test: float | None = None,
+    mixup: float | None = None,
+    cutmix: float | None = None,
     inputs: str | None = None,
     targets: str | None = None,
     class_names: Sequence[str] | None = None,
@@ -116,6 +118,8 @@ def wrap(
         limit_train: share of the train split that is used; None: all.
         limit_val: share of the validation split that is used; None: all.
         limit_test: share of the test split that is used; None: all.
+        mixup: α by which labelled images of a training batch are blended, 0.8, say; None: they are not.
+        cutmix: α by which rectangles of them are exchanged; None: they are not.
         inputs: key of the input where items are mappings; None: by the usual names.
         targets: likewise of the target.
         class_names: names of the classes, by target; None: the data set's own, or their numbers.
@@ -146,14 +150,17 @@ def wrap(
         "batch_size": source.batch_size if batch_size is None else batch_size, "eval_batch_size": eval_batch_size,
         "val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": split_seed,
         "limit_train": limit_train, "limit_val": limit_val, "limit_test": limit_test, "workers": workers,
-        "seed": seed, "device": device, "rank": rank, "world_size": world_size,
+        "mixup": mixup, "cutmix": cutmix, "seed": seed, "device": device, "rank": rank, "world_size": world_size,
     }  # fmt: skip
     said = {key: value for key, value in given.items() if value is not None}
     options: dict[str, Any] = {"batch_size": 64, "eval_batch_size": 256} | _PLACE.told(said)
     workers = options.pop("workers", None)
-    loading = Loading(**options, augment="none")
+    loading = Classifying(**options, augment="none")
     first = source.example(0)
     asked = task or "classification"
+    if (loading.mixup or loading.cutmix) and (asked != "classification" or first[0].dim() != 3):
+        name = "mixup" if loading.mixup else "cutmix"
+        raise ValueError(f"{name} is for labelled images, and this data set is for {asked}, of {list(first[0].shape)}")
     names, labels = list(class_names or source.class_names()), None
     found: dict[str, Any] = _shapes(first[0])
     if asked == "classification":
@@ -185,6 +192,7 @@ def wrap(
         part.channels = source.channels
         part.classes = found.get("num_classes") if asked == "classification" else None
         part.reproduced = asked == "reconstruction"
+    mix = loading.mixture(found["num_classes"]) if asked == "classification" else None
     statistics: tuple[Sequence[float], Sequence[float]] | None = None
     if first[0].dtype == torch.uint8:
         statistics = ([0.0], [1.0]) if asked == "reconstruction" else _statistics(source, rows["train"], mean, std)
@@ -195,7 +203,7 @@ def wrap(
         part = sources.get(split, source)
         return OwnLoader(
             part, rows[split], statistics=statistics, normalised=normalised,
-            workers=part.workers if workers is None else workers, **loading.serving(split == "train"),
+            workers=part.workers if workers is None else workers, mix=mix, **loading.serving(split == "train"),
         )  # fmt: skip
 
     return DataModule(name, asked, found, loader("train"), loader("val"), loader("test"), names)

@@ -4,6 +4,8 @@ import argparse
 import importlib
 from pathlib import Path
 
+import training.missing  # noqa: F401 - a package that is not installed is a sentence
+
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 

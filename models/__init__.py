@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+if sys.argv[:1] == ["-m"]:  # python -m models: what is not installed is a sentence
+    importlib.import_module("training.missing")  # beside this package, which does not know it otherwise
 
 from torch import nn
 

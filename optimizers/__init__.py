@@ -1,5 +1,11 @@
 """Curvature-aware optimizers. Imports torch alone: ``from optimizers import AdaFisher`` works in any script."""
 
+import sys
+from importlib.util import find_spec
+
+if sys.argv[:1] == ["-m"] and find_spec("torch") is None:
+    sys.exit("error: torch is not installed, and python -m optimizers needs it: pip install -r requirements.txt")
+
 from .adafisher import AdaFisher, AdaFisherW
 from .adahessian import AdaHessian
 from .averaging import EMA, ScheduleFree

@@ -18,14 +18,17 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 from rich.console import Console
 from rich.table import Table
 
 from analysis import compare, report
+from scripts import Parser
 from training.errors import UserError
 from training.show import heart
 
@@ -126,8 +129,7 @@ def _epochs(text: str) -> list[int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_FOLDER", help="run folders, or folders that hold some")
     parser.add_argument("--metric", help="what is drawn (default: the target's, or train/loss)")
     parser.add_argument("--target", help="METRIC=VALUE whose time is taken, e.g. train/loss=0.0796")
@@ -141,10 +143,6 @@ def _parser() -> argparse.ArgumentParser:
     where = "folder of the results (default: what all runs have in common; of a page, report/ in it)"
     parser.add_argument("--out", help=where)
     return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 import torch
 from torch import Tensor, nn
 
 from data import DataError
 from data.kept import Preparation
+from scripts import Parser
 from scripts.predict import add_run, weights_of
 from training.errors import UserError
 from training.runs.folder import atomic_file
@@ -58,8 +61,8 @@ class OfBytes(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
-    options = parser().parse_args(argv)
     try:
+        options = parser().parse_args(argv)
         with reachable():
             run = load_run(options.run, weights_of(options.weights), own=options.own)
             out = Path(options.out or run.folder / f"model{SUFFIXES[options.to]}")
@@ -169,7 +172,7 @@ def _graph(model: nn.Module, example: Tensor, to: str) -> bytes:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(__doc__)
     add_run(made)
     made.add_argument("--to", choices=SUFFIXES, default="onnx", help="which kind of file (onnx)")
     made.add_argument("--out", metavar="FILE", help="(model.onnx, ... in the run folder)")

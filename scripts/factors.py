@@ -28,9 +28,10 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 import torch
 from rich.console import Console
@@ -39,6 +40,7 @@ from rich.table import Table
 
 from analysis import factors
 from data import DataError
+from scripts import Parser
 from training.errors import UserError
 from training.runs.folder import file_name, writing
 from training.settings.loading import LoadedRun, load_run
@@ -162,8 +164,7 @@ def _table(study: factors.Study) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--layers", metavar="REGEX", help="found in the names of the layers to look at (default: all)")
     parser.add_argument(
@@ -238,10 +239,6 @@ def _numbers(text: str) -> tuple[float, ...]:
     if not found:
         raise argparse.ArgumentTypeError(f"must be numbers such as 0.01,0.1, got {text!r}")
     return found
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 import torch
 from matplotlib.figure import Figure
@@ -49,6 +51,7 @@ from analysis.fisher.tables import DIRECTIONS, ERRORS
 from data import DataError
 from optimizers import Likelihood
 from optimizers.curvature.layers import AffineLayer, adapt
+from scripts import Parser
 from training.errors import UserError, did_you_mean
 from training.loop.signals import CTRL_C
 from training.runs.folder import atomic_file
@@ -273,8 +276,7 @@ def _known(name: str, known: Any, key: str) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     nets, methods = ", ".join(fisher.NETS), ", ".join(fisher.METHODS)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder, whose checkpoints are looked at")
     parser.add_argument("--nets", help=f"built-in nets, where no run is given, of {nets} (default: all)")
     parser.add_argument("--methods", help=f"of {methods} (default: all)")
@@ -307,10 +309,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--own", action="append", default=[], metavar="NAME", help="a callable of yours: mine.Net")
     parser.add_argument("--fresh", action="store_true", help="leave results of an earlier call behind")
     return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 if __name__ == "__main__":

@@ -22,15 +22,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from analysis import compare, landscape
+from scripts import Parser
 from training.errors import UserError
 from training.names import TARGET
 from training.runs.folder import atomic_file
@@ -203,8 +206,7 @@ def _weights(text: str) -> str | int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN_OR_FOLDER", help="run folders, or folders that hold some")
     add("--plane", choices=("random", "ways"),
@@ -234,10 +236,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--dpi", type=int, default=120, help="of the picture (default: 120)")
     add("--out", help="folder of the results (default: landscape/ in the folder that all runs have in common)")
     return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 from data import DataError, Vocabulary
 from data.text import END, tokenise
+from scripts import Parser
 from training.errors import UserError
 from training.runs.folder import atomic_file
 from training.settings.loading import LoadedRun, Weights, load_run
@@ -31,8 +34,8 @@ from training.show.sample_text import continued
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
-    options = parser().parse_args(argv)
     try:
+        options = parser().parse_args(argv)
         with reachable():
             run = load_run(options.run, weights_of(options.weights), device=options.device, own=options.own)
             if run.task.name == "classification":
@@ -131,7 +134,7 @@ def add_run(to: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(__doc__)
     add_run(made)
     made.add_argument("inputs", metavar="IMAGE", nargs="*", help="files; of a language model, texts to go on with")
     made.add_argument("--top", type=int, default=3, help="how many classes (3)")

@@ -21,19 +21,21 @@ runs at a time. An optimizer that has no such value as y gets a strip of x alone
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 from rich.console import Console
 
 from analysis import compare, sensitivity
 from analysis.sensitivity import Axis
+from scripts import Parser
 from training.errors import UserError, did_you_mean
 from training.loop.signals import CTRL_C, REQUEUE
 from training.runs.folder import atomic_file
@@ -157,8 +159,7 @@ def _show(choices: Choices, folder: Path) -> None:
 
 
 def _choices(argv: Sequence[str] | None) -> Choices:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = Parser(__doc__)
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE_OR_FOLDER", help="see above")
     choices = Choices()
     for text in parser.parse_args(argv).arguments:
@@ -174,10 +175,6 @@ def _choices(argv: Sequence[str] | None) -> Choices:
     if len(choices.folders) > 1:
         raise UserError("give one folder: runs of several are read where they lie in one")
     return choices
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 from rich.console import Console
 from rich.live import Live
 
 from analysis import status
+from scripts import Parser
 from training.errors import UserError
 
 
@@ -58,7 +61,7 @@ def _main(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="*", default=["."], metavar="FOLDER", help="of a run, a sweep, or of many (.)")
     parser.add_argument(
         "--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS",
@@ -70,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0.1 <= seconds < 1e6:
         raise argparse.ArgumentTypeError(f"must be at least 0.1 seconds, got {text}")
     return seconds

@@ -15,9 +15,11 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 import torch
 from rich.console import Console
@@ -25,6 +27,7 @@ from rich.table import Table
 
 from analysis import records, toy
 from optimizers import packaged, table
+from scripts import Parser
 from training.errors import UserError, did_you_mean
 from training.show import heart
 
@@ -115,17 +118,12 @@ def _table(paths: Sequence[toy.Path], evaluations: int) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = Parser(__doc__)
     parser.add_argument("--evaluations", type=int, default=500, help="of the function, for each learning rate")
     parser.add_argument("--optimizers", default=",".join(DEFAULT), help="names, torch:CLASS or pytorch_optimizer:CLASS")
     parser.add_argument("--out", default="toy", help="folder of the results")
     parser.add_argument("--json", type=Path, metavar="FILE", help="of the record (none)")
     return parser
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 if __name__ == "__main__":

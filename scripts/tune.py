@@ -29,20 +29,22 @@ workers=2 trains two at a time, threads=1 each on one thread, hydra/launcher=slu
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 from analysis import pace, tuning
 from analysis.pace import Pace
 from analysis.tuning import Arm, Choice, Outcome, Plan, Rungs, Space, Trial
+from scripts import Parser
 from scripts.studies.sweeping import Sweeping
 from training.command.cluster import read_time
 from training.command.workers import threads_of
@@ -295,8 +297,7 @@ def parsed(
     Raises:
         UserError: an argument has another form.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = Parser(description)
     parser.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="see above")
     parser.add_argument("--config-dir", metavar="DIR", help="see above")
     for flag in flags:
@@ -319,10 +320,6 @@ def parsed(
         else:
             choices.rest.append(text)
     return choices, {flag for flag in flags if getattr(options, flag)}
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message} (see --help)")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 from analysis import compare, report, tuning
 from analysis.tuning import Arm, Outcome, Plan, Space, Trial

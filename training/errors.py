@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+#: Where files of Curvlab lie.
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("train.py", "optimizers", "models", "data", "training", "analysis", "scripts", "examples")
 
 
 class UserError(Exception):
@@ -48,6 +53,32 @@ def hidden(module: str) -> str:
     if place is None or found is None or Path(found).is_relative_to(Path.cwd()):
         return ""
     return f"; {place} of this folder is hidden by another module of that name: rename it"
+
+
+def not_installed(error: BaseException) -> str | None:
+    """The sentence about a package that a file of Curvlab's imports and this Python lacks; None of any other error.
+
+    What a user's own module imports in vain is none: its trace says where.
+
+    Args:
+        error: any.
+    """
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or not package or package in ("curvlab", *ROOMS):
+        return None
+    importer, at = None, error.__traceback__
+    while at is not None:
+        names = at.tb_frame.f_globals
+        if str(names.get("__name__")).partition(".")[0] not in ("importlib", "_frozen_importlib"):
+            importer = names.get("__file__")
+        at = at.tb_next
+    room = next((room for room in ROOMS if importer and Path(importer).resolve().is_relative_to(ROOT / room)), None)
+    if room is None:
+        return None
+    if "CURVLAB_COMMAND" in os.environ:
+        return f"{package} is not installed: pip install 'curvlab[train]' adds what curvlab needs"
+    needed = "requirements-examples.txt" if room == "examples" else "requirements.txt"
+    return f"{package} is not installed: activate the .venv of make train, or pip install -r {needed}"
 
 
 def lack_of_memory(error: BaseException) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from optimizers.table import present
+from scripts import Parser
 from scripts.problems import catalogue
 from training.errors import UserError, did_you_mean
 from training.loop.signals import CTRL_C, Interrupted
@@ -52,12 +52,11 @@ def command(about: str | None, argv: Sequence[str] | None, work: Callable[[list[
         argv: None: the process's.
         work: of the ``key=value``; returns the page that it wrote, and whether all cells came to a result.
     """
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(about)
     parser.add_argument("choices", nargs="*", metavar="key=value", help="see above")
-    given = parser.parse_args(argv).choices
     torch.set_num_threads(1)
     try:
-        target, good = work(given)
+        target, good = work(parser.parse_args(argv).choices)
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1

@@ -13,7 +13,6 @@ of records of measurements there, is in the pages' marked places: scripts/studie
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import shutil
@@ -26,9 +25,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
 from analysis import compare, report
 from analysis.report import tables
+from scripts import Parser
 from scripts.problems.tables import write_page
 from scripts.studies import marks, robustness
 from training.errors import UserError
@@ -159,10 +161,10 @@ PAGES: tuple[Callable[[], Path], ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("words", nargs="*", metavar="keep FOLDER NAME", help="pack logs of runs under a name")
-    words = parser.parse_args(argv).words
     try:
+        words = parser.parse_args(argv).words
         if words:
             if len(words) != 3 or words[0] != "keep":
                 raise UserError("give nothing, or keep FOLDER NAME (see --help)")

@@ -261,8 +261,32 @@ def test_divergence_keeps_the_last_good_checkpoint(quick: Callable[..., Outcome]
 
 
 def test_a_python_without_packages_is_told_of_them(work: Path) -> None:
-    done = subprocess.run([sys.executable, "-S", ROOT / "train.py"], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 1 and re.fullmatch(r"error: hydra is not installed: .*requirements.txt\n", done.stderr)
+    """Whatever command it is."""
+    scripts = [path for path in sorted((ROOT / "scripts").rglob("*.py")) if "sys.path.insert" in path.read_text()]
+    scripts.remove(ROOT / "scripts" / "benchmarks" / "sweep.py")  # which imports while its clock runs
+    files = [[str(path), "--help"] for path in (ROOT / "train.py", *scripts)]
+    modules = [["-m", *words] for words in (["models"], ["data.fetch"], ["optimizers"], ["examples", "peft_lora"])]
+    assert len(files) > 25
+    started = [
+        (words, subprocess.Popen([sys.executable, "-S", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        for words in (*files, *modules)
+    ]
+    for words, process in started:
+        _, said = process.communicate(timeout=60)
+        needed = "requirements-examples.txt" if "examples" in words else "requirements.txt"
+        assert re.fullmatch(rf"error: \w+ is not installed.*: .*pip install -r {needed}\n", said), f"{words}: {said}"
+        assert process.returncode == 1
+
+
+def test_what_a_user_s_module_lacks_is_no_package_of_ours(work: Path) -> None:
+    (work / "lacking.py").write_text("import nowhere_to_be_found\n")
+    command = "import sys; sys.path.append('.'); import training.missing, lacking"
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=work, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" in done.stderr and "lacking.py" in done.stderr
+    assert "is not installed" not in done.stderr
 
 
 def test_a_bug_keeps_its_trace(quick: Callable[..., Outcome], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,23 @@ def test_loaders_subsets_tensors_and_hubs() -> None:
     assert own.facts["num_outputs"] == 2 and own.task == "mine.Regression"
 
 
+def test_labelled_images_are_mixed_as_ours_are() -> None:
+    def served(split: str = "train", **options: Any) -> list[Any]:
+        return batches(wrap(Pictures(), batch_size=12, mean=[0.4] * 3, std=[0.2] * 3, **options), split, epoch=1)
+
+    plain, blended = served(), served(mixup=0.8)
+    for (images, labels), (mixed, targets) in zip(plain, blended, strict=True):
+        hard = torch.nn.functional.one_hot(labels, 3).float()
+        part = targets.amax(1)[labels != labels.roll(1)][0]
+        before = images.roll(1, 0)
+        shares = [share for share in (part, 1 - part) if torch.allclose(images.lerp(before, 1 - share), mixed)]
+        assert shares, "each with the one before it"
+        torch.testing.assert_close(targets, hard * shares[0] + hard.roll(1, 0) * (1 - shares[0]))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(served("val"), served("val", cutmix=1.0), strict=True))
+    with served_to({"cutmix": 1.0}):
+        assert batches(wrap(Pictures(), batch_size=12))[0][1].shape == (12, 3)
+
+
 def test_a_run_tells_wrap_where_it_is_and_what_was_asked_for() -> None:
     with served_to({"batch_size": 6, "limit_test": 0.5}, seed=5, device="cpu", rank=1, world_size=2) as wrapping:
         data = wrap(Pictures(), batch_size=20)
@@ -161,6 +178,9 @@ def weighted() -> DataLoader:
         (lambda: batches(wrap(Pictures(), batch_size=30, num_classes=2, class_names=["a", "b"])), r"numbered from 0"),
         (lambda: wrap(Pictures(), batch_size=30, num_classes=2), r"3 names of 2 classes"),
         (lambda: wrap(Pictures(), task="segmentation"), r"task must be classification, reconstruction or"),
+        (lambda: wrap(TensorDataset(torch.randn(9, 2), torch.arange(9) % 2), mixup=0.8),
+            r"^mixup is for labelled images, and this data set is for classification, of \[2\]"),
+        (lambda: wrap(Pictures(), task="reconstruction", cutmix=1.0), r"^cutmix is for labelled .* for reconstruction"),
         (lambda: wrap(Ragged()).normalise([0.5] * 3, [0.5] * 3), r"this data set yields floats"),
     ],
 )  # fmt: skip

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.loggers.recorded import Recorded
 from training.loggers.values import HEADER
 from training.runs.folder import Record, atomic_file, plain
-from training.runs.run import Logger, Run
+from training.runs.run import Run
 
 NAME = "metrics.csv"
 
-log = logging.getLogger(__name__)
 
-
-class CSV(Logger):
+class CSV(Recorded):
     """``metrics.csv``: a line an event, a column a metric; what an event does not tell of is empty.
 
     An event with a metric that no earlier one had adds a column behind the others, and the file is written anew, which
@@ -27,7 +25,6 @@ class CSV(Logger):
 
     def __init__(self) -> None:
         self._path = Path(NAME)
-        self._record: Record | None = None
         self._columns = list(HEADER)
         self._rows = 0
 
@@ -36,17 +33,16 @@ class CSV(Logger):
         self._path = run.folder.path / NAME
         rows = self._read()[: self._rows] if run.resumed else []
         if run.resumed and len(rows) < self._rows:
-            log.warning("%s is shorter than the checkpoint says: what is missing stays missing.", self._path)
+            self.warn_of_loss(self._path)
         self._columns, self._rows = [*(rows[0] if rows else HEADER)], len(rows)
         self._write(rows)
 
     def log(self, record: dict[str, Any]) -> None:
         """See Logger."""
-        assert self._record is not None
         if new := [name for name in record if name not in self._columns]:
             self._columns += new
             self._write(self._read())
-        self._record.append(self._lines([plain(record)]))
+        self.record.append(self._lines([plain(record)]))
         self._rows += 1
 
     def _read(self) -> list[dict[str, Any]]:
@@ -60,23 +56,12 @@ class CSV(Logger):
         self.close()
         with atomic_file(self._path) as file:
             file.write(self._lines([{name: name for name in self._columns}, *rows]))
-        self._record = Record(self._path)
+        self.record = Record(self._path)
 
     def _lines(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
         text = io.StringIO()
         csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)
         return text.getvalue().encode()
-
-    def flush(self) -> None:
-        """See Logger."""
-        assert self._record is not None
-        self._record.sync()
-
-    def close(self) -> None:
-        """See Logger."""
-        if self._record is not None:
-            self._record.close()
-            self._record = None
 
     def state_dict(self) -> dict[str, Any]:
         """See Logger."""
