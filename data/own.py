@@ -146,6 +146,7 @@ def wrap(
     sources = {split: open_source(split, part, inputs, targets) for split, part in
                {"train": train, "val": val, "test": test}.items() if part is not None}  # fmt: skip
     source = sources["train"]
+    _require_likeness(sources)
     given = {
         "batch_size": source.batch_size if batch_size is None else batch_size, "eval_batch_size": eval_batch_size,
         "val_fraction": val_fraction, "test_fraction": test_fraction, "split_seed": split_seed,
@@ -167,6 +168,7 @@ def wrap(
         _require_label(first[1])
         labels = source.labels(int(first[1]))
         count = num_classes or len(names) or _count(sources.values(), labels)
+        _require_classes(count, sum(map(len, sources.values())))
         names = names or [str(number) for number in range(count)]
         if len(names) != count:
             raise ValueError(f"class_names must be as many as num_classes, got {len(names)} names of {count} classes")
@@ -196,6 +198,8 @@ def wrap(
     statistics: tuple[Sequence[float], Sequence[float]] | None = None
     if first[0].dtype == torch.uint8:
         statistics = ([0.0], [1.0]) if asked == "reconstruction" else _statistics(source, rows["train"], mean, std)
+    elif normalised is not None and any(value <= 0 for value in normalised[1]):
+        raise ValueError(f"normalised must have a std of values above 0, got {list(normalised[1])}")
     elif mean is not None or std is not None:
         raise ValueError("mean and std are for bytes, and this data set yields floats: give normalised, if they were")
 
@@ -259,6 +263,17 @@ class OwnLoader(StreamedLoader):
         return (inputs, inputs.flatten(1).clone()) if self.store.reproduced else (inputs, targets)
 
 
+def _require_likeness(sources: Mapping[str, Source]) -> None:
+    """See to it that the inputs of all splits are of one kind; in size they may differ, which models tell of."""
+    shapes = {split: list(source.shape) for split, source in sources.items()}
+    for split, shape in shapes.items():
+        if len(shape) != len(shapes["train"]):
+            raise DataError(
+                f"inputs of the {split} set are {shape} and those of the train set {shapes['train']}: give two sets of "
+                "one kind. Inputs and their targets together are one, torch.utils.data.TensorDataset(inputs, targets)"
+            )
+
+
 def _count(sources: Any, labels: Tensor | None) -> int:
     """How many classes there are, from all targets of all splits."""
     most = -1 if labels is None else int(labels.max())
@@ -274,6 +289,19 @@ def _require_label(target: Tensor) -> None:
             f"targets of the data set are {str(target.dtype).removeprefix('torch.')} {list(target.shape)}, and a "
             "classification's are whole numbers: give wrap a task of your own, task='mytask.Regression', or "
             "task='reconstruction' for inputs without targets"
+        )
+
+
+def _require_classes(count: int, examples: int) -> None:
+    if count < 2:
+        raise DataError(
+            "the data set has one class (all targets are 0, or it has none, or a single name), and a classification is "
+            "of two at least: task='reconstruction' is for inputs without targets"
+        )
+    if count > max(10 * examples, 100_000):
+        raise DataError(
+            f"a target of the data set is {count - 1}, and classes are numbered from 0: let it yield their numbers, or "
+            "give num_classes"
         )
 
 

@@ -201,10 +201,10 @@ class AdaFisher(CurvatureOptimizer):
         above = total = 0.0
         for block in self.blocks.values():
             for p, diagonal in self._diagonals(block) if self.damping_mode == "absolute" else ():
-                above += float((diagonal > damping[p]).sum())
-                total += diagonal.numel()
+                if p in damping:  # no other is trained: biases may be frozen, of a layer that is not
+                    above += float((diagonal > damping[p]).sum())
+                    total += diagonal.numel()
         return super().diagnostics() | ({"curvature/above_damping": above / total} if total else {})
-
 
     def layer_diagnostics(self) -> dict[str, dict[str, float]]:
         """See CurvatureOptimizer: of F~, whose entries are the eigenvalues."""

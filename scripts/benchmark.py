@@ -44,6 +44,9 @@ from analysis import records
 from optimizers import Bernoulli, Categorical, CurvatureOptimizer, Likelihood, build_optimizer
 from optimizers.base import CURVATURE
 from optimizers.forecast import round_of
+from training.errors import UserError
+from training.loop.distributed import choose
+from training.loop.launch import Place
 from training.show import heart
 
 T = TypeVar("T")
@@ -344,9 +347,23 @@ def measured(options: Options, work: heart.Work) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> list[dict[str, Any]]:
     """Run the benchmark and print its table; returns the rows."""
+    if {"-h", "--help"} & {*arguments}:
+        print(f"{__doc__}\n{(Options.__doc__ or '').partition('Attributes:')[2]}")
+        return []
     options = parsed(Options, arguments)
     if options.clock not in ("wall", "cpu"):
         raise SystemExit(f"error: clock must be wall or cpu, got {options.clock!r}")
+    for name in ("batch_size", "image_size", "sequence", "vocabulary", "rounds", "block", "threads"):
+        if getattr(options, name) < 1:
+            raise SystemExit(f"error: {name} must be at least 1, got {getattr(options, name)}")
+    if not 0 <= options.quantile <= 1:
+        raise SystemExit(f"error: quantile must be from 0 to 1, got {options.quantile}")
+    try:
+        choose(options.device, Place())
+    except (ValueError, UserError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if options.json and not Path(options.json).parent.is_dir():
+        raise SystemExit(f"error: json={options.json}: there is no folder {Path(options.json).parent}")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message=".*create_graph.*")  # what a peer's own recipe does
     if options.only is not None:

@@ -66,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with reachable():
             run = load_run(options.run, weights_of(options.weights), own=options.own)
             out = Path(options.out or run.folder / f"model{SUFFIXES[options.to]}")
+            if out.suffix == ".json":
+                raise UserError(f"--out {out}: a file of that name says what goes in and what comes out: give another")
             told = export(run, options.to, out, options.inputs)
+    except OSError as error:
+        sys.stderr.write(f"error: {out} cannot be written ({error.strerror}): give another --out\n")
+        return 1
     except (UserError, DataError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1

@@ -55,6 +55,7 @@ from scripts import Parser
 from training.errors import UserError, did_you_mean
 from training.loop.signals import CTRL_C
 from training.runs.folder import atomic_file
+from training.runs.record import find
 from training.settings.loading import LoadedRun, Weights, load_run
 from training.settings.own import reachable
 from training.show import heart
@@ -82,6 +83,8 @@ def _main(options: argparse.Namespace) -> None:
     methods = [_known(name, fisher.METHODS, "methods") for name in _words(options.methods) or fisher.METHODS]
     dampings = _numbers("damping", options.damping, float)
     out = Path(options.out or options.run or "fisher_quality")
+    if options.run:
+        find(options.run, asked="")
     settings = {
         "methods": [method.name for method in methods], "layers": options.layers, "fisher": options.fisher,
         "examples": options.examples, "seed": options.seed, "fraction": options.fraction, "updates": options.updates,

@@ -20,7 +20,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,12 @@ def _main(options: argparse.Namespace) -> None:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); give another folder") from error
     # A file has no width: enough for a table.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
-    surfaces = _under(folders, labels, options, out) if plane == "ways" else _around(folders, labels, options, out)
+    try:
+        surfaces = _under(folders, labels, options, out) if plane == "ways" else _around(folders, labels, options, out)
+    except BaseException:
+        with suppress(OSError):  # of what was refused, nothing stays
+            out.rmdir()
+        raise
     picture = landscape.plot(surfaces, options.metric)
     files = _write(surfaces, picture, out, options)
     for line in _told(surfaces, options.metric):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 outputs = zip(options.inputs, run.predict(options.inputs).tolist(), strict=True)
                 say(options, [{"input": one, "outputs": row} for one, row in outputs])
+    except OSError as error:
+        sys.stderr.write(f"error: {options.out} cannot be written ({error.strerror}): give another --out\n")
+        return 1
     except (UserError, DataError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
@@ -137,13 +141,29 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(__doc__)
     add_run(made)
     made.add_argument("inputs", metavar="IMAGE", nargs="*", help="files; of a language model, texts to go on with")
-    made.add_argument("--top", type=int, default=3, help="how many classes (3)")
-    made.add_argument("--tokens", type=int, default=100, help="how many a language model writes (100)")
-    made.add_argument("--temperature", type=float, default=0.8, help="0: the most probable token (0.8)")
+    made.add_argument("--top", type=_count, default=3, help="how many classes (3)")
+    made.add_argument("--tokens", type=_count, default=100, help="how many a language model writes (100)")
+    made.add_argument("--temperature", type=_warmth, default=0.8, help="0: the most probable token (0.8)")
     made.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     made.add_argument("--out", default=".", metavar="FOLDER", help="for pictures (.)")
     made.add_argument("--json", action="store_true", help="for machines")
     return made
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _warmth(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value
 
 
 if __name__ == "__main__":

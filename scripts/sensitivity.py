@@ -21,6 +21,7 @@ runs at a time. An optimizer that has no such value as y gets a strip of x alone
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(choices.folders[0])
         else:
             folder, code = _sweep(choices)
-        if code not in (CTRL_C, REQUEUE):
+        if code not in (CTRL_C, REQUEUE) and (folder.is_dir() or not code):  # what was refused has been told of
             _show(choices, folder)
     except (ValueError, UserError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -91,10 +92,14 @@ def _sweep(choices: Choices) -> tuple[Path, int]:
     import train
 
     names = [name for name in choices.given.get("optimizers", "[sgd,adam,kfac]").strip("[]").split(",") if name]
+    if not names:
+        raise UserError("optimizers is empty: give some, optimizers=[sgd,kfac]")
     known = sorted(path.stem for path in (CONFIG_FOLDER / "optimizer").glob("*.yaml"))
     for name in names:
         if name not in known:
             raise UserError(f"optimizers has no {name!r}{did_you_mean(name, known)}")
+    if (metric := choices.given.get("metric")) and not re.fullmatch(r"(train|val|test)/\w+", metric):
+        raise UserError(f"metric must be of a split, such as val/accuracy or train/loss, got {metric}")
     x = Axis.parse(choices.given.get("x", X), "x")
     y = None if choices.given.get("y") == "null" else Axis.parse(choices.given.get("y", Y), "y")
     # Lists of values are for seeds and their like; what they have in common is composed.
@@ -164,6 +169,8 @@ def _choices(argv: Sequence[str] | None) -> Choices:
     choices = Choices()
     for text in parser.parse_args(argv).arguments:
         key, equals, value = text.partition("=")
+        if key == "optimizer" and equals:
+            raise UserError(f"{text}: give optimizers=[{value}], of which there may be several")
         if equals and key in OWN:
             choices.given[key] = value
         elif equals and "/" not in key:

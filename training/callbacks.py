@@ -9,6 +9,7 @@ import torch
 
 from training.runs.folder import atomic_file
 from training.runs.run import Callback, Run
+from training.show.pictures import check_resolution
 from training.tasks.task import Task
 
 __all__ = ["Callback", "CurvePlots", "EarlyStopping", "Profiler"]
@@ -78,8 +79,7 @@ class CurvePlots(Callback):
     """
 
     def __init__(self, dpi: int = 120) -> None:
-        if dpi < 1:
-            raise ValueError(f"dpi must be at least 1, got {dpi}")
+        check_resolution(dpi)
         self.dpi = dpi
 
     def on_fit_end(self, run: Run, summary: dict[str, Any]) -> None:

@@ -40,9 +40,12 @@ class Target:
         """
         metric, _, value = text.partition("=")
         try:
-            return cls(metric, float(value))
+            number = float(value)
         except ValueError:
-            raise ValueError(f"target must be METRIC=VALUE such as train/loss=0.0796, got {text!r}") from None
+            number = math.nan
+        if not metric or not math.isfinite(number):
+            raise ValueError(f"target must be METRIC=VALUE such as train/loss=0.0796, got {text!r}")
+        return cls(metric, number)
 
     def reached(self, curve: Curve) -> tuple[float, float]:
         """Training seconds and epochs until it is reached; infinite if it is not."""

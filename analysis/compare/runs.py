@@ -148,9 +148,11 @@ def read_run(folder: Path, events: list[dict[str, Any]] | None = None) -> Loaded
     values, choices = load(folder)
     path = folder / "summary.json"
     try:
-        summary = json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"runs: {path} is no JSON: the file is damaged, leave this run out") from error
+        summary = json.loads(path.read_bytes()) if path.exists() else {}
+        if not isinstance(summary, dict):
+            raise ValueError("it holds no group of keys")
+    except ValueError as error:  # no JSON, no text
+        raise ValueError(f"runs: {path} is no JSON of a run: the file is damaged, leave this run out") from error
     return LoadedRun(folder, values, choices, read_metrics(folder) if events is None else events, summary)
 
 

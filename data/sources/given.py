@@ -73,10 +73,13 @@ class Source(Dataset):
             torch.set_rng_state(before[0])
             np.random.set_state(before[1])
             random.setstate(before[2])
-        for target in batch[1].tolist() if self.classes is not None else ():
+        if self.classes is None:
+            return batch
+        inputs, targets = batch
+        for target in targets.tolist():
             if not 0 <= target < self.classes:
                 return f"a target of the data set is {target}, and its {self.classes} classes are numbered from 0"
-        return batch
+        return inputs, targets.long()  # of numbers of another size, or of truth values
 
     def _batch(self, items: list[Any]) -> tuple[Tensor, Tensor]:
         if self.collate is not None:
@@ -187,6 +190,8 @@ def open_source(split: str, given: Any, inputs: str | None, targets: str | None)
             )
         collate = given.collate_fn if given.collate_fn is not default_collate else None
         source = Source(given.dataset, None, given.batch_size, given.num_workers, collate)
+    if isinstance(given, type):
+        raise DataError(f"the {split} set is the class {given.__name__} itself: give one of it, {given.__name__}(...)")
     if not (hasattr(source.dataset, "__len__") and hasattr(source.dataset, "__getitem__")):
         kind = type(source.dataset).__name__
         raise DataError(

@@ -110,6 +110,8 @@ def _opened(file: Path) -> Iterator[Image.Image]:
         with Image.open(file, formats=FORMATS) as image:
             _check_mode(file, image.mode)
             yield image
+    except FileNotFoundError as error:  # of a link, what it leads to
+        raise DataError(f"there is no file {file.absolute()}: name another, or remove the link") from error
     except DECODING_ERRORS as error:
         raise DataError(f"{file.absolute()} cannot be read as an image: repair it, or remove it") from error
 

@@ -52,15 +52,25 @@ def build_optimizer(
         The optimizer.
 
     Raises:
-        ValueError: for a hyper-parameter out of its range, or groups for an optimizer that takes none.
+        ValueError: for a hyper-parameter out of its range, groups for an optimizer that takes none, a model without
+            parameters to train, or a target that makes no optimizer for dense gradients.
     """
+    if params is None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameters to train: choose another model")
     accepted = inspect.signature(target).parameters
     injected = {"likelihood": likelihood, "seed": seed}
     options |= {k: v for k, v in injected.items() if k in accepted and k not in options and v is not None}
     ours = isinstance(target, type) and issubclass(target, CurvatureOptimizer)
-    takes_model = ours or next(iter(accepted)) == "model"
+    takes_model = ours or next(iter(accepted), "") == "model"
     if params is None:
-        return target(model if takes_model else model.parameters(), **options)
-    if "params" not in accepted:
+        made = target(model if takes_model else model.parameters(), **options)
+    elif "params" not in accepted:
         raise ValueError("params cannot be given to this optimizer, which takes the whole model: choose another one")
-    return target(params=params, **({"model": model} if "model" in accepted else {}), **options)
+    else:
+        made = target(params=params, **({"model": model} if "model" in accepted else {}), **options)
+    if not isinstance(made, torch.optim.Optimizer):
+        name = getattr(target, "__name__", str(target))
+        raise ValueError(f"{name} made what is of type {type(made).__name__}, and no torch.optim.Optimizer")
+    if isinstance(made, torch.optim.SparseAdam):
+        raise ValueError("SparseAdam is for sparse gradients, and those of this loop are dense: choose Adam")
+    return made

@@ -67,6 +67,8 @@ def read(argv: Sequence[str]) -> Request:
                 request.output = path
             else:
                 request.folders.append(path)
+                if not path.is_dir():
+                    raise UserError(f"--config-dir {path}: there is no such folder.")
         elif word.startswith("-"):
             raise UserError(f"unknown flag {word!r}: there are --dry-run, --no-check, --output and --config-dir.")
         elif "=" not in word:

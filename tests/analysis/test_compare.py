@@ -369,6 +369,8 @@ def test_every_group_has_a_colour_and_a_place(make: Callable[..., Path], count: 
         (["empty"], r"runs: empty holds no run"),
         (["runs", "--metric", "train/los"], r"metric: no run has logged 'train/los'; they have train/accuracy, train/"),
         (["runs", "--target", "train/loss"], r"target must be METRIC=VALUE such as train/loss=0.0796, got 'train/loss"),
+        (["runs", "--target", "train/loss=nan"], r"target must be METRIC=VALUE .*, got 'train/loss=nan'"),
+        (["lists"], r"runs: .*summary.json is no JSON of a run"),
         (["runs", "--target", "val/los=1"], r"metric: no run has logged 'val/los'"),
         (["runs", "--metric", "val/loss", "--target", "val/los=1"], r"target: no run has logged 'val/los'"),
         (["runs", "--epochs", "1,x"], r"epochs must be whole numbers such as 10,25,200, got '1,x'"),
@@ -394,6 +396,7 @@ def test_mistakes_are_sentences(
     monkeypatch.chdir(tmp_path)
     make("runs/a")
     make("broken/a").joinpath("summary.json").write_text("{")
+    make("lists/a").joinpath("summary.json").write_text("[]")
     make("torn/a").joinpath("metrics.jsonl").write_text("{\n{}\n")
     make("foreign/a").joinpath("config.yaml").write_text("a: 1\n")
     (tmp_path / "empty").mkdir()

@@ -116,6 +116,8 @@ def test_what_is_missing_is_a_sentence(sweep: Path, capsys: pytest.CaptureFixtur
         grids(runs, "optimizer.lr", None)
     for given, said in {
         ("optimizers=[kfax]",): "optimizers has no 'kfax' (did you mean 'kfac'?)",
+        ("optimizer=sgd",): "optimizer=sgd: give optimizers=[sgd], of which there may be several",
+        ("optimizers=[]",): "optimizers is empty: give some",
         ("nowhere",): "there is no folder nowhere",
         (str(sweep), "model=mlp"): "model=mlp is for new runs",
         (str(sweep), "within=2"): "within must be a share in [0, 1)",

@@ -49,11 +49,22 @@ class Fails(Positional):
     def forward(self, x):
         return self.layers(x) @ x
 
+class Lazy(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Flatten(), nn.LazyLinear(num_classes))
+
+class Detached(Positional):
+    def forward(self, x):
+        return self.layers(x).detach()
+
 class Needs(nn.Module):
     def __init__(self, vocabulary): ...
 
 def nothing(): ...
-def seven(): return 7
+def seven(*_): return 7
+def several(): return (plain(),) * 4
+def spoilt(): return TensorDataset(torch.full((90, 1, 4, 4), torch.nan), torch.arange(90) % 3)
+def larger(): return plain(), TensorDataset(torch.rand(9, 1, 4, 5), torch.arange(9) % 3)
 def broken(): raise KeyError("gone")
 '''
 
@@ -111,6 +122,17 @@ def test_a_model_by_its_name_has_its_own_values_alone(command: Callable[..., Out
     assert re.search(r"^model:\n  _target_: more.Positional\n  width: 3\n\S", shown.out, re.MULTILINE), shown.out
 
 
+def test_lazy_layers_and_what_leads_nowhere(
+    command: Callable[..., Outcome], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(project))
+    brief = (*BRIEF, "optimizer=kfac", "callbacks=none")
+    assert command(*brief, "model._target_=more.Lazy", "paths.runs=~/there").code == 0
+    assert len(runs(project, "there/*/*")) == 1
+    lost = command(*brief, "model._target_=more.Detached")
+    assert lost.code == 1 and "the loss depends on no parameter that is trained" in lost.sentence()
+
+
 def test_a_run_of_one_s_own_pieces_predicts_at_one_s_word(
     command: Callable[..., Outcome], project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +174,7 @@ def test_share_of_the_test_set(quick: Callable[..., Outcome], work: Path) -> Non
     [
         (["model._target_=more.Answers"], r"the model returns what is of type dict, and classification needs a tensor"),
         (["model._target_=more.Fails"], r"the model fails on an example .*, \[1, 8, 8\], with .*\(more.py, line \d+\)"),
+        (["model._target_=torch.nn.Identity"], r"optimizer: Identity has no parameters to train: choose another"),
         (["model._target_=more.Needs"], r"model: Needs needs vocabulary, which this data set does not have"),
         (["model._target_=more.seven"], r"model: more.seven returned what is of type int, and a model is"),
         (["model._target_=more.Positionel"], r"more has no callable 'Positionel' \(did you mean 'Positional'\?\)"),
@@ -160,6 +183,12 @@ def test_share_of_the_test_set(quick: Callable[..., Outcome], work: Path) -> Non
         (["model._target_=models.Net"], r"models has no callable 'Net'; models.py of this folder is hidden by another"),
         (["model._target_=more.Positional", "model.wdith=3"], r"has no such option \(did you mean 'width'\?\)"),
         (["model._target_=torch.nn.Linear"], r"model: Linear needs in_features, which .* or give model.in_features="),
+        (["optimizer._target_=more.seven"], r"optimizer: seven made what is of type int, and no torch.optim.Optimizer"),
+        (["optimizer._target_=torch.optim.SparseAdam"], r"optimizer: SparseAdam is for sparse gradients"),
+        (["dataset._target_=more.several"], r"dataset: more.several returned 4 parts: let it return one set, or those"),
+        (["dataset._target_=more.plain", "dataset.mixup=-1"], r"dataset.mixup must be at least 0, got -1.0"),
+        (["dataset._target_=more.spoilt", "dataset.batch_size=9"], r"inputs of the data set hold nan or inf"),
+        (["dataset._target_=more.larger", "dataset.batch_size=9"], r"model fails on an example .*, \[1, 4, 5\], with"),
         (["dataset._target_=more.nothing"], r"dataset: more.nothing returned nothing: let it return a data set"),
         (["dataset._target_=more.seven"], r"the train set is of type int, which has no length"),
         (["dataset._target_=more.broken"], r"dataset: broken raised KeyError: 'gone' \(more.py, line \d+\)"),
@@ -173,6 +202,26 @@ def test_what_does_not_fit_says_so(argv: list[str], says: str, command: Callable
     (project / "wrong.py").write_text("class Net(:\n")
     (project / "models.py").write_text("class Net: ...\n")
     outcome = command("optimizer=sgd", "callbacks=none", *([] if "model._" in argv[0] else ["model=mlp"]), *argv)
+    assert outcome.code == 1 and re.search(says, outcome.sentence()), outcome.err
+    assert runs(project) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "argv", "says"),
+    [
+        ("model/mine.yaml", b"# \xfc\n_target_: more.Lazy\n", "model=mine", r"file is not in UTF-8 \('utf-8' codec"),
+        ("model/mine.yaml", b"defaults: [mine]\n_target_: more.Lazy\n", "model=mine", r"takes itself up, by its defau"),
+        ("model/mine.yaml", b"_target_: more.Lazy\n\twidth: 3\n", "model=mine", r"not valid YAML: .*line 2, column 1$"),
+        ("experiment/mine.yaml", b"seed: 3\n", "experiment=mine", r"unknown key 'experiment': .* # @package _global_$"),
+    ],
+)
+def test_files_of_one_s_own(
+    file: str, text: bytes, argv: str, says: str, command: Callable[..., Outcome], project: Path
+) -> None:
+    place = project / "it's mine" / file
+    place.parent.mkdir(parents=True)
+    place.write_bytes(text)
+    outcome = command("--config-dir", "it's mine", argv)
     assert outcome.code == 1 and re.search(says, outcome.sentence()), outcome.err
     assert runs(project) == []
 

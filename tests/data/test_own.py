@@ -114,6 +114,8 @@ def test_loaders_subsets_tensors_and_hubs() -> None:
     copied = wrap([torch.rand(1, 4, 4) for _ in range(30)], task="reconstruction", batch_size=5)
     x, y = batches(copied)[0]
     assert torch.equal(x.flatten(1), y) and copied.facts["likelihood"] == "bernoulli"
+    truths = wrap([(torch.rand(2), row % 2 == 0) for row in range(40)], batch_size=8)
+    assert batches(truths)[0][1].dtype == torch.int64 and truths.facts["num_classes"] == 2
     own = wrap(TensorDataset(torch.randn(30, 5), torch.randn(30, 2)), task="mine.Regression", batch_size=5)
     assert own.facts["num_outputs"] == 2 and own.task == "mine.Regression"
 
@@ -126,8 +128,8 @@ def test_labelled_images_are_mixed_as_ours_are() -> None:
     for (images, labels), (mixed, targets) in zip(plain, blended, strict=True):
         hard = torch.nn.functional.one_hot(labels, 3).float()
         part = targets.amax(1)[labels != labels.roll(1)][0]
-        before = images.roll(1, 0)
-        shares = [share for share in (part, 1 - part) if torch.allclose(images.lerp(before, 1 - share), mixed)]
+        made = {share: images.lerp(images.roll(1, 0), 1 - share) for share in (part, 1 - part)}
+        shares = [share for share, inputs in made.items() if torch.allclose(inputs, mixed, atol=1e-5)]
         assert shares, "each with the one before it"
         torch.testing.assert_close(targets, hard * shares[0] + hard.roll(1, 0) * (1 - shares[0]))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(served("val"), served("val", cutmix=1.0), strict=True))
@@ -151,7 +153,7 @@ class Broken(Pictures):
 
 
 class Ragged(Pictures):
-    classes = ("all",)
+    classes = ("even", "odd")
 
     def __getitem__(self, row: int) -> Any:
         return torch.zeros(3, 6, 6 + row % 2), 0
@@ -170,6 +172,12 @@ def weighted() -> DataLoader:
         (lambda: wrap(TensorDataset(torch.randn(9, 2), torch.randn(9))), r"a classification's are whole numbers"),
         (lambda: wrap([{"a": 1, "b": 2}] * 9), r"items of the data set have a, b: .* inputs='NAME'"),
         (lambda: wrap({"a": Pictures()}), r"a dictionary of splits needs one that is called train"),
+        (lambda: wrap([(torch.rand(3), 0)] * 9), r"has one class \(all targets are 0, .* of two at least"),
+        (lambda: wrap([torch.rand(3)] * 9), r"has one class .*: task='reconstruction' is for inputs without"),
+        (lambda: wrap([(torch.rand(3), 10**9 * k) for k in range(9)]), r"is 8000000000, and classes are numbered from"),
+        (lambda: wrap(torch.rand(9, 3), torch.rand(9)), r"inputs of the val set are \[\] and .*TensorDataset\(in"),
+        (lambda: wrap(TensorDataset), r"the train set is the class TensorDataset itself: give one of it"),
+        (lambda: wrap(Ragged(), normalised=([0.5] * 3, [0.0] * 3)), r"^normalised must have a std of values above 0"),
         (lambda: wrap([("text", 1)] * 9), r"of type str, no tensor, array or image"),
         (lambda: batches(wrap(Pictures(), test=Broken(), batch_size=30), "test"),
             r"failed with OSError: no such file \(test_own.py, line \d+\)"),

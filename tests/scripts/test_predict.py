@@ -83,6 +83,9 @@ def test_the_command_says_classes_with_probabilities(
         ([str(folder), str(tmp_path / "nowhere.png")], "nowhere.png"),
         ([str(tmp_path)], "it has no config.yaml"),
         ([str(folder), "--weights", "7"], "has no checkpoint step_00000007.pt"),
+        ([str(folder), *paths, "--top", "-1"], "--top: must be a whole number of at least 1, got -1"),
+        ([str(folder), *paths, "--temperature", "nan"], "--temperature: must be a number of at least 0, got nan"),
+        ([str(folder), *paths, "--device", "foo"], "device must be auto, cpu, cuda or another name torch knows"),
     ):
         assert predict.main(argv) == 1
         error = capsys.readouterr().err
@@ -97,6 +100,16 @@ def test_damaged_facts_and_those_of_earlier_versions(folder: Path, tmp_path: Pat
     (tmp_path / "run" / FILE).unlink()
     with pytest.raises(DataError, match=r"there is no folder .*photos"):
         load_run(tmp_path / "run")
+
+
+def test_where_an_export_cannot_be_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    for out, says in (("model.json", "a file of that name says what goes in"), ("file/model.st", "give another --out")):
+        assert export.main([str(folder), "--to", "safetensors", "--out", str(tmp_path / out)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("to", ["onnx", "torch.export", "safetensors"])

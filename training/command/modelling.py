@@ -110,6 +110,10 @@ def read(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, int], bool]:
     facts = FACTS | OWN.get(name, {})
     overrides = []
     for text in given:
+        if "=" not in text:
+            raise UserError(f"{text} is no key=value: one model at a time, and behind its name what it is to have")
+        if parse(text).is_sweep_override():
+            raise UserError(f"{text} holds several values, and one is to be given here")
         key = name_of(parse(text))
         if key == "dataset" or key.startswith("dataset."):
             raise UserError(f"{text}: with a data set, ask python train.py debug=summary model={name} {text}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim import Optimizer
 
+from training.errors import UserError
+
 
 def backward(
     optimizer: Optimizer,
@@ -21,7 +23,15 @@ def backward(
         outputs: the model's outputs, which methods that sample targets need.
         scale: a gradient scaler's factor inside ``loss``, which curvature must not see.
         targets: of the loss, for optimizers that ask for them (``needs_targets``).
+
+    Raises:
+        UserError: nothing leads from the loss to a parameter.
     """
+    if not loss.requires_grad:
+        raise UserError(
+            "the loss depends on no parameter that is trained: let the model compute its outputs from its parameters, "
+            "without detach() or no_grad()"
+        )
     own = getattr(optimizer, "backward", None)
     if own is None:
         loss.backward()

@@ -62,7 +62,7 @@ def session(device: str = "auto") -> Iterator[World]:
         ProcessLost: another process ended without a word, or gives no answer.
     """
     here = place()
-    world = World(here.rank, here.world_size, here.local_rank, _choose(device, here))
+    world = World(here.rank, here.world_size, here.local_rank, choose(device, here))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.world_size == 1:
@@ -145,13 +145,25 @@ def refuse_sharing(gpus: Sequence[str]) -> None:
         )
 
 
-def _choose(name: str, here: Place) -> torch.device:
+def choose(name: str, here: Place) -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: "auto", or what torch knows.
+        here: this process among others.
+
+    Raises:
+        ValueError: torch knows no such device.
+        UserError: this machine has none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or another name torch knows, got {name!r}") from error
+    if device.type == "meta":
+        raise UserError("device=meta holds shapes and no numbers: set trainer.device=cpu.")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +44,7 @@ def parameter_groups(
     rate = {} if lr is None else {"lr": lr}
     groups = []
     for pattern, factor in lr_mult.items():
-        if not factor > 0:
+        if not 0 < factor < math.inf:
             raise ValueError(f"lr_mult of {pattern!r} must be above 0 (freeze leaves parameters alone), got {factor}")
         chosen = _matches("lr_mult", pattern, named)
         scaled = {key: value * factor for key, value in rate.items()}

@@ -213,7 +213,8 @@ def exists(path: Path) -> bool:
 
 def unwritable(path: Path, error: OSError) -> str:
     """The sentence about a folder that cannot be written."""
-    return f"The run folder {path} cannot be written ({error.strerror}): set paths.runs to one that can."
+    place = "set paths.runs, or of a sweep paths.sweeps, to one that can"
+    return f"The run folder {path} cannot be written ({error.strerror}): {place}."
 
 
 class RunFolder:

@@ -28,6 +28,9 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
         UserError: for an unknown key, group or choice, a malformed override, a broken file, or a bad value.
     """
     overrides = opened([quoted(text) for text in overrides])
+    for override in map(parse, overrides):
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line!r} holds several values, and one is to be given here")
     return checked(composition_of(overrides), overrides)
 
 
@@ -62,6 +65,10 @@ def composition_of(overrides: Sequence[str]) -> DictConfig:
         raise UserError(diagnose(parsed, options, error)) from error
     except yaml.YAMLError as error:
         raise UserError(f"a configuration file is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"a configuration file is not in UTF-8 ({error})") from error
+    except RecursionError as error:
+        raise UserError("a configuration file takes itself up, by its defaults or those of a file there") from error
 
 
 def settle(cfg: DictConfig, choices: Mapping[str, str | None], command: Sequence[str] = ()) -> RunConfig:

@@ -17,7 +17,15 @@ from training.errors import UserError
 from training.runs.record import RunConfig, find, load
 from training.settings.composing import FREE, compose, composition_of, settle
 from training.settings.faults import refuse_additions
-from training.settings.files import BEHAVIOUR, CONFIG_FOLDER, CONFIG_NAME, NOTHING, known_choices, without_hydra
+from training.settings.files import (
+    BEHAVIOUR,
+    CONFIG_FOLDER,
+    CONFIG_NAME,
+    NOTHING,
+    known_choices,
+    spelled_out,
+    without_hydra,
+)
 from training.settings.overrides import Arguments, flags_of, name_of, opened, parse, quoted
 from training.settings.own import is_own_choice, other_budgets, superseded
 from training.settings.sweeps import Sweep, label_of, prepare_sweep, require_plugin, taken_out
@@ -38,8 +46,13 @@ def prepare(argv: Sequence[str], tell: Callable[[str], None] = lambda line: None
     Raises:
         UserError: for whatever is wrong with the run, or with any value that is swept.
     """
+    for text in argv:
+        if not text.isascii() and text.encode(errors="ignore").decode() != text:
+            raise UserError(f"{text!a} is not in UTF-8, which run folders are written in: rename what it names")
     args = Arguments().parse_intermixed_args(list(argv))
     if args.shell_completion:
+        if not any(text.startswith(("install=", "uninstall=", "query=")) for text in args.overrides):
+            raise UserError("--shell-completion needs install=SHELL, uninstall=SHELL or query=SHELL")
         return list(argv)
     if args.help or args.hydra_help or args.version:  # whatever else is said
         return flags_of(argv, args.overrides)
@@ -47,10 +60,18 @@ def prepare(argv: Sequence[str], tell: Callable[[str], None] = lambda line: None
         raise UserError(f"--config-dir {args.config_dir}: there is no such folder")
     if args.config_name or args.config_path:
         raise UserError("--config-name and --config-path are not supported: write an experiment file, experiment=NAME")
+    if args.experimental_rerun:
+        raise UserError("--experimental-rerun is for folders of Hydra, which does not make any: resume=RUN_FOLDER")
+    if (args.resolve or args.package) and not args.cfg:
+        raise UserError("--resolve and --package say what --cfg is to print: add --cfg job, or leave them out")
     given = [quoted(text) for text in args.overrides]
     flags = flags_of(argv, args.overrides)
-    search = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
-    given, shares = taken_out(given, args.multirun)
+    if args.info == "all":  # alone, it would take the first override for its value
+        flags = [f"{text}=all" if text == "--info" else f"{text}all" if text == "-i" else text for text in flags]
+        flags = [text for text in flags if text != "all"]
+    place = str(Path(args.config_dir).resolve()).replace("'", "\\'") if args.config_dir else ""
+    search = [f"hydra.searchpath=['file://{place}']"] if args.config_dir else []
+    given, shares = taken_out(spelled_out(given, search), args.multirun)
     overrides = [parse(text) for text in given]
     refuse_additions(overrides, search)
     given = [*search, *_groups_of_resumed(overrides), *opened(given)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 from hydra.core.override_parser.types import Override
@@ -10,11 +11,13 @@ from omegaconf import DictConfig
 
 from training.errors import UserError, did_you_mean
 from training.names import PLAYERS, TARGET
-from training.settings.files import CLUSTER, NOTHING, SPACES, all_keys, choosing, known_choices, tree_of
+from training.settings.files import CLUSTER, CONFIG_FOLDER, NOTHING, SPACES, all_keys, choosing, known_choices, tree_of
 from training.settings.overrides import GRAFTED, OPEN, RATES, name_of
 
 # A group that follows from the others: hyper-parameters that a study has for an optimizer, if it has some.
 PRESET = "preset"
+#: How many choices are named that have a key which the chosen one lacks.
+FEW = 3
 
 
 def diagnose(overrides: Sequence[Override], options: Mapping[str, list[str]], error: Exception) -> str:
@@ -89,6 +92,11 @@ def fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
         children = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
         listed = [name for name in children if name != TARGET]
         hint = f"; it has {', '.join(listed)}" if listed else "; it is a single value"
+        others = _choices_with(parent, leaf) if parent in groups and not did_you_mean(leaf, listed) else []
+        if 0 < len(others) <= FEW:
+            return f"{parent} has no key {leaf!r} as it is chosen: {', '.join(f'{parent}={one}' for one in others)} has"
+        if parent in groups and not listed:
+            hint = ": its choice has no values"
         return f"{parent} has no key {leaf!r}{did_you_mean(leaf, listed) or hint}"
     leaves = {name: name.rpartition(".")[2] for name in known}
     wanted = key.rpartition(".")[2]
@@ -96,6 +104,12 @@ def fault_of_key(override: Override, tree: DictConfig | None) -> str | None:
     homes = homes or [name for name, leaf in leaves.items() if wanted in leaf.split("_")]  # epochs: max_epochs
     hint = f" (did you mean {homes[0]!r}?)" if homes else did_you_mean(key, [*known, *groups])
     return f"unknown key {key!r}{hint or '; python train.py --cfg job prints all keys'}"
+
+
+def _choices_with(group: str, key: str) -> list[str]:
+    """The files of a group that have a key of their own of this name."""
+    files = [CONFIG_FOLDER / group / f"{choice}.yaml" for choice in known_choices([]).get(group, ())]
+    return [path.stem for path in files if path.is_file() and re.search(rf"^{re.escape(key)}:", path.read_text(), re.M)]
 
 
 def is_option_of_a_class(override: Override, tree: DictConfig | None) -> bool:

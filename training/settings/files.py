@@ -11,14 +11,14 @@ import hydra
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.errors import UserError, did_you_mean
 from training.names import PLAYERS
-from training.settings.overrides import name_of
+from training.settings.overrides import name_of, parse
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 CONFIG_NAME = "train"
@@ -42,12 +42,44 @@ def known_choices(overrides: Sequence[Override]) -> dict[str, list[str]]:
     for override in overrides:
         if override.key_or_group == "hydra.searchpath":
             folders += [Path(str(path).removeprefix("file://")) for path in override.value()]  # type: ignore[union-attr]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"hydra.searchpath: there is no folder {folder}")
     options: dict[str, list[str]] = {}
     found = (path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir())
     for group in (path for path in found if path.name not in (CLUSTER, SPACES)):
         names = [path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml")]
         options.setdefault(group.name, []).extend(sorted(names))
     return options | {f"optimizer@{player}": options["optimizer"] for player in PLAYERS}
+
+
+def spelled_out(texts: Sequence[str], search: Sequence[str]) -> list[str]:
+    """Overrides, with the names of a group's choices in the place of a pattern: `optimizer=glob(ad*)`.
+
+    Args:
+        texts: overrides.
+        search: one that says where else choices lie.
+
+    Raises:
+        UserError: a pattern is of no group, or like none of its choices.
+    """
+
+    def spell(text: str) -> str:
+        if "=glob(" not in text:
+            return text
+        override = parse(text)
+        pattern, group = override.value(), name_of(override)
+        if not isinstance(pattern, Glob):
+            return text
+        options = known_choices([parse(one) for one in search]).get(group)
+        if options is None:
+            raise UserError(f"{text}: glob is for the choices of a group, and {group} is none")
+        names = pattern.filter(options)
+        if not names:
+            raise UserError(f"{text} is like no choice of {group}; it has {', '.join(options)}")
+        return f"{text.partition('=')[0]}={','.join(names)}"
+
+    return [spell(text) for text in texts]
 
 
 def choosing(overrides: Sequence[Override]) -> list[str]:

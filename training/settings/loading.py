@@ -21,7 +21,8 @@ from models import build_model
 from training import tasks
 from training.errors import UserError
 from training.loop import rng
-from training.loop.distributed import World
+from training.loop.distributed import World, choose
+from training.loop.launch import Place
 from training.loop.precision import Precision
 from training.names import PLAYERS, TARGET
 from training.runs import checkpoints, record
@@ -56,6 +57,7 @@ def build_parts(config: Mapping[str, Any], world: World) -> tuple[DataModule, Ta
     _check_choice(config)
     data = build_data(config["dataset"], config["seed"], world)
     task, model = build_learning(config, data, world)
+    suited.fill_lazy_layers(model, data)
     if statistics := getattr(model, "statistics", None):  # they were trained on pixels of this mean and std
         data.normalise(*statistics)
     return data, task, model
@@ -93,6 +95,8 @@ def build_learning(config: Mapping[str, Any], data: DataModule, world: World) ->
     if not isinstance(model, nn.Module):
         made = f"{config['model'][TARGET]} returned what is of type {type(model).__name__}"
         raise UserError(f"model: {made}, and a model is a torch.nn.Module")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"model: {config['model'][TARGET]} returned one on the device meta, which holds no numbers")
     return task, model.to(world.device)
 
 
@@ -131,8 +135,15 @@ def build_data(node: Mapping[str, Any], seed: int, world: World) -> DataModule:
             return made
         if made is None:
             raise UserError(f"dataset: {node[TARGET]} returned nothing: let it return a data set")
+        if isinstance(made, tuple) and len(made) > 3:
+            raise UserError(
+                f"dataset: {node[TARGET]} returned {len(made)} parts: let it return one set, or those to train on, to "
+                "validate and to test"
+            )
         with schema.refusals("dataset", node):
-            return wrap(*made) if isinstance(made, tuple) else wrap(made)
+            # What takes any option has been given these too, and may have left them alone.
+            given = {name: value for name, value in node.items() if name in ASKED and name not in takes}
+            return wrap(*made, **given) if isinstance(made, tuple) else wrap(made, **given)
 
 
 @dataclass
@@ -318,7 +329,8 @@ def load_run(
         raise UserError(f"{path} is of a task that is no part of Curvlab: {_as_own([held['task']])}")
     if data is not None:
         config = record.replace_folder(config, str(config["paths"]["data"]), str(data))
-    world = World(device=torch.device(device))
+    with schema.refusals("", {}):
+        world = World(device=choose(str(device), Place()))
 
     @functools.cache
     def examples() -> DataModule:

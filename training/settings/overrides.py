@@ -96,6 +96,8 @@ def _advice(text: str) -> str:
     key, equals, value = text.partition("=")
     if not equals:
         return "write key=value, without spaces"
+    if not re.fullmatch(r"[+~]{0,2}[\w-]+([./@:][\w-]+)*", key):
+        return f"{key!r} is no key such as optimizer.lr"
     if any(value.count(a) != value.count(b) for a, b in ("[]", "{}", "()")):
         return "a bracket has no other"
     if any(value.count(mark) % 2 for mark in "'\""):
@@ -121,6 +123,9 @@ def quoted(text: str) -> str:
     key, _, value = text.partition("=")
     if key == "notes" and not (value.startswith(("'", '"')) or value in ("", "null")):  # free text, commas and all
         return "notes='{}'".format(value.replace("'", "\\'"))
+    if value.startswith("~/"):  # which a shell leaves to whoever reads it, behind the = of a word with a dot
+        value = os.path.expanduser(value)
+        text = f"{key}={value}"
     if not value.isascii() and not re.search(r"[=,{}\[\]()'\"\\]", value):  # its grammar knows no such letters
         return f"{key}='{value}'"
     if value.startswith(("'", '"')) or not re.search(r"[^\w./:~-]", value):
@@ -149,13 +154,19 @@ def opened(texts: Sequence[str]) -> list[str]:
 
 
 def values_of(overrides: Sequence[Override]) -> dict[str, list[str]]:
-    """By key, an override for each of the values that a sweep over lists gives it; what is fixed has one."""
+    """By key, an override for each of the values that a sweep over lists gives it; what is fixed has one.
+
+    Raises:
+        UserError: one is given none.
+    """
     values: dict[str, list[str]] = {}
     for override in overrides:
         key = override.get_key_element()
         swept = override.is_sweep_override()
         given = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
         values[key] = [f"{key}={value}" for value in given]
+        if not values[key]:
+            raise UserError(f"{override.input_line} holds no value: give some, as in {key}=0,1,2")
     return values
 
 

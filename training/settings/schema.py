@@ -11,6 +11,7 @@ import errno
 import importlib
 import inspect
 import math
+import re
 import types
 import typing
 import warnings
@@ -59,7 +60,7 @@ def locate(target: Any, where: str) -> Callable[..., Any]:
     Raises:
         UserError: the module cannot be imported, or holds no such callable.
     """
-    if not isinstance(target, str) or "." not in target:
+    if not isinstance(target, str) or not re.fullmatch(r"[\w-]+(\.[\w-]+)+", target):
         raise UserError(f"{where}.{TARGET} must be a dotted path such as torch.optim.SGD, got {target!r}")
     module_name, _, name = target.rpartition(".")
     module_name = MOVED.get(module_name, module_name)
@@ -68,9 +69,9 @@ def locate(target: Any, where: str) -> Callable[..., Any]:
     except Exception as error:
         why = str(error) if isinstance(error, ImportError) else told(error)
         raise UserError(f"{where}.{TARGET}: {module_name!r} cannot be imported ({why}){hidden(module_name)}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        hint = hidden(module_name) or did_you_mean(name, dir(module))
+    if not callable(found := getattr(module, name, None)):
+        inside = f": it is a module, give one of its callables, {target}.NAME" if inspect.ismodule(found) else ""
+        hint = hidden(module_name) or inside or did_you_mean(name, dir(module))
         raise UserError(f"{where}.{TARGET}: {module_name} has no callable {name!r}{hint}")
     return found
 
@@ -85,7 +86,7 @@ def parameters(function: Callable[..., Any], group: str = "") -> dict[str, inspe
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found = {name: p for name, p in _signature(function).items() if p.kind not in variadic}
     if group == "optimizer":  # its first parameter takes the model or its tensors, whatever the name
-        found.pop(next(iter(found)), None)
+        found.pop(next(iter(found), ""), None)
     if group == "dataset" and not is_ours(function):  # which may call `wrap`
         found = {name: _signature(own.wrap)[name] for name in own.ASKED} | found
     injected = INJECTED.get(group, frozenset())
@@ -137,7 +138,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
         if name not in names and not open_ended:
             hint = did_you_mean(name, names) or (f"; it takes {', '.join(names)}" if names else "; it takes no options")
             raise UserError(f"{prefix}{name}: {_name(function)} has no such option{hint}")
-        checked[name] = check_value(value, hints.get(name, Any), f"{prefix}{name}")
+        checked[name] = check_value(value, hints.get(name, Any), f"{prefix}{name}", finite=is_ours(function))
     missing = [name for name in names if known[name].default is inspect.Parameter.empty and name not in options]
     if group == "model" and not is_ours(function):  # facts of the data set, it may be, of whatever kind
         missing = []
@@ -147,13 +148,13 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
     return checked
 
 
-def check_value(value: Any, hint: Any, where: str) -> Any:
-    """The value brought to the type `hint`; see `check`.
+def check_value(value: Any, hint: Any, where: str, finite: bool = False) -> Any:
+    """The value brought to the type `hint`; see `check`. Infinities may be meant where it is not `finite`, but for lr.
 
     Raises:
         UserError: the value does not fit the hint.
     """
-    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and where.endswith(".lr"))):
+    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and (finite or where.endswith(".lr")))):
         raise UserError(f"{where} must be a finite number, got {value}")
     try:
         return _fit(value, hint, where)
@@ -342,8 +343,7 @@ def rehearse(values: Mapping[str, Any]) -> None:
 def _small(target: Callable[..., Any], **options: Any) -> torch.optim.Optimizer:
     """An optimizer of a very small model, to hear what it refuses."""
     optimizer = build_optimizer(target, torch.nn.Linear(1, 1), likelihood=Gaussian(), **options)
-    if close := getattr(optimizer, "close", None):
-        close()
+    getattr(optimizer, "close", lambda: None)()
     return optimizer
 
 
@@ -371,7 +371,8 @@ def refusals(where: str, options: Collection[str] = (), function: Callable[..., 
         if not isinstance(error, ValueError) and not peculiar:
             raise
         sentence = str(error)
-        leads_with_option = sentence.split(" ", 1)[0].split("[")[0].rstrip(":,") in options
+        known = (*options, *(own.ASKED if where == "dataset" else ()))
+        leads_with_option = sentence.split(" ", 1)[0].split("[")[0].rstrip(":,") in known
         raise UserError(f"{where}.{sentence}" if leads_with_option else f"{where}: {sentence}") from error
 
 

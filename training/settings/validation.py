@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.errors import UserError
+from training.errors import UserError, did_you_mean
 from training.names import AROUND, PLAYERS, TARGET
 from training.schedules import ScalarSchedule
 from training.settings import schema
@@ -14,6 +15,8 @@ from training.settings.overrides import OPEN, RATES
 
 # Groups without a `_target_` of their own, which hold named nodes that have one.
 CONTAINERS = ("logger", "callbacks")
+# Groups whose files are not of one part of a run, and say so.
+GLOBAL = ("experiment", "debug", "study", "preset")
 
 
 def validate(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,6 +25,10 @@ def validate(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: the first fault, in one sentence.
     """
+    known = schema.parameters(_top_level)
+    for key in (key for key in values if key not in known):
+        lost = ": a file of it begins with the line # @package _global_" if key in GLOBAL else did_you_mean(key, known)
+        raise UserError(f"unknown key {key!r}{lost}")
     checked = schema.check_options(_top_level, values, "")
     if not 0 <= checked["seed"] < 2**32:
         raise UserError(f"seed must be between 0 and 4294967295, got {checked['seed']}")
@@ -30,6 +37,7 @@ def validate(values: Mapping[str, Any]) -> dict[str, Any]:
     if checked["verify"] is not None and checked["verify"] < 1:
         raise UserError(f"verify must be at least 1 example, or null, got {checked['verify']}")
     checked["paths"] = schema.check_options(_paths, checked["paths"], "paths")
+    checked["paths"] |= {name: os.path.expanduser(checked["paths"][name]) for name in ("runs", "sweeps")}
     for group in ("optimizer", "scheduler", "model", "dataset", "trainer"):
         checked[group] = schema.check(checked[group], group, group)
     for group, nothing in AROUND.items():  # which runs of earlier versions do not have

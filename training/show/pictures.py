@@ -11,7 +11,21 @@ from torch import Tensor
 from training.runs.folder import atomic_file
 from training.runs.run import Callback, Run
 
+DENSEST = 1200  # dots an inch, at which a picture of a few inches takes some hundred megabytes while it is drawn
 CELL = 60  # smaller images are enlarged to about so many pixels a side
+
+
+def check_resolution(dpi: int) -> None:
+    """Refuse a resolution that no picture is drawn in.
+
+    Args:
+        dpi: dots an inch.
+
+    Raises:
+        ValueError: it is out of its range.
+    """
+    if not 1 <= dpi <= DENSEST:
+        raise ValueError(f"dpi must be from 1 to {DENSEST}, got {dpi}")
 
 
 class Pictures(Callback, ABC):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from data import DataError
@@ -75,6 +78,43 @@ def makes_players(factory: Callable[..., nn.Module]) -> bool | None:
     return typing.get_type_hints(factory).get("return") is GAN
 
 
+def fill_lazy_layers(model: nn.Module, data: DataModule) -> None:
+    """Let lazy layers, which know of their inputs by a first example, make their weights, as they would in training.
+
+    Args:
+        model: on its device; nothing happens to one that has none.
+        data: whose first example is taken.
+
+    Raises:
+        UserError: the model fails on it.
+        DataError: the example cannot be read.
+    """
+    if not any(map(is_lazy, model.parameters())):
+        return
+    inputs, _ = next(iter(data.train.epoch(0)))
+    training = model.training
+    model.eval()
+    with torch.no_grad(), _failing(inputs):
+        model(inputs[:1])
+    model.train(training)
+
+
+@contextmanager
+def _failing(inputs: Tensor) -> Iterator[None]:
+    """Within it, whatever a model raises on a data set's example becomes a sentence."""
+    try:
+        yield
+    except (UserError, DataError):
+        raise
+    except Exception as error:
+        if lack_of_memory(error):
+            raise
+        raise UserError(
+            f"the model fails on an example of this data set, {list(inputs.shape[1:])}, with {told(error)}: choose "
+            "another model or another data set"
+        ) from error
+
+
 def check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
     """One example through the model, as in evaluation: tasks refuse models that are none of theirs.
 
@@ -85,7 +125,7 @@ def check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
 
     Raises:
         UserError: the model fails on it, or is none for the task.
-        DataError: the example cannot be read.
+        DataError: the example cannot be read, or its batch holds what is no number.
     """
     inputs, targets = next(iter(data.train.epoch(0)))
     here = next((tensor.device for tensor in model.parameters()), inputs.device)
@@ -94,18 +134,20 @@ def check_outputs(model: nn.Module, data: DataModule, task: Task) -> None:
             f"the data set serves its batches on {inputs.device} and the model is on {here}: let its callable take "
             "device, or make it by data.wrap, which knows it"
         )
-    with rng.observed(model, inputs.device):
-        try:
-            task.check(model, inputs[:1], targets[:1])
-        except (UserError, DataError):
-            raise
-        except Exception as error:
-            if lack_of_memory(error):
-                raise
-            raise UserError(
-                f"the model fails on an example of this data set, {list(inputs.shape[1:])}, with {told(error)}: choose "
-                "another model or another data set"
-            ) from error
+    if not bool(inputs.isfinite().all()):
+        raise DataError("inputs of the data set hold nan or inf, which spoil all weights: leave such examples out")
+    with rng.observed(model, inputs.device), _failing(inputs):
+        task.check(model, inputs[:1], targets[:1])
+    for loader in (data.val, data.test):
+        if _shape_of(loader) != _shape_of(data.train):  # images of another size, say
+            others, theirs = next(iter(loader.epoch(0)))
+            with rng.observed(model, inputs.device), _failing(others):
+                task.check(model, others[:1], theirs[:1])
+
+
+def _shape_of(loader: object) -> tuple[int, ...]:
+    """Of an example in its store; () where there is no telling."""
+    return tuple(getattr(getattr(loader, "store", None), "shape", ()))
 
 
 def check_optimizer(optimizer: Optimizer, task: Task, *, compiled: bool, clipped: bool) -> None:

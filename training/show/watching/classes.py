@@ -16,6 +16,7 @@ from training.loop.distributed import broadcast_buffers
 from training.runs.evaluation import Heeding, best_weights
 from training.runs.folder import atomic_file
 from training.runs.run import Callback, Run
+from training.show.pictures import check_resolution
 from training.tasks.classification import Classification
 from training.tasks.task import Task
 
@@ -36,8 +37,7 @@ class ClassPlots(Callback):
     """
 
     def __init__(self, dpi: int = 120) -> None:
-        if dpi < 1:
-            raise ValueError(f"dpi must be at least 1, got {dpi}")
+        check_resolution(dpi)
         self.dpi = dpi
 
     def check(self, task: Task) -> None:

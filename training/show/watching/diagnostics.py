@@ -23,6 +23,7 @@ from optimizers.curvature.communication import average_
 from training.loop import rng
 from training.runs.folder import atomic_file
 from training.runs.run import Callback, Run
+from training.show.pictures import check_resolution
 from training.tasks.players import members, unobserved
 from training.tasks.task import Turn
 
@@ -144,8 +145,7 @@ class CurvatureDiagnostics(Callback):
     def __init__(self, every: int = 100, measure: bool = True, dpi: int = 120) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        if dpi < 1:
-            raise ValueError(f"dpi must be at least 1, got {dpi}")
+        check_resolution(dpi)
         self.every, self.measure, self.dpi = every, measure, dpi
         self._updates: list[_Update] = []
         self._batches: list[_Batch] = []

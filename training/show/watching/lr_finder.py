@@ -24,6 +24,7 @@ from training.errors import UserError
 from training.runs.folder import atomic_file
 from training.runs.run import Callback, Run
 from training.show.curves import COLOURS, GREY, canvas, dress, name_of_run
+from training.show.pictures import check_resolution
 from training.tasks.task import Task, Turn
 
 log = logging.getLogger(__name__)
@@ -165,8 +166,7 @@ class LRFinder(Callback):
     def __init__(self, diverged: float = 2.0, dpi: int = 120) -> None:
         if not 1 < diverged < math.inf:
             raise ValueError(f"diverged must be above 1, got {diverged}")
-        if dpi < 1:
-            raise ValueError(f"dpi must be at least 1, got {dpi}")
+        check_resolution(dpi)
         self.limit, self.dpi = diverged, dpi
         self.rates: list[float] = []
         self.losses: list[float] = []
