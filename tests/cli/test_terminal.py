@@ -114,6 +114,15 @@ def test_a_sweep_is_a_line_a_run_and_one_table(command: Callable[..., Outcome], 
     assert table[0][2] == f"* {(one + two) / 2:.2f} ± {abs(one - two) / 2**0.5:.2f} %"
 
 
+def test_a_run_of_a_sweep_fits_a_line() -> None:
+    best = {"val/accuracy": 0.27, "test/accuracy": 0.26}
+    ended = {"status": "finished", "monitor": "val/accuracy", "best": best, "seconds": {"training": 0.4}}
+    run = ("1 of 4", "optimizer-adam_seed-0", ended)
+    assert report.outcome(*run) == f"{report.outcome(*run, width=80)}, 0.4 s", "of a file, all of it"
+    assert report.outcome(*run, width=80).endswith("val/accuracy 27.00 %, test 26.00 %")
+    assert report.outcome(*run, width=1) == "1 of 4  optimizer-adam_seed-0: finished"
+
+
 def test_a_long_sweep_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
     assert report.rest(400.0, 3, 7) == ", about 13:20 left"

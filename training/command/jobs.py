@@ -45,7 +45,7 @@ def launch(train: Train, sweep: Sweep, rows: list[Row]) -> None:
         with _threads(sweep.threads), report.in_brief(), heart.at(building):
             rows.append((label, perform(train, sweep, index)))
         rest = report.rest(began, done, len(sweep.due))
-        say(f"{index + 1} of {len(labels)}{rest}  {report.outcome(*rows[-1])}")
+        say(report.outcome(f"{index + 1} of {len(labels)}{rest}", *rows[-1]))
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def _attend(pool: Pool, ended: dict[int, Row]) -> None:
 
     def report_on(index: int, summary: dict[str, Any]) -> None:
         ended[index] = labels[index] or "run 1", summary
-        say(f"{len(ended)} of {due}{report.rest(began, len(ended), due)}  {report.outcome(*ended[index])}")
+        say(report.outcome(f"{len(ended)} of {due}{report.rest(began, len(ended), due)}", *ended[index]))
 
     while pool.workers:
         if (code := requested() or pool.code) and not told:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -146,19 +147,24 @@ def _spread(name: str, values: Sequence[float]) -> str:
     return f"{mean.removesuffix(' %')} ± {_figure(name, width) if '%' in mean else f'{width:.2g}'}"
 
 
-def outcome(label: str, summary: Mapping[str, Any]) -> str:
-    """One line about a run that has ended.
+def outcome(place: str, label: str, summary: Mapping[str, Any], width: int | None = None) -> str:
+    """One line about a run of a sweep that has ended. Where it does not fit, the table at the end has the rest.
 
     Args:
+        place: the how-manieth it is.
         label: the run's name.
         summary: as in ``summary.json``.
+        width: of the line; None: the terminal's, and of a file any.
     """
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     monitor, best, seconds = summary.get("monitor"), summary.get("best") or {}, summary.get("seconds") or {}
     parts = [str(summary.get("status", "unfinished")).replace("_", " ")]
     shown = {monitor: monitor, f"test/{monitor.split('/')[-1]}": "test"} if monitor else {}
     parts += [f"{short} {_figure(name, best[name])}" for name, short in shown.items() if name in best]
     parts += [f"{seconds['training']:.1f} s"] if "training" in seconds else []
-    return f"{label}: {', '.join(parts)}"
+    lines = [f"{place}  {label}: {', '.join(parts[:count])}" for count in range(len(parts), 0, -1)]
+    return next((line for line in lines if len(line) <= width), lines[-1])
 
 
 def failure_lines(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
