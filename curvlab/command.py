@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, Ctrl-C ends the process without a trace
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
+    if argv is None:
+        importlib.import_module("training.missing")
     try:
         train = importlib.import_module("curvlab.train")
     except ModuleNotFoundError as error:

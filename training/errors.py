@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -12,6 +13,10 @@ from pathlib import Path
 #: Where files of Curvlab lie.
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("train.py", "optimizers", "models", "data", "training", "analysis", "scripts", "examples")
+
+
+#: What the system says of a disk that is full.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -100,3 +105,14 @@ def lack_of_memory(error: BaseException) -> str | None:
         f"{whose} does not suffice{asked}: choose a smaller model or dataset.batch_size (trainer.accumulate=2 makes "
         "two batches a step), or another optimizer; debug=summary says what one holds"
     )
+
+
+def lack_of_room(error: BaseException) -> str | None:
+    """The sentence about a full disk, where the file that a command prints to may lie; None of any other error.
+
+    Args:
+        error: any.
+    """
+    if isinstance(error, UserError) or not isinstance(error, OSError) or error.errno not in FULL:
+        return None
+    return f"{error.filename or 'what is printed'} cannot be written ({error.strerror}): make room, and resume the run"

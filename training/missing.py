@@ -1,10 +1,12 @@
 """Imported first by a command: from then on, a package that it lacks is told of in a sentence.
 
-Which is ``errors.not_installed``; every other error that nobody catches is shown as before.
+Which is ``errors.not_installed``; every other error that nobody catches is shown as before. And what a terminal's
+encoding lacks, of a class's name, say, is written by its number instead of ending the command.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from types import TracebackType
@@ -23,3 +25,6 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 sys.excepthook = _tell
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="backslashreplace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 from tests.cli.conftest import QUICK, Outcome, runs, summary
 from tests.conftest import ROOT
+from training.command.words import complain
 
 # (name, arguments, what the sentence says)
 REFUSED = [
@@ -296,6 +298,29 @@ def test_a_python_without_packages_is_told_of_them(work: Path) -> None:
         needed = "requirements-examples.txt" if "examples" in words else "requirements.txt"
         assert re.fullmatch(rf"error: \w+ is not installed.*: .*pip install -r {needed}\n", said), f"{words}: {said}"
         assert process.returncode == 1
+
+
+def test_a_terminal_without_such_letters() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import training.missing; print('Österreich 1 ± 2')"], cwd=ROOT, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "\\xd6sterreich 1 \\xb1 2\n", done
+
+
+def test_a_full_disk_where_output_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    complain(OSError(errno.ENOSPC, "No space left on device"))
+    assert capsys.readouterr().err.startswith("error: what is printed cannot be written (No space left on device): ")
+
+
+def test_a_folder_that_is_gone(command: Callable[..., Outcome], work: Path) -> None:
+    gone = work / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    outcome = command("model=mlp")
+    os.chdir(work)
+    assert outcome.code == 1 and "the folder in which this command is given is gone" in outcome.sentence()
 
 
 def test_what_a_user_s_module_lacks_is_no_package_of_ours(work: Path) -> None:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from training.errors import ProcessLost, UserError, lack_of_memory, not_installed
+from training.errors import ProcessLost, UserError, lack_of_memory, lack_of_room, not_installed
 from training.loop.launch import is_main
 from training.loop.signals import Interrupted, requested
 from training.show import heart, report
@@ -23,9 +23,13 @@ T = TypeVar("T")
 def is_mendable(error: object) -> bool:
     """Whether an exception is one that a user can mend: a sentence, no trace."""
     data = sys.modules.get("data")  # before it is imported, with torch, no exception is one of its own
-    if isinstance(error, Exception) and (lack_of_memory(error) or not_installed(error)):
+    if isinstance(error, Exception) and _told(error):
         return True
     return isinstance(error, UserError) or (data is not None and isinstance(error, data.DataError))
+
+
+def _told(error: Exception) -> str | None:
+    return lack_of_memory(error) or not_installed(error) or lack_of_room(error)
 
 
 def say(text: str) -> None:
@@ -40,7 +44,7 @@ def complain(error: Exception) -> None:
     if not is_mendable(error) or os.environ.get("CURVLAB_DEBUG") == "1":
         traceback.print_exception(error)
     if is_mendable(error) and (error.first if isinstance(error, ProcessLost) else is_main()):
-        sentence = lack_of_memory(error) or not_installed(error) or " ".join(str(error).split())
+        sentence = _told(error) or " ".join(str(error).split())
         sys.stderr.write(f"error: {as_started(sentence)}\n")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from training.errors import UserError
 from training.names import PLAYERS, TARGET
 from training.runs.record import BUDGETS
 from training.settings.overrides import parse
@@ -17,8 +18,15 @@ from training.settings.overrides import parse
 
 @contextmanager
 def reachable() -> Iterator[None]:
-    """Within it, modules of the working folder can be named, behind all that Python finds without it."""
-    folder = os.getcwd()
+    """Within it, modules of the working folder can be named, behind all that Python finds without it.
+
+    Raises:
+        UserError: that folder was deleted.
+    """
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the folder in which this command is given is gone: give it in another") from error
     added = not {"", folder} & set(sys.path)
     if added:
         sys.path.append(folder)
