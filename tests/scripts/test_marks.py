@@ -44,7 +44,8 @@ def test_the_index_says_which_figures_come_of_records() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     rows = text[text.index("## Where") :]
     said = dict(re.findall(r"^\| \[[^]]+\]\((\w+)\.md\) \|.*\| ([^|]+) \|$", rows, re.MULTILINE))
-    assert set(said) == {page.stem for page in FOLDER.glob("*.md")} - {"README"}
+    marked = {page.stem for page in MARKED if page.parent == FOLDER}
+    assert len(marked) > 10 and marked <= set(said) <= {page.stem for page in FOLDER.glob("*.md")}
     for page in MARKED:
         if page.parent == FOLDER:
             kept = {mark.record is not None for mark in marks.marks(page)}
