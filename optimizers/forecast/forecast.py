@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,13 @@ from torch.optim import SGD
 from ..base import Coverage
 from .prices import Prices, added
 from .rehearsal import Loss, Make, Rehearsal, looked, rehearse
+from .trial import TIMES, tried
 
 #: Examples by which it is found out whose rows are whose, seconds that passes are timed for, and times at most.
 EXAMPLES, PATIENCE, PASSES = 8, 1.5, 6
+
+#: Seconds, as far as they can be guessed, and bytes of state up to which steps are taken by a copy rather than priced.
+SHORT, ROOM = 3.0, 2**29
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Forecast:
         sgd: seconds of SGD's own work in a step (with momentum).
         coverage: which layers have curvature; None for an optimizer that keeps none.
         calls: how many calls of torch's operations an average step makes beyond the passes.
+        tried: whether a copy of the model took steps, which were timed; else operations were priced.
     """
 
     parameters: int
@@ -54,6 +60,7 @@ class Forecast:
     parts: dict[str, float] = field(default_factory=dict)
     sgd: float = 0.0
     calls: float = 0.0
+    tried: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -85,10 +92,11 @@ def forecast(
     """Find out, before training, what steps with an optimizer hold and take.
 
     State is what the optimizer's own code keeps of tensors without data, so exact. Seconds are those of a forward and a
-    backward pass, which are timed on a copy of the model, and of the operations that the optimizer asks for beyond
-    them, each timed on this machine; of a whole training, with the work of every ``update_every`` and
-    ``refresh_every`` steps by its share and without updates that come early. What only data decide (how long an
-    iteration goes on, what is repaired) is not foreseen: see ``Recording``.
+    backward pass, which are timed on a copy of the model, and of the optimizer's work beyond them: where that is short,
+    of a few steps of the copy, which are timed, and else of the operations that it asks for, each timed on this machine
+    (``Prices``). They are of a whole training, with the work of every ``update_every`` and ``refresh_every`` steps by
+    its share and without updates that come early. What only data decide (how long an iteration goes on, what is
+    repaired) is not foreseen where operations are priced: see ``Recording``.
 
     Args:
         model: as it would be trained; it is left as it is.
@@ -97,7 +105,7 @@ def forecast(
         targets: its targets.
         loss: of outputs and targets, a scalar, such as ``F.cross_entropy``.
         prices: of operations on this machine; default: found out here, for two seconds.
-        passes: seconds of a forward and a backward pass, where they are known.
+        passes: seconds of a forward and a backward pass, where they are known; then operations are priced.
 
     Raises:
         RuntimeError: the optimizer does what cannot be done without data.
@@ -110,15 +118,48 @@ def forecast(
         shown = rehearse(twin, make, inputs, targets, loss, rows, timed=on_processor)
         if not on_processor:  # whose operations run side by side with what asks for them
             return priced(shown, None, None, None, model)
-        plain = rehearse(twin, lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9), inputs, targets, loss)
+        plain = rehearse(twin, _sgd, inputs, targets, loss)
         prices = Prices() if prices is None else prices
         if passes is not None:
             return priced(shown, plain, passes, prices, model)
         before = timed_passes(twin, inputs, targets, loss, prices.clock)
-        found = priced(shown, plain, None, prices, model)
+        if _guessed(shown, statistics.median(before), prices) < SHORT and sum(shown.state.values()) < ROOM:
+            found = priced(shown, None, None, None, model)
+            _try(found, shown, twin, make, (inputs, targets, loss, prices.clock))
+        else:
+            found = priced(shown, plain, None, prices, model)
         after = timed_passes(twin, inputs, targets, loss, prices.clock)  # what else the machine does may have changed
-    found.passes = statistics.median(before + after)
+    passes = statistics.median(before + after)
+    if found.tried:  # these were whole steps
+        found.passes = min(passes, found.sgd, found.parts["step"])
+        found.sgd, found.parts["step"] = found.sgd - found.passes, found.parts["step"] - found.passes
+    else:
+        found.passes = passes
     return found
+
+
+def _sgd(model: nn.Module) -> SGD:
+    """The optimizer whose step is the unit; at no rate, it leaves its model as it is."""
+    return SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+
+def _guessed(shown: Rehearsal, passes: float, prices: Prices) -> float:
+    """About how many seconds a trial of the steps would take (see ``tried``)."""
+    parts = {name: prices.guessed(added(pairs)) * shown.intervals.get(name, 1) for name, pairs in shown.parts.items()}
+    kinds = 1 + len(shown.intervals)
+    length = 1 if shown.intervals else max(len(shown.parts["step"]) - 1, 1)  # of a round
+    steps = 2 + TIMES * (kinds if shown.intervals else length)
+    due = (2 + TIMES) * (parts.get("update", 0.0) * max(kinds - 1, 1) + parts.get("refresh", 0.0))
+    return steps * (passes + parts["step"]) + due
+
+
+def _try(found: Forecast, shown: Rehearsal, twin: nn.Module, make: Make, given: Any) -> None:
+    """Fill in seconds, of whole steps of copies; SGD's before and after, since the machine may do other things, too."""
+    unit = [tried(twin, _sgd, *given)["step"]]
+    found.parts = tried(copy.deepcopy(twin), make, *given)
+    unit.append(tried(twin, _sgd, *given)["step"])
+    found.sgd, found.tried = statistics.fmean(unit), True
+    found.calls = sum(sum(added(pairs).values()) for pairs in shown.parts.values())
 
 
 def priced(

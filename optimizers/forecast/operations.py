@@ -204,4 +204,3 @@ def _answer(tensor: Tensor) -> bool | int | float:
     if tensor.dtype is torch.bool:
         return not getattr(tensor, "exception", False)
     return 1.0 if tensor.is_floating_point() else 0
-

@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operations import CUBIC, Like, Operation
+from .operations import CUBIC, SOLVES, Like, Operation
 
 #: Multiplications and additions, and bytes, from which on an operation is timed at smaller shapes and scaled.
 LIMIT_FLOPS, LIMIT_BYTES = 5e8, 5e7
+
+#: Of the budget, what one call may take of a decomposition or a solve, which go the faster, the larger they are: these
+#: are timed as large as that allows. Seconds from which on one call is enough.
+SHARE, LONG = 1 / 20, 0.05
 
 #: Bytes from which on operands are taken from memory rather than caches: what a step touches once is not in these.
 COLD = 2**18
@@ -55,6 +59,10 @@ class Prices:
         """Seconds by arithmetic and memory alone."""
         return self._call + operation.flops() / self._rate + operation.bytes() / self._bandwidth
 
+    def guessed(self, weighted: Mapping[Operation, float]) -> float:
+        """Seconds of operations by arithmetic and memory alone, each as often as it is called."""
+        return sum(times * (self.guess(operation) + BETWEEN * self._call) for operation, times in weighted.items())
+
     def learn(self, weighted: Mapping[Operation, float]) -> None:
         """Time operations, those that matter most first, until the budget is spent.
 
@@ -91,25 +99,39 @@ class Prices:
 
     def _measured(self, operation: Operation) -> float | None:
         small = operation
-        while (smaller := _smaller(small)) is not None:
+        while self._long(small) and (smaller := _smaller(small)) is not None:
             small = smaller
         for attempt in (small, operation) if small is not operation else (operation,):
             if attempt.bytes() > 20 * LIMIT_BYTES:
                 return None
             try:
-                found = self._call_of(attempt)
+                return self._scaled(operation, attempt)
             except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
                 continue  # its arguments depend on each other in a way that is not seen here
-            return found * self._times(operation, attempt)
         return None
 
-    def _times(self, operation: Operation, small: Operation) -> float:
-        """How many times the work of a smaller operation another one is."""
+    def _long(self, operation: Operation) -> bool:
+        """Whether an operation would take too long to be timed."""
+        if _blocked(operation):
+            return self.guess(operation) > SHARE * self.budget
+        return operation.flops() > LIMIT_FLOPS or operation.bytes() > LIMIT_BYTES
+
+    def _scaled(self, operation: Operation, small: Operation) -> float:
+        """Seconds of an operation by those of a smaller one.
+
+        Of one that goes through a matrix by blocks, two sizes are timed, and take a n^3 + b n^2 seconds.
+        """
         if operation is small:
-            return 1.0
-        if small.flops():
-            return operation.flops() / small.flops()
-        return operation.bytes() / max(small.bytes(), 1)
+            return self._call_of(small)
+        if not small.flops():
+            return self._call_of(small) * operation.bytes() / max(small.bytes(), 1)
+        half = _smaller(small) if _blocked(operation) else None
+        before = self._call_of(half) if half is not None else 0.0
+        found, more = self._call_of(small), operation.flops() / small.flops()
+        square = 0.0
+        if half is not None and (r := _side(small) / _side(half)) > 1:
+            square = min(max((before * small.flops() / half.flops() - found) / (r - 1), 0.0), found)
+        return (found - square) * more + square * more * _side(small) / _side(operation)
 
     def _call_of(self, operation: Operation) -> float:
         """Seconds of a call on made-up numbers."""
@@ -126,18 +148,26 @@ class Prices:
 
 
 def _least(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Seconds of a call: the median of some, after one that does not count."""
+    """Seconds of a call: the median of some, after one that does not count unless it takes long."""
     began = clock()
     call()
     first = clock() - began
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 1e-3 and len(times) < 25):
+    times: list[float] = [first] if first > LONG else []
+    while sum(times) + first < 2 * LONG and (len(times) < 3 or (sum(times) < 1e-3 and len(times) < 25)):
         began = clock()
         call()
         times.append(clock() - began)
-        if sum(times) + first > 0.1:
-            break
     return statistics.median(times)
+
+
+def _blocked(operation: Operation) -> bool:
+    """Whether an operation goes through a matrix by blocks, the larger ones at a better pace."""
+    return operation.name in CUBIC or operation.name in SOLVES
+
+
+def _side(operation: Operation) -> int:
+    """The side of the matrix that is decomposed, or solved with: the largest of all sides."""
+    return max(size for like in operation.likes() for size in like.size[-2:])
 
 
 def _is_view(operation: Operation) -> bool:
@@ -147,9 +177,7 @@ def _is_view(operation: Operation) -> bool:
 
 
 def _smaller(operation: Operation) -> Operation | None:
-    """The operation at half of one of its sizes, wherever that occurs; None if it is small enough."""
-    if operation.flops() <= LIMIT_FLOPS and operation.bytes() <= LIMIT_BYTES:
-        return None
+    """The operation at half of one of its sizes, wherever that occurs; None if that would be too small."""
     likes = operation.likes()
     batch = likes[0].size[0] if "convolution" in operation.name and likes[0].size else 0
     sizes = [size for like in likes for size in like.size]

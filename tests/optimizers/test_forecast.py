@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimizers import EMA, KFAC, Categorical, CurvatureOptimizer, Graft, build_optimizer
 from optimizers.forecast import Prices, forecast, held, rehearse
 from optimizers.forecast.operations import Like, Operation
 from optimizers.forecast.prices import added
 from optimizers.forecast.rehearsal import looked
+from optimizers.forecast.trial import tried
 from optimizers.packaged import Package
 from optimizers.table import CATALOGUE, present
 from optimizers.wrapper import innermost
@@ -95,7 +98,7 @@ CASES += [(name, "transformer") for name in ("kfac", "adafisherw")]
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "net"), CASES)
 def test_the_forecast_of_memory_is_the_measured_state(name: str, net: str) -> None:
-    (_, entry, target), = present([name])
+    ((_, entry, target),) = present([name])
     make = partial(build_optimizer, target, likelihood=Categorical(), **entry.options)
     predicted, measured, optional = predicted_and_measured(net, make)
     assert predicted == measured and optional == 0
@@ -105,7 +108,7 @@ def test_the_forecast_of_memory_is_the_measured_state(name: str, net: str) -> No
 @pytest.mark.filterwarnings("ignore")
 def test_what_numbers_decide_on_is_named_apart() -> None:
     """A second pair may be antisymmetric in a convolution, and its layer keeps more then: no more than is said."""
-    (_, entry, target), = present(["deflation"])
+    ((_, entry, target),) = present(["deflation"])
     make = partial(build_optimizer, target, likelihood=Categorical(), **entry.options)
     predicted, measured, optional = predicted_and_measured("conv", make)
     more = sum(measured.values()) - sum(predicted.values())
@@ -127,7 +130,7 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "net", "options"), OPTIONS, ids=lambda value: str(value))
 def test_it_stays_right_where_options_change_what_is_kept(name: str, net: str, options: dict[str, Any]) -> None:
-    (_, entry, target), = present([name])
+    ((_, entry, target),) = present([name])
     make = partial(build_optimizer, target, likelihood=Categorical(), **entry.options | options)
     predicted, measured, _ = predicted_and_measured(net, make)
     assert predicted == measured
@@ -197,6 +200,62 @@ def test_prices_scale_what_is_too_large_to_be_timed() -> None:
     prices = Exact(lambda: 0.0)
     assert prices.seconds(_product(4096)) == 2 * 4096**3 and prices.seconds(_product(64)) == 2 * 64**3
     assert len(timed) == 2 and max(timed) < 1e9
+
+
+def test_large_decompositions_are_foreseen_from_two_sizes() -> None:
+    """On a machine that takes a n^3 + b n^2 seconds, and is twice as slow at a side of 1,000 as at infinite ones."""
+    timed: list[int] = []
+
+    def takes(side: int) -> float:
+        return 1e-3 * ((side / 1000) ** 3 + (side / 1000) ** 2)
+
+    class Blocks(Prices):
+        def _machine(self) -> tuple[float, float, float]:
+            return 1e10, 1e10, 0.0
+
+        def _call_of(self, operation: Operation) -> float:
+            timed.append(operation.likes()[0].size[-1])
+            return takes(timed[-1])
+
+    matrix = Like((8192, 8192), (8192, 1), torch.float32)
+    cholesky = Operation(torch.ops.aten.linalg_cholesky_ex.default, (matrix,), (), (matrix,))
+    assert Blocks(lambda: 0.0).seconds(cholesky) == pytest.approx(takes(8192))
+    assert len(timed) == 2 and max(timed) == 2 * min(timed) <= 2048
+
+
+class Counted(TorchDispatchMode):
+    """Counts decompositions, as a clock that shows nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.linalg_cholesky_ex.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_copy_takes_steps_of_each_kind_and_weighs_them() -> None:
+    """Two factors of two layers are decomposed every twenty steps, whatever early updates do at first."""
+    make = partial(KFAC, lr=0.1, update_every=5, refresh_every=20, early_updates=True, likelihood=Categorical())
+    model, (x, y) = mlp(), NETS["mlp"][1]()
+    with Counted() as counted:
+        parts = tried(model, make, x, y, loss_of, lambda: counted.count)
+    assert parts == {"step": 0.0, "update": 0.0, "refresh": 4 / 20}
+
+
+def test_steps_that_are_short_are_taken_by_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, y) = mlp(), NETS["mlp"][1]()
+    before = [p.detach().clone() for p in model.parameters()]
+    make = partial(KFAC, lr=0.1, likelihood=Categorical())
+    random = torch.get_rng_state()
+    found = forecast(model, make, x, y, loss_of)
+    assert found.tried and found.passes and found.step > found.passes and found.ratio > 1 and found.calls > 0
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    assert torch.equal(random, torch.get_rng_state()) and all(p.grad is None for p in model.parameters())
+    monkeypatch.setattr(importlib.import_module("optimizers.forecast.forecast"), "ROOM", 0)  # no room for a trial
+    dear = forecast(model, make, x, y, loss_of, prices=Prices(budget=0.2))
+    assert not dear.tried and dear.state == found.state and dear.parts.keys() == found.parts.keys()
 
 
 def test_a_triangular_solve_takes_the_square_of_its_side_for_each_column() -> None:

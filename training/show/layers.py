@@ -1,4 +1,4 @@
-"""The table of a model's layers, and what training it is forecast to hold and take, in a hundred columns."""
+"""The table of a model's layers, and what training it is forecast to hold and take, in eighty columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optimizers.base import Coverage
 from optimizers.forecast import Forecast
 
 #: Of the whole table; and the widths that names and kinds are cut to.
-WIDTH = 100
+WIDTH = 80
 NAME, KIND, SHORTEST = 40, 24, 12
 
 #: What parts of a step are called: what they do, every so many steps.
@@ -154,7 +154,8 @@ def forecast_text(found: Forecast, name: str, batch_size: int) -> str:
     for part, seconds in found.parts.items():
         every = found.intervals.get(part)
         words = PARTS.get(part, part) if every is None else f"{PARTS.get(part, part)}, every {every} steps"
-        cost.append([f"{name}: {words}", _seconds(seconds), "of an average step" if every else ""])
+        told = "of an average step" if every else "by steps of a copy" if found.tried else "by its operations"
+        cost.append([f"{name}: {words}", _seconds(seconds), told])
     unit = _seconds(found.passes + found.sgd)
     cost.append(["an average step", _seconds(found.step), f"{found.ratio:.2f} times SGD's, {unit}"])
     lines += ["step", *columns(cost, "<><", indent="  ")]
