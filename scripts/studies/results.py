@@ -31,6 +31,7 @@ if __name__ == "__main__":
 from analysis import compare, report
 from analysis.report import tables
 from scripts import Parser
+from scripts.benchmarks import forecast
 from scripts.problems.tables import write_page
 from scripts.studies import marks, robustness
 from training.errors import UserError
@@ -155,6 +156,7 @@ def verdicts(home: Path = RESULTS) -> Path:
 PAGES: tuple[Callable[[], Path], ...] = (
     lambda: write_page(RESULTS / "defaults.jsonl"),
     lambda: robustness.write(robustness.Choices(results=str(RESULTS / "robustness.jsonl"))),
+    lambda: forecast.write(RESULTS / "forecast.jsonl"),
     verdicts,
 )
 
