@@ -37,7 +37,7 @@ from models import build_model
 from optimizers import CurvatureOptimizer, Likelihood
 from optimizers.forecast import Forecast, Prices, forecast, held, round_of
 from optimizers.packaged import Package
-from optimizers.table import present
+from optimizers.table import CATALOGUE, present
 from scripts.benchmark import Arm, make_optimizer
 from training.names import TARGET
 from training.runs.folder import atomic_file
@@ -221,6 +221,11 @@ def same(row: dict[str, Any]) -> bool:
     return bool(row["predicted_state"] == row["measured_state"])
 
 
+def allowed(row: dict[str, Any]) -> bool:
+    """Whether the state is larger than forecast, by no more than numbers were said to decide on."""
+    return 0 < sum(row["measured_state"].values()) - sum(row["predicted_state"].values()) <= row["optional_state"]
+
+
 def percent(share: float) -> str:
     """With a sign; bold where it is too much."""
     text = f"{share:+.0%}"
@@ -256,7 +261,9 @@ def holds(rows: Sequence[dict[str, Any]], naming: bool = False) -> str:
     text = f"Cost within {WITHIN:.0%}: {len(done) - len(bad)} of {len(done)}"
     text += f" (not: {', '.join(named)})" if bad else ""
     text += f"; half of them are off by at most {errors[len(errors) // 2]:.0%}. " if errors else ". "
-    return text + f"State equal to the byte: {sum(map(same, done))} of {len(done)}."
+    text += f"State equal to the byte: {sum(map(same, done))} of {len(done)}"
+    more = [f"`{row['optimizer']}`" for row in done if not same(row) and allowed(row)]
+    return text + (f" (larger, by no more than was said that numbers decide: {', '.join(more)})." if more else ".")
 
 
 def page(rows: dict[tuple[str, str], dict[str, Any]], notes: str = "") -> str:
@@ -266,7 +273,7 @@ def page(rows: dict[tuple[str, str], dict[str, Any]], notes: str = "") -> str:
         rows: of the file of results.
         notes: what comes at the end.
     """
-    order = [name for name, _, _ in present()]
+    order = [name for name in CATALOGUE if any(name == optimizer for _, optimizer in rows)]
     parts = [HEAD.format(within=WITHIN)]
     for name, (_, _, title) in PROBLEMS.items():
         mine = [row for (problem, _), row in rows.items() if problem == name]
@@ -275,6 +282,8 @@ def page(rows: dict[tuple[str, str], dict[str, Any]], notes: str = "") -> str:
             continue
         long = [f"`{row['optimizer']}` ({row['measuring_s']:.0f} s)" for row in mine if not row["measured_ratio"]]
         said = f" Not measured, since it would have taken too long: {', '.join(long)}." if long else ""
+        missing = [f"`{entry}`" for entry in order if (name, entry) not in rows]
+        said += f" Not run: {', '.join(missing)}." if missing else ""
         parts.append("\n".join([f"### {title[0].upper()}{title[1:]}", "", holds(mine) + said, "", *table(mine), ""]))
     everything = list(rows.values())
     took = sorted(row["forecast_s"] for row in everything) or [0.0]

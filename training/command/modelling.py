@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from training.names import TARGET
 from training.settings.composing import compose
 from training.settings.files import CONFIG_FOLDER
 from training.settings.overrides import name_of, parse
+
+#: Of the list of models.
+WIDTH = 80
 
 #: What is said of data in place of a data set, and what it is where nothing is said: images as of ImageNet, and texts.
 FACTS = {
@@ -168,5 +172,6 @@ def listing(names: Sequence[str]) -> str:
     width = max(map(len, names))
     for name in names:
         first = (CONFIG_FOLDER / "model" / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
-        lines.append(f"{name:{width}}  {first.removeprefix('#').strip()}"[:100])
+        what = textwrap.shorten(first.removeprefix("#"), WIDTH - width - 2, placeholder=" …")
+        lines.append(f"{name:{width}}  {what}")
     return "\n".join(lines)
