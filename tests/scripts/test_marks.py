@@ -26,6 +26,7 @@ FOLDER = ROOT / "docs" / "results"
 @pytest.fixture
 def logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(marks, "LOGS", tmp_path / "logs")
+    (tmp_path / "logs").mkdir()
     return tmp_path / "logs"
 
 
