@@ -38,7 +38,7 @@ def given_to(kind: type[Chosen], given: Sequence[str]) -> Chosen:
     assert isinstance(merged, kind)
     known_names = {"problems": [*catalogue.PROBLEMS], "optimizers": [name for name, _, _ in present()]}
     for key, names in known_names.items():
-        for name in getattr(merged, key):
+        for name in getattr(merged, key, ()):  # some commands choose among one kind alone
             if name not in names:
                 raise UserError(f"{key} has no {name!r}{did_you_mean(name, names)}")
     return merged

@@ -8,11 +8,11 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from scripts.problems import catalogue
 from scripts.problems.catalogue import Problem
@@ -25,6 +25,8 @@ from training.runs.finite import Diverged
 from training.runs.record import RunConfig, replace_folder
 from training.runs.run import Run
 from training.show import heart
+
+Record = TypeVar("Record")
 
 
 @dataclass
@@ -109,33 +111,60 @@ def run(what: Cell, data: Path, limit: float = math.inf, options: Sequence[str] 
     kept = list(options_of(what.optimizer, options))
     outcome = Outcome(what.key, what.problem.name, what.optimizer, what.seed, what.factor, node["lr"], kept, "failed")
     start = time.perf_counter()
-    summary: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            summary, _ = train(_placed(what.config, what.problem, data, Path(folder), limit))
-        except Interrupted:
-            raise
-        except Diverged as error:
-            outcome.status, outcome.error = "diverged", _sentence(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other cells are run
-            outcome.error = _sentence(error)
-        finally:
-            resume.release()
-        summary = summary or _left(Path(folder))
+    outcome.status, outcome.error, summary = attempt(
+        lambda folder: _placed(what.config, what.problem, data, folder, limit)
+    )
     outcome.wall = round(time.perf_counter() - start, 3)
-    commit, _, changes = (summary.get("git_commit") or "").partition("+")
-    outcome.commit = f"{commit[:8]}{'+' if changes else ''}" or None
+    outcome.commit = commit_of(summary)
     outcome.steps, outcome.plateau = summary.get("steps", 0), summary.get("plateau")
     outcome.seconds = round((summary.get("seconds") or {}).get("training", 0.0), 3)
-    if summary.get("status") == "stopped_early":
-        outcome.status, outcome.error = "broken off", summary["stop_reason"]
-    elif summary.get("status") == "finished":
+    if outcome.status == "finished":
         value, val = (summary["final"][f"{split}/{what.problem.metric}"] for split in ("test", "val"))
         if math.isfinite(value):
-            outcome.status, outcome.value, outcome.val = "finished", value, val
+            outcome.value, outcome.val = value, val
         else:  # the trainer asks the validation set alone
             outcome.status, outcome.error = "diverged", f"the test set's {what.problem.metric} is {value}"
     return outcome
+
+
+def attempt(placed: Callable[[Path], RunConfig]) -> tuple[str, str | None, dict[str, Any]]:
+    """Train as train.py would; nothing of the run folder stays.
+
+    Args:
+        placed: the configuration of a run in a folder.
+
+    Returns:
+        How it ended (finished | diverged | broken off | failed), why it is not finished, and the summary, {} if it did
+        not come so far.
+
+    Raises:
+        Interrupted: a signal asked to stop.
+    """
+    status, why = "failed", None
+    summary: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            summary, _ = train(placed(Path(folder)))
+        except Interrupted:
+            raise
+        except Diverged as error:
+            status, why = "diverged", _sentence(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other cells are run
+            why = _sentence(error)
+        finally:
+            resume.release()
+        summary = summary or _left(Path(folder))
+    if summary.get("status") == "stopped_early":
+        status, why = "broken off", summary["stop_reason"]
+    elif summary.get("status") == "finished":
+        status = "finished"
+    return status, why, summary
+
+
+def commit_of(summary: Mapping[str, Any]) -> str | None:
+    """The commit of a run's code, with a + where files differed from it."""
+    commit, _, changes = (summary.get("git_commit") or "").partition("+")
+    return f"{commit[:8]}{'+' if changes else ''}" or None
 
 
 def _placed(config: RunConfig, problem: Problem, data: Path, folder: Path, limit: float) -> RunConfig:
@@ -161,18 +190,28 @@ def _sentence(error: Exception) -> str:
 
 def read(path: Path) -> dict[str, Outcome]:
     """The results by key; a line that a kill cut short is none, and the last of several of a cell counts."""
-    found = {}
+    return {outcome.key: outcome for outcome in records(path, Outcome)}
+
+
+def records(path: Path, kind: Callable[..., Record]) -> Iterator[Record]:
+    """The lines of a file of results, in order; what a kill cut short is left out.
+
+    Args:
+        path: of the results; there may be none yet.
+        kind: their dataclass.
+
+    Yields:
+        A line's record.
+    """
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            outcome = Outcome(**json.loads(line))
+            yield kind(**json.loads(line))
         except (ValueError, TypeError):
             continue
-        found[outcome.key] = outcome
-    return found
 
 
-def append(path: Path, outcome: Outcome) -> None:
-    """Add a line to the results; it is on the disk when this returns."""
+def append(path: Path, outcome: object) -> None:
+    """Add a line to the results, of a dataclass; it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(vars(outcome), allow_nan=False) + "\n"
     with path.open("a+b") as file:
@@ -219,7 +258,7 @@ def run_missing(todo: Iterable[tuple[Cell, Sequence[str]]], path: Path, data: Pa
             known[what.key] = outcome
             good &= outcome.status != "failed"
             gc.collect()  # of the models that hooks and optimizers refer to in circles
-        left = _duration(_seconds_left(missing[done + 1 :], known))
+        left = duration(_seconds_left(missing[done + 1 :], known))
         print(f"[{done + 1}/{len(missing)}, {left} left] {what}: {_described(known[what.key])}", flush=True)
     return good
 
@@ -240,7 +279,8 @@ def _seconds_left(missing: Sequence[Cell], known: Mapping[str, Outcome]) -> floa
     return total
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as hours and minutes, the latter rounded up."""
     minutes = math.ceil(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 

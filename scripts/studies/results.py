@@ -4,7 +4,7 @@
     python scripts/studies/results.py keep multirun/verdict_mlp_digits digits   # a verdict's logs, for the next time
     python scripts/studies/results.py keep multirun/sensitivity_mlp_digits sensitivity      # any runs' logs, likewise
 
-The default values' tables and those of the ranges of rates come of their `.jsonl`. Of a verdict, docs/results/verdicts
+Tables of default values, ranges of rates and fewest steps come of their `.jsonl`. Of a verdict, docs/results/verdicts
 has what its page is made of, NAME.tar.xz: the plan, the trials, and of the final runs the configuration, the summary
 and the events, those of training thinned; docs/results/verdict.md and docs/results/verdicts/NAME.html come of it. What
 stands in verdict.md from "## Notes" on stays. Logs of other runs are kept in docs/results/logs; what comes of them, and
@@ -33,7 +33,7 @@ from analysis.report import tables
 from scripts import Parser
 from scripts.benchmarks import forecast
 from scripts.problems.tables import write_page
-from scripts.studies import marks, robustness
+from scripts.studies import marks, robustness, speedrun
 from training.errors import UserError
 from training.runs.folder import atomic_file
 
@@ -156,6 +156,7 @@ def verdicts(home: Path = RESULTS) -> Path:
 PAGES: tuple[Callable[[], Path], ...] = (
     lambda: write_page(RESULTS / "defaults.jsonl"),
     lambda: robustness.write(robustness.Choices(results=str(RESULTS / "robustness.jsonl"))),
+    lambda: speedrun.write(speedrun.Choices(results=str(RESULTS / "speedrun.jsonl"))),
     lambda: forecast.write(RESULTS / "forecast.jsonl"),
     verdicts,
 )

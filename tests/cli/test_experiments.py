@@ -28,7 +28,7 @@ RUN = [name for name in EXPERIMENTS if not name.startswith("adafisher/cifar100_"
 # A data set of files of one's own that is served as a published one is.
 PICTURES = ("cifar10", "cifar100", "mnist", "tiny_imagenet", "svhn")
 IMAGES = ("curves", "faces", "mnist_autoencoder", "cifar10_autoencoder", "svhn_autoencoder")
-TEXTS = ("wikitext2", "wikitext103")
+TEXTS = ("wikitext2", "wikitext103", "text_file")
 
 
 def content(path: Path) -> dict[str, Any]:
