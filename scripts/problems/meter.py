@@ -53,7 +53,7 @@ class Meter(Callback):
         def back() -> None:
             self._backward += share
 
-        return _Gate.apply(outputs, back) if outputs.requires_grad else None  # type: ignore[no-untyped-call]
+        return _Gate.apply(outputs, back) if outputs.requires_grad else None
 
 
 class _Gate(torch.autograd.Function):
