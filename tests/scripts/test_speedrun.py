@@ -145,7 +145,7 @@ def test_a_run_is_the_experiments_and_what_went_through_the_net_is_counted(texts
         assert found[name].wall > found[name].cpu > 0
     assert (found["sgd"].forward, found["sgd"].backward) == (1, 1)
     assert found["adahessian"].backward == pytest.approx(2, abs=0.1), "one more, through the gradient"
-    assert found["kfac"].forward == 1 and 1.1 < found["kfac"].backward < 1.5, "sampled targets, now and then"
+    assert found["kfac"].forward == 1 and 1.1 < found["kfac"].backward < 1.7, "sampled targets, now and then"
     assert found["fishleg"].forward > 1.1, "two at shifted weights at the tenth step"
     assert (found["sgd"].rest, found["kfac"].rest, found["kfac"].lr) == (None, 0.004, 0.025)
     config = speedrun.config_of(Job("muon", 0, 10, 3), 0.004).values
