@@ -46,6 +46,7 @@ from optimizers.base import CURVATURE
 from optimizers.forecast import round_of
 from training.errors import UserError
 from training.loop.distributed import choose
+from training.loop.heap import keep_freed
 from training.loop.launch import Place
 from training.show import heart
 
@@ -365,6 +366,7 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
     if options.json and not Path(options.json).parent.is_dir():
         raise SystemExit(f"error: json={options.json}: there is no folder {Path(options.json).parent}")
     torch.set_num_threads(options.threads)
+    keep_freed()
     warnings.filterwarnings("ignore", message=".*create_graph.*")  # what a peer's own recipe does
     if options.only is not None:
         print_peak_memory(options)

@@ -39,6 +39,7 @@ from optimizers.forecast import Forecast, Prices, forecast, held, round_of
 from optimizers.packaged import Package
 from optimizers.table import CATALOGUE, present
 from scripts.benchmark import Arm, make_optimizer
+from training.loop.heap import keep_freed
 from training.names import TARGET
 from training.runs.folder import atomic_file
 from training.settings.composing import compose
@@ -322,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rows = known(options.results)
     torch.set_num_threads(1)
+    keep_freed()
     warnings.simplefilter("ignore")
     for name in options.problems:
         for entry in options.optimizers:

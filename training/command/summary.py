@@ -16,6 +16,7 @@ from optimizers.forecast import Forecast, forecast
 from training.command.words import say
 from training.errors import UserError
 from training.loop.distributed import World
+from training.loop.heap import keep_freed
 from training.names import TARGET
 from training.settings.schema import build_optimizers
 from training.show.layers import forecast_text, layer_table, totals
@@ -93,6 +94,7 @@ def describe(
         build_optimizers, config, likelihood=task.likelihood, seed=config["seed"]
     )
     name = name_of_optimizer(config)
+    keep_freed()  # as in training
     try:
         found = forecast(model, make, inputs, targets, task.loss)
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from torch import nn
 
 from training.errors import ProcessLost, UserError
 from training.loop import watch
+from training.loop.heap import keep_freed
 from training.loop.launch import Place, place
 
 # How many times this process has joined the others; the same on every rank.
@@ -65,6 +66,8 @@ def session(device: str = "auto") -> Iterator[World]:
     world = World(here.rank, here.world_size, here.local_rank, choose(device, here))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    else:
+        keep_freed()
     if world.world_size == 1:
         yield world
         return
