@@ -109,7 +109,7 @@ def test_the_weights_to_start_from_are_the_averages(quick: Callable[..., Outcome
     [
         (("averaging=emma",), "averaging has no choice 'emma' (did you mean 'ema'?)"),
         (("averaging=ema", "averaging.decay=1"), "averaging.decay must be in [0, 1), got 1.0"),
-        (("averaging=ema", "averaging.beta=1"), "averaging has no key 'beta'; it has decay, warmup, calibrate"),
+        (("averaging=ema", "averaging.beta=1"), "averaging has no key 'beta' as it is chosen: averaging=sched"),
         (("averaging=schedule_free", "averaging.beta=0"), "averaging.beta must be in (0, 1], got 0.0"),
         (("averaging=ema", "averaging.calibrate=x"), "averaging.calibrate must be a whole number, got 'x'"),
         (("step_length=graft", "step_length.per=tensor"), "step_length.per must be one of layer, all, got 'tensor'"),

@@ -116,8 +116,8 @@ def test_products_of_nothing_are_no_numbers() -> None:
 def test_it_is_an_onlooker_and_its_values_are_checked() -> None:
     runs = [compose(["model=mlp", f"callbacks={name}"]) for name in ("default", "curvature")]
     assert runs[0].id == runs[1].id
-    for wrong in ({"every": 0}, {"dpi": 0}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1"):
+    for wrong, sentence in (({"every": 0}, "every must be at least 1"), ({"dpi": 0}, "dpi must be from 1 to 1200")):
+        with pytest.raises(ValueError, match=sentence):
             CurvatureDiagnostics(**wrong)
 
 
