@@ -243,6 +243,7 @@ class Trainer:
             accumulate=self.accumulate,
             monitor=self.monitor or f"val/{task.main}",
             alarm=Alarm(self.checkpoint_every_minutes),
+            saving=Every(self.checkpoint_every_steps, self.checkpoint_every_epochs, budget.steps_per_epoch),
         )
 
     # -- the run -------------------------------------------------------------------------------------------------------
@@ -343,7 +344,6 @@ class Trainer:
         per_epoch = run.budget.steps_per_epoch
         log_due = Every(self.log_every_steps, None, per_epoch).due
         eval_due = Every(self.eval_every_steps, self.eval_every_epochs, per_epoch).due
-        save_due = Every(self.checkpoint_every_steps, self.checkpoint_every_epochs, per_epoch).due
         run.model.train()
         batches = run.batches()
         with run.clock.count("training"):
@@ -364,7 +364,7 @@ class Trainer:
                     self._log(run)
                 if eval_due(run.step) and not signal:
                     signal = evaluation.validate(run)
-                if save_due(run.step) or run.overdue or run.done or run.stop_reason or signal:
+                if run.saving.due(run.step) or run.overdue or run.done or run.stop_reason or signal:
                     self._save(run)
             if signal:
                 raise Interrupted(f"Interrupted after step {run.step}: resume={run.folder.path} goes on.", signal)

@@ -139,6 +139,16 @@ def test_rotation(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "step_00000010.pt"]
 
 
+def test_what_a_signal_asked_for_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    """Stopped at 7, at 8 and at 10, and else saved every three steps: what stays is what an unstopped run leaves."""
+    for step in (3, 6, 7, 8, 9, 10, 12):
+        checkpoints.save(checkpoints.step_file(tmp_path, step), state(step))
+        checkpoints.rotate(tmp_path, keep=2, newest=step, planned=lambda step: step % 3 == 0)
+        before = step - 1 - (step - 1) % 3
+        wanted = [at for at in (before, step) if at]
+        assert [checkpoints.step_file(tmp_path, at).name for at in wanted] == sorted(os.listdir(tmp_path))
+
+
 def test_link_replaces_and_outlives_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best, step = tmp_path / "best.pt", tmp_path / "step_00000001.pt"
     checkpoints.save(best, state(2))

@@ -386,6 +386,16 @@ def test_signals_end_the_run_after_its_step(tmp_path: Path, number: signal.Signa
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*7.pt")] == ["step_00000007.pt"]
 
 
+def test_a_stopped_run_leaves_the_checkpoints_of_one_that_was_not(tmp_path: Path) -> None:
+    budget = {"max_epochs": None, "max_steps": 8, "checkpoint_every_epochs": None, "checkpoint_every_steps": 3}
+    fit(tmp_path / "whole", **budget)
+    with pytest.raises(Interrupted, match="after step 7"):
+        fit(tmp_path / "parts", callbacks=[SignalAt(7)], **budget)
+    fit(tmp_path / "parts", resume=True, callbacks=[SignalAt(7)], **budget)
+    left = [sorted(p.name for p in (tmp_path / run / "checkpoints").glob("step_*")) for run in ("whole", "parts")]
+    assert left[0] == left[1] == ["step_00000006.pt", "step_00000008.pt"]
+
+
 def test_a_signal_ends_a_process_after_its_step(tmp_path: Path) -> None:
     arguments = json.dumps({"folder": str(tmp_path / "run"), "max_steps": 5000, "slow": True})
     command = [sys.executable, "-m", "tests.training.small_run", arguments]

@@ -115,6 +115,11 @@ class Alarm:
         """Count from now on."""
         self._since = time.monotonic()
 
+    @property
+    def never(self) -> bool:
+        """Whether it does not go off."""
+        return math.isinf(self._seconds)
+
     def rings(self) -> bool:
         """Whether the time is up."""
         return time.monotonic() - self._since >= self._seconds

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from training.loop.budgets import Alarm, Budget, Clock, Pace, Phases
+from training.loop.budgets import Alarm, Budget, Clock, Every, Pace, Phases
 from training.loop.distributed import World, maximum
 from training.loop.precision import Precision
 from training.runs.folder import RunFolder
@@ -45,6 +45,7 @@ class Run:
         accumulate: batches a step.
         monitor: the metric that chooses the best weights, "val/...".
         alarm: tells rank 0 that a checkpoint is due by the minutes since the last.
+        saving: says that one is due by the steps.
         overdue: whether it told so after the last step; the same on every rank.
         config: the resolved configuration.
         config_id: its short name.
@@ -83,6 +84,7 @@ class Run:
     accumulate: int
     monitor: str
     alarm: Alarm = field(default_factory=lambda: Alarm(None))
+    saving: Every = field(default_factory=lambda: Every(None, None, 1.0))
     overdue: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     config_id: str | None = None

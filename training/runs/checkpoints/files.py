@@ -10,7 +10,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -254,7 +254,12 @@ def put_aside(path: Path) -> None:
 
 
 def rotate(
-    folder: Path, keep: int, newest: int | None = None, best: int | None = None, aside: bool = True
+    folder: Path,
+    keep: int,
+    newest: int | None = None,
+    best: int | None = None,
+    aside: bool = True,
+    planned: Callable[[int], bool] | None = None,
 ) -> None:
     """Delete step checkpoints beyond the ``keep`` newest, and what a killed process left half-written.
 
@@ -267,9 +272,12 @@ def rotate(
             resume from an earlier checkpoint) and are deleted too.
         best: step of the best weights so far. Those that an earlier checkpoint knew as the best stay as long as it.
         aside: whether what was set aside goes, too.
+        planned: whether a checkpoint of a step is one that no signal has asked for; of the others the newest alone
+            stays, so that a run that was stopped leaves what one leaves that was not. None: all are.
     """
     ours = steps(folder)
-    kept = [(step, p) for step, p in ours if newest is None or step <= newest][:keep]
+    past = [(step, p) for step, p in ours if newest is None or step <= newest]
+    kept = past[:1] + [entry for entry in past[1:] if planned is None or planned(entry[0])][: keep - 1]
     bests = steps(folder, "best")
     known = {step for step, _ in bests} | ({best} if best is not None else set())
     spoken_of = {max((at for at in known if at <= step), default=None) for step, _ in kept}

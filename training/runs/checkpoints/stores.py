@@ -48,7 +48,8 @@ def tidy(run: Run, keep: int, aside: bool = False) -> None:
         aside: whether those that were set aside go, too.
     """
     best = run.best["step"] if run.best else None
-    rotate(run.folder.checkpoints, keep, newest=run.step, best=best, aside=aside)
+    planned = run.saving.due if run.alarm.never and (run.saving.steps or run.saving.epochs) else None
+    rotate(run.folder.checkpoints, keep, newest=run.step, best=best, aside=aside, planned=planned)
 
 
 def store_best(run: Run, before: Mapping[str, Any] | None) -> None:
