@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 from training.errors import UserError
 from training.runs import provenance
 from training.runs.folder import atomic_file
+
+#: Where the part of a page begins that is written by hand.
+NOTES = "## Notes"
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]], **facts: Any) -> None:
@@ -60,3 +63,18 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no record of a measurement ({error})") from error
     return first, rows
+
+
+def write_page(target: Path, make: Callable[[str], str]) -> Path:
+    """Write a page anew but for what stands in it from ``NOTES`` on.
+
+    Args:
+        target: the page; its folder is made if need be.
+        make: its text, given its notes; "" where it has none.
+    """
+    before = target.read_text(encoding="utf-8") if target.exists() else ""
+    text = make(before[before.index(NOTES) :] if NOTES in before else "")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as file:
+        file.write(text.encode())
+    return target

@@ -92,13 +92,7 @@ def rehearse(
         with _pretending(fake, recording):
             optimizer.zero_grad()
             recording.taken()
-            outputs = twin(x)
-            value = loss(outputs, y)
-            if isinstance(inner, CurvatureOptimizer):
-                optimizer.backward(value, outputs)  # type: ignore[attr-defined]
-            else:
-                value.backward(create_graph=getattr(type(inner), "needs_graph", False))
-            optimizer.step()
+            take_step(twin, optimizer, x, y, loss)
             return recording.taken()
 
     saved, plain = _plain(twin, fake, recording, x, y, loss)
@@ -124,6 +118,26 @@ def rehearse(
         length = round_of(optimizer)
         found.parts["step"] = [(step(), 1 / length) for _ in range(length)] + [(plain, -1.0)]
     return found
+
+
+def take_step(model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: Tensor, loss: Loss) -> None:
+    """A step of training, from gradients that are zero.
+
+    Args:
+        model: in training mode.
+        optimizer: of it.
+        inputs: a batch.
+        targets: its targets.
+        loss: of outputs and targets, a scalar.
+    """
+    inner = innermost(optimizer)
+    outputs = model(inputs)
+    value = loss(outputs, targets)
+    if isinstance(inner, CurvatureOptimizer):
+        optimizer.backward(value, outputs)  # type: ignore[attr-defined]
+    else:
+        value.backward(create_graph=getattr(type(inner), "needs_graph", False))
+    optimizer.step()
 
 
 def _of_curvature(found: Rehearsal, optimizer: CurvatureOptimizer, step: Callable[[], Counts]) -> None:

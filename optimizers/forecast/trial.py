@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..base import CurvatureOptimizer
 from ..wrapper import innermost
-from .rehearsal import Loss, Make, round_of
+from .rehearsal import Loss, Make, round_of, take_step
 
 #: How often a kind of step is timed, at most, and seconds after which it is not timed again.
 TIMES, ENOUGH = 3, 1.0
@@ -39,13 +39,7 @@ def tried(
     def step() -> float:
         began = clock()
         optimizer.zero_grad()
-        outputs = model(inputs)
-        value = loss(outputs, targets)
-        if isinstance(inner, CurvatureOptimizer):
-            optimizer.backward(value, outputs)  # type: ignore[attr-defined]
-        else:
-            value.backward(create_graph=getattr(type(inner), "needs_graph", False))
-        optimizer.step()
+        take_step(model, optimizer, inputs, targets, loss)
         return clock() - began
 
     try:
@@ -93,7 +87,7 @@ def _of_curvature(
 
 
 def _median(step: Callable[[], float], clock: Callable[[], float]) -> float:
-    """Of some."""
+    """Seconds of a step: the median of some."""
     began = clock()
     times = [step()]
     while len(times) < TIMES and clock() - began < ENOUGH:

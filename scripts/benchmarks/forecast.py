@@ -33,6 +33,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
+from analysis import records
 from models import build_model
 from optimizers import CurvatureOptimizer, Likelihood
 from optimizers.forecast import Forecast, Prices, forecast, held, round_of
@@ -41,7 +42,6 @@ from optimizers.table import CATALOGUE, present
 from scripts.benchmark import Arm, make_optimizer
 from training.loop.heap import keep_freed
 from training.names import TARGET
-from training.runs.folder import atomic_file
 from training.settings.composing import compose
 from training.settings.schema import build, locate
 from training.show import heart
@@ -78,7 +78,6 @@ QUANTILE = 0.25
 WITHIN = 0.15
 
 RESULTS = ROOT / "docs" / "results" / "forecast.jsonl"
-NOTES = "## Notes"
 HEAD = """# What training takes, known beforehand
 
 `python train.py debug=summary ...` and `python -m models NAME optimizer=...` print what a model and an optimizer will
@@ -96,12 +95,12 @@ positions). Gradients, parameters, buffers and what a forward pass keeps for the
 **Cost** is a forecast for this machine. A forward and a backward pass are timed. Where steps are short (some of each
 kind three seconds, by a guess, with a state of up to 512 MiB), a copy of the model takes a few: ordinary ones, those
 that gather curvature and those that work it out anew, weighed by `update_every` and `refresh_every`. So what the system
-does for a step counts as it will in training: of a step of Adam on a ResNet-18, giving memory for what lies between is
-half, which no single operation shows. Where steps are longer, those without data say which operations each kind asks
-for, and with which shapes; these are priced by calling each a few times, the costliest first, for two seconds in all.
-Large products are timed at smaller shapes and scaled by their multiply-adds, large decompositions and solves at two
-sizes, whose times are taken to be a n³ + b n². What is not foreseen there: how long iterations go on, what is repaired,
-and steps that only `damping=auto` takes; nor, in either case, updates that come early.
+does for a step counts as it will in training, which no single operation shows. Where steps are longer, those without
+data say which operations each kind asks for, and with which shapes; these are priced by calling each a few times, the
+costliest first, for two seconds in all. Large products are timed at smaller shapes and scaled by their multiply-adds,
+large decompositions and solves at two sizes, whose times are taken to be a n³ + b n². What is not foreseen there: how
+long iterations go on, what is repaired, and steps that only `damping=auto` takes; nor, in either case, updates that
+come early.
 
 ## Forecast against measured
 
@@ -302,12 +301,7 @@ def write(path: Path) -> Path:
     Args:
         path: of the file.
     """
-    target = path.with_suffix(".md")
-    before = target.read_text(encoding="utf-8") if target.exists() else ""
-    notes = before[before.index(NOTES) :] if NOTES in before else ""
-    with atomic_file(target) as file:
-        file.write(page(known(path), notes).encode())
-    return target
+    return records.write_page(path.with_suffix(".md"), lambda notes: page(known(path), notes))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

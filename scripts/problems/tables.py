@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+from analysis import records
 from optimizers.table import present
 from scripts.problems import catalogue
 from scripts.problems.catalogue import LEARNED, SPLIT, Problem
 from scripts.problems.cells import FACTORS, SEEDS, cell, problem_config
 from scripts.problems.outcomes import Outcome, number, read
-from training.runs.folder import atomic_file
 
 #: What a default may be worse by than the best of these rates: points of accuracy, and share of the loss.
 NEAR_ACCURACY, NEAR_LOSS = 0.02, 0.05
 REFERENCE = "adam"
-NOTES = "## Notes"
 
 
 class Results:
@@ -228,11 +227,5 @@ def write_page(path: Path, options: Sequence[str] = (), split: str = "test") -> 
         options: see ``options_of``.
         split: test | val: of which sets.
     """
-    target = path.with_suffix(".md")
-    before = target.read_text(encoding="utf-8") if target.exists() else ""
-    notes = before[before.index(NOTES) :] if NOTES in before else ""
-    text = page(Results(read(path), options, split), options, notes)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as file:
-        file.write(text.encode())
-    return target
+    results = Results(read(path), options, split)
+    return records.write_page(path.with_suffix(".md"), lambda notes: page(results, options, notes))

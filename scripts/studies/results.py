@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 if __name__ == "__main__":
     import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
-from analysis import compare, report
+from analysis import compare, records, report
 from analysis.report import tables
 from scripts import Parser
 from scripts.benchmarks import forecast
@@ -49,7 +49,6 @@ SHOWN = {
     "tuning": "what the best of k trials would be",
     "sensitivity": "the trials by their learning rate",
 }
-NOTES = "## Notes"
 HEAD = """# Verdicts
 
 Which optimizer for a problem, tuned alike, at equal training time ([how](../verdict.md)): each verdict is one command,
@@ -144,12 +143,7 @@ def verdicts(home: Path = RESULTS) -> Path:
                 if drawn.exists():
                     shutil.copyfile(drawn, home / "verdicts" / f"{name}_{figure}.png")
                     parts.append(f"![{found.material.title}: {what}](verdicts/{name}_{figure}.png)\n")
-    target = home / "verdict.md"
-    before = target.read_text(encoding="utf-8") if target.exists() else ""
-    notes = before[before.index(NOTES) :] if NOTES in before else ""
-    with atomic_file(target) as file:
-        file.write("\n".join([*parts, notes] if notes else parts).encode())
-    return target
+    return records.write_page(home / "verdict.md", lambda notes: "\n".join([*parts, notes] if notes else parts))
 
 
 #: What writes the pages that are made of their records alone, one a line.

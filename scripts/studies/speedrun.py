@@ -44,16 +44,16 @@ if __name__ == "__main__":
 from matplotlib.figure import Figure
 
 from analysis.factors import save_figure
+from analysis.records import write_page
 from optimizers.table import present
 from scripts.problems.arguments import command, given_to
 from scripts.problems.cells import DATA
 from scripts.problems.meter import Meter
 from scripts.problems.outcomes import TimeLimit, append, attempt, commit_of, duration, records
-from scripts.problems.tables import NOTES, markdown
+from scripts.problems.tables import markdown
 from scripts.studies import ladder
 from scripts.studies.ladder import FACTOR, REFERENCE, Book, Job, Line
 from training.errors import UserError
-from training.runs.folder import atomic_file
 from training.runs.record import RunConfig, replace_folder
 from training.settings.composition import compose
 from training.show import heart
@@ -361,16 +361,12 @@ def write(choices: Choices) -> Path:
     """
     path = Path(choices.results)
     book = Book(records(path, Line))
-    target, picture = path.with_suffix(".md"), path.with_suffix(".png")
-    before = target.read_text(encoding="utf-8") if target.exists() else ""
-    notes = before[before.index(NOTES) :] if NOTES in before else ""
+    picture = path.with_suffix(".png")
     ranking = rows(book, choices.optimizers)
     if ranking:
         save_figure(figure(ranking), picture)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as file:
-        file.write(page(book, choices.optimizers, notes, picture.name if ranking else "").encode())
-    return target
+    drawn = picture.name if ranking else ""
+    return write_page(path.with_suffix(".md"), lambda notes: page(book, choices.optimizers, notes, drawn))
 
 
 if __name__ == "__main__":
