@@ -5,7 +5,7 @@
     <!-- picture: MAKER NAME WORDS -->
     ![what it shows](NAME.png)                       the file that a maker draws
 
-``make results`` renews them. A maker (scripts/studies/makers.py) reads docs/results/logs/NAME.jsonl, .json or .csv,
+``make results`` renews them. A maker (scripts/studies/makers/) reads docs/results/logs/NAME.jsonl, .json or .csv,
 what a script has written, or the runs in NAME.tar.xz, which `results.py keep FOLDER NAME` packs. Where a record is
 not there, what stands in its place stays as it is: docs/results/README.md says of which pages, and a test compares.
 """

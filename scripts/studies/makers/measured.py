@@ -1,0 +1,102 @@
+"""Of measurements: what a step costs, paths in the plane, what is known of each model."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from matplotlib.figure import Figure
+
+from analysis import records, toy
+from scripts import benchmark
+from scripts.studies import families, verify_zoo, zoo
+from training.errors import UserError
+
+T = TypeVar("T")
+
+
+def _said(first: Mapping[str, Any]) -> str:
+    """The command of a record, and where it ran."""
+    command = " \\\n        ".join(textwrap.wrap(first["command"], 100, break_long_words=False, break_on_hyphens=False))
+    threads = f"{first['threads']} thread{'s' if first['threads'] > 1 else ''}"
+    return f"\n    {command}\n\n{first['cpu']}, {threads}, torch {first['torch']}.\n\n"
+
+
+def _benchmark(path: Path, _: str) -> str:
+    first, rows = records.read(path)
+    return _said(first) + benchmark.markdown(rows)
+
+
+def _ratios(path: Path) -> dict[str, float]:
+    return {row["optimizer"]: row["ratio"] for row in records.read(path)[1]}
+
+
+def _ratio(path: Path, words: str) -> str:
+    """A step of an optimizer as a ratio to SGD's, or to another's: ``kfac``, ``kpsvd / kfac``."""
+    found = _ratios(path)
+    one, _, other = words.partition(" / ")
+    return f"{found[one] / found[other or 'sgd']:.2f}"
+
+
+def _value(path: Path, words: str) -> str:
+    """One value of a row that its first column names: ``ms of kfac``."""
+    key, _, name = words.partition(" of ")
+    return _cell(next(row[key] for row in records.read(path)[1] if next(iter(row.values())) == name))
+
+
+def _cost(path: Path, words: str) -> str:
+    """Ratios to SGD's step of several records, a column each: ``NAME NAME: ENTRY ENTRY``, or of all entries."""
+    names, _, asked = words.partition(": ")
+    paths = [path, *(path.with_name(f"{name}.jsonl") for name in names.split())]
+    columns = [_ratios(found) for found in paths]
+    titles = []
+    for it in (records.read(found)[0]["options"] for found in paths):
+        size = "" if it["model"].startswith("autoencoder") else f" of {it['image_size']} × {it['image_size']}"
+        titles.append(f"{it['model']}, batch {it['batch_size']}{size}")
+    lines = [f"| `optimizer=` | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(titles)}"]
+    for entry in asked.split() or dict.fromkeys(entry for column in columns for entry in column):
+        cells = [f"{column[entry]:.2f}" if entry in column else "" for column in columns]
+        lines.append(f"| {benchmark.called(entry)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(path: Path, _: str) -> str:
+    """All rows, their keys being the titles."""
+    first, rows = records.read(path)
+    lines = [f"| {' | '.join(rows[0])} |", f"| --- |{' ---: |' * (len(rows[0]) - 1)}"]
+    lines += [f"| {' | '.join(map(_cell, row.values()))} |" for row in rows]
+    return _said(first) + "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _toy(path: Path) -> list[toy.Path]:
+    return [toy.from_dict(row) for row in records.read(path)[1]]
+
+
+def _json(path: Path, kind: Callable[..., T]) -> dict[str, T]:
+    try:
+        return {key: kind(**values) for key, values in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
+TABLES: dict[str, Callable[[Path, str], str]] = {
+    "benchmark": _benchmark,
+    "cost": _cost,
+    "ratio": _ratio,
+    "value": _value,
+    "rows": _rows,
+    "toy": lambda path, _: toy.to_markdown(_toy(path)),
+    "zoo": lambda path, _: zoo.markdown(_json(path, dict)) + "\n",
+    "verified": lambda path, _: verify_zoo.markdown(_json(path, verify_zoo.Checked)) + "\n",
+    "families": lambda path, _: families.markdown(_json(path, families.Family)) + "\n",
+}
+PICTURES: dict[str, Callable[[Path, str], Figure]] = {"toy": lambda path, _: toy.plot(_toy(path))}
