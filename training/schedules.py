@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -29,11 +30,18 @@ from torch.optim.lr_scheduler import (
 
 from optimizers.wrapper import innermost
 from training.errors import did_you_mean
+from training.loop import compiler
 
 
 def _check(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
     if not (low < value if open_low else low <= value) or not value <= high:
         raise ValueError(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}")
+
+
+def trial() -> Optimizer:
+    """An optimizer of nothing, to try a schedule on before anything is trained."""
+    compiler.leave_out()
+    return SGD([torch.zeros(1)], lr=1.0)
 
 
 def none(optimizer: Optimizer, ticks: int) -> LRScheduler:

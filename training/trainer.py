@@ -191,7 +191,7 @@ class Trainer:
             suited.check_weights(model)
             blocks_of(model, self.recompute)
             suited.check_outputs(model, data, task)
-        (schedule or schedules.none)(torch.optim.SGD([torch.zeros(1)], lr=1.0), ticks=self._budget(data).ticks)
+        (schedule or schedules.none)(schedules.trial(), ticks=self._budget(data).ticks)
 
     def _budget(self, data: DataModule) -> Budget:
         return Budget(len(data.train) / self.accumulate, self.max_epochs, self.max_steps, self.max_time)

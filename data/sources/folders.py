@@ -15,7 +15,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import functional
 
 from data.base import DataError
 from data.sources.images import GREY_MODES, SUFFIXES, decode, read_header
@@ -215,6 +214,8 @@ def _decode(file: Path, mode: str, size: int) -> Tensor:
     """An image as uint8 ``[C, size, size]``."""
     image = decode(file, mode)
     if image.size != (size, size):
+        from torchvision.transforms import functional  # takes a second
+
         image = functional.center_crop(functional.resize(image, [size]), [size, size])
     return torch.from_numpy(np.array(image)).view(size, size, len(mode)).permute(2, 0, 1)
 

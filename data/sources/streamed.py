@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import functional, v2
 
 from data.base import DataError
 from data.memory import InMemoryLoader
@@ -35,6 +34,8 @@ class ImageFiles(Dataset):
     def __init__(
         self, files: Sequence[tuple[Path, int]], size: int, resize: int, crop: bool, distort: Any = None
     ) -> None:
+        from torchvision.transforms import v2  # takes a second
+
         # Arrays: workers would copy the pages of a million objects by counting references to them.
         self._files = np.array([os.fsencode(file) for file, _ in files])
         self.targets = torch.tensor([target for _, target in files])
@@ -48,6 +49,8 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, plan: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | str:
         """A batch, from each image's row and the seed of what is random about it; or what to say of a bad file."""
+        from torchvision.transforms import functional
+
         images = []
         with torch.random.fork_rng(devices=[]):
             for row, seed in zip(*(part.tolist() for part in plan), strict=True):

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from training.loop import compiler
+
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's (CPU and GPU) generators. The same seed on every rank gives the same model."""
@@ -56,18 +58,28 @@ def deterministic(on: bool) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     memory: Any = torch.utils.deterministic  # its one setting is made at run time, unseen by type checkers
     fill, benchmark = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    _ask("warn")
     memory.fill_uninitialized_memory = False  # costs time, and nothing here reads unwritten memory
     torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        _ask(before)
         memory.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = benchmark
+
+
+def _ask(mode: str | int) -> None:
+    """`torch.set_deterministic_debug_mode`, which the compiler's own setting follows if there is a compiler."""
+    torch.set_deterministic_debug_mode(mode)
+    if compiler.imported():
+        torch.use_deterministic_algorithms(
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from optimizers.packaged import Package
 from training.errors import UserError, did_you_mean, hidden, lack_of_memory
 from training.names import AROUND, PLAYERS, TARGET
 from training.runs.finetune import parameter_groups
-from training.schedules import Scalars, ScalarSchedule
+from training.schedules import Scalars, ScalarSchedule, trial
 from training.tasks.players import Players
 
 # Parameters that the program supplies, by group: they have no entry in a YAML file and a user cannot set them.
@@ -289,7 +289,7 @@ def build_schedule(node: Mapping[str, Any]) -> Callable[..., Any]:
     Raises:
         UserError: it refused an option.
     """
-    build(node, "scheduler", optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0), ticks=1000)
+    build(node, "scheduler", optimizer=trial(), ticks=1000)
     return partial(locate(node[TARGET], "scheduler"), **{name: v for name, v in node.items() if name != TARGET})
 
 
