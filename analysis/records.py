@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import re
 import shlex
 import sys
@@ -48,6 +49,22 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]], **facts: Any) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}); give another file") from error
 
 
+def text(path: Path) -> str:
+    """What a file says, unpacked where its name ends in ``.xz``.
+
+    Args:
+        path: of it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+        return (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+
+
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The first line of a record, and its rows.
 
@@ -58,9 +75,9 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         UserError: it cannot be read, or is no record.
     """
     try:
-        first, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        first, *rows = [json.loads(line) for line in text(path).splitlines()]
         first["command"], first["cpu"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no record of a measurement ({error})") from error
     return first, rows
 

@@ -18,19 +18,20 @@ of one draw of targets an example, the same for all methods. AdaFisher sees the 
 --fisher says, and FishLeg learns its inverse in --updates updates on halves of the batch.
 
 Writes fisher_quality.jsonl (with which an interrupted call goes on), .csv, .md, and for each net NET_errors.png,
-NET_directions.png, of several steps NET_training.png, and with --profile NET_profile.png. The same command gives the
-same numbers.
+NET_directions.png, of several steps NET_training.png, and with --profile NET_profile.png and, of all, profiles.jsonl.
+The same command gives the same numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,8 @@ def _main(options: argparse.Namespace) -> None:
                 results.add(fisher.measure(damped, methods, options.tolerance, say))
                 progress.console.print(f"{lead}: {time.perf_counter() - began:.0f} s")
     written = _write(out, results, list(plan), titles)
-    for net, problem in last.items() if options.profile else ():
-        title = f"{titles.get(net, net)}: step {problem.step}, damping {problem.settings.damping:g}"
-        written.append(_picture(out, f"{net}_profile", fisher.profile(fisher.profiles(problem, methods), title)))
+    if options.profile:
+        written += _profiles(out, last, methods, titles)
     for net, damping in plan:
         console.print(_table(results.of(net, damping), titles.get(net, net)))
     loose = max((row.bound for row in results.rows if row.layer), default=0.0)
@@ -204,9 +204,7 @@ def _layers(model: nn.Module, patterns: str) -> list[str]:
     return found
 
 
-def _write(
-    out: Path, results: fisher.Results, plan: Sequence[tuple[str, float]], titles: dict[str, str]
-) -> list[str]:
+def _write(out: Path, results: fisher.Results, plan: Sequence[tuple[str, float]], titles: dict[str, str]) -> list[str]:
     """Tables and pictures; returns the names of the files."""
     rows = [row for net, damping in plan for row in results.of(net, damping)]
     written = [results.path.name]
@@ -226,6 +224,21 @@ def _write(
             pictures["training"] = fisher.training(own, f"{titles.get(net, net)}: damping {damping:g}")
         for kind, figure in pictures.items():
             written.append(_picture(out, f"{net}_{kind}{f'_{damping:g}' if several else ''}", figure))
+    return written
+
+
+def _profiles(
+    out: Path, problems: dict[str, fisher.Problem], methods: Sequence[fisher.Method], titles: dict[str, str]
+) -> list[str]:
+    """A picture of each net, and a file with what they are drawn from; returns the names of the files."""
+    written, lines = ["profiles.jsonl"], []
+    for net, problem in problems.items():
+        title = f"{titles.get(net, net)}: step {problem.step}, damping {problem.settings.damping:g}"
+        found = [one.by_decades() for one in fisher.profiles(problem, methods)]
+        lines.append(json.dumps({"net": net, "title": title, "profiles": [asdict(one) for one in found]}) + "\n")
+        written.append(_picture(out, f"{net}_profile", fisher.profile(found, title)))
+    with atomic_file(out / written[0]) as file:
+        file.write("".join(lines).encode())
     return written
 
 

@@ -13,13 +13,14 @@ from analysis.fisher.figures import directions, errors, profile, training
 from analysis.fisher.measure import Problem, Row, angle, measure
 from analysis.fisher.methods import METHODS, Method, Settings
 from analysis.fisher.nets import NETS, Net, batch, trained
-from analysis.fisher.profiles import Profile, profiles
+from analysis.fisher.profiles import Binned, Profile, profiles
 from analysis.fisher.results import Results, kept
 from analysis.fisher.tables import order, summary, to_csv, to_markdown
 
 __all__ = [
     "METHODS",
     "NETS",
+    "Binned",
     "Errors",
     "ExactBlock",
     "Method",

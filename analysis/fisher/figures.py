@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,7 +14,7 @@ from analysis.compare.figures import PALETTE
 from analysis.fisher.measure import Row
 from analysis.fisher.methods import OWN
 from analysis.fisher.methods import label as label_of
-from analysis.fisher.profiles import Profile
+from analysis.fisher.profiles import Binned
 from analysis.fisher.tables import DIRECTIONS, ERRORS, middle
 from training.show.curves import GREY, log_axis
 
@@ -159,7 +158,7 @@ def training(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def profile(found: Sequence[Profile], title: str) -> Figure:
+def profile(found: Sequence[Binned], title: str) -> Figure:
     """Curvature and steps along the eigenvectors of the exact block, in units of the true ones: a row a layer.
 
     A point is of a quarter of a decade of eigenvalues: the median of the curvatures, the length of the step there.
@@ -173,9 +172,8 @@ def profile(found: Sequence[Profile], title: str) -> Figure:
     for pair, layer in zip(figure.subplots(len(layers), 2, squeeze=False), layers, strict=True):
         for one in (one for one in found if one.layer == layer):
             colour, style, mark = LOOKS[one.method]
-            middles, *lines = _by_decades(one)
-            for axes, line in zip(pair, lines, strict=True):
-                axes.plot(middles, line, style, color=colour, marker=mark, markersize=4, linewidth=1.3)
+            for axes, line in zip(pair, (one.curvatures, one.lengths), strict=True):
+                axes.plot(one.eigenvalues, line, style, color=colour, marker=mark, markersize=4, linewidth=1.3)
         for axes, label in zip(pair, ("curvature / true curvature", "step / natural gradient"), strict=True):
             axes.axhline(1, color=GREY, linewidth=1)
             axes.set_xscale("log")
@@ -185,18 +183,6 @@ def profile(found: Sequence[Profile], title: str) -> Figure:
     _legend(figure, [m for m in LOOKS if m in {one.method for one in found}])
     figure.suptitle(title, fontsize="medium")
     return figure
-
-
-def _by_decades(one: Profile) -> tuple[list[float], list[float], list[float]]:
-    """Eigenvalues by quarters of a decade; there, the median of the curvatures and the length of the step."""
-    places = (4 * one.eigenvalues.log10()).round().to(torch.int64)
-    kept = places.unique(sorted=True).flip(0).tolist()
-    curvatures, lengths = [], []
-    for place in kept:
-        own = places == place
-        curvatures.append(float(one.ratios[own].median()))
-        lengths.append(float(one.steps[own].norm() / one.best[own].norm()))
-    return [10 ** (place / 4) for place in kept], curvatures, lengths
 
 
 def _logarithmic(axes: Axes, beyond: Sequence[str] = ()) -> None:

@@ -38,6 +38,36 @@ class Profile:
     steps: Tensor
     best: Tensor
 
+    def by_decades(self) -> Binned:
+        """Quarters of a decade of eigenvalues, the largest first."""
+        places = (4 * self.eigenvalues.log10()).round().to(torch.int64)
+        curvatures, lengths = [], []
+        kept = places.unique(sorted=True).flip(0).tolist()
+        for place in kept:
+            own = places == place
+            curvatures.append(float(self.ratios[own].median()))
+            lengths.append(float(self.steps[own].norm() / self.best[own].norm()))
+        return Binned(self.layer, self.method, [10 ** (place / 4) for place in kept], curvatures, lengths)
+
+
+@dataclass(frozen=True)
+class Binned:
+    """A profile by quarters of a decade of eigenvalues, which is what is drawn.
+
+    Attributes:
+        layer: its name.
+        method: its name.
+        eigenvalues: the middles of the quarters that have some, the largest first.
+        curvatures: there, the median of what the method sees, in units of what there is.
+        lengths: there, of its step at its best length, in units of the natural gradient's.
+    """
+
+    layer: str
+    method: str
+    eigenvalues: list[float]
+    curvatures: list[float]
+    lengths: list[float]
+
 
 def profiles(problem: Problem, methods: Iterable[Method]) -> list[Profile]:
     """A profile a layer and method; of methods that keep no approximation of F, none.

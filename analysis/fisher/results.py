@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from analysis import records
 from analysis.fisher.measure import Row, as_dict
 from training.errors import UserError
 from training.runs.folder import atomic_file
@@ -85,14 +86,14 @@ def kept(path: Path) -> list[Row]:
     """The rows of a file of results.
 
     Args:
-        path: of it.
+        path: of it, or of what was packed of it.
 
     Raises:
         UserError: it is none.
     """
     try:
-        return _parsed(path.read_text(encoding="utf-8").splitlines())[1]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        return _parsed(records.text(path).splitlines())[1]
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no file of these results ({error})") from error
 
 

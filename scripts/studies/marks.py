@@ -6,8 +6,9 @@
     ![what it shows](NAME.png)                       the file that a maker draws
 
 ``make results`` renews them. A maker (scripts/studies/makers/) reads docs/results/logs/NAME.jsonl, .json or .csv,
-what a script has written, or the runs in NAME.tar.xz, which `results.py keep FOLDER NAME` packs. Where a record is
-not there, what stands in its place stays as it is: docs/results/README.md says of which pages, and a test compares.
+what a script has written, or what `results.py keep` has packed: such a file in NAME.jsonl.xz, runs in NAME.tar.xz.
+Where a record is not there, what stands in its place stays as it is: docs/results/README.md says of which pages, and a
+test compares.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from training.runs.folder import atomic_file
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "docs" / "results" / "logs"
-SUFFIXES = (".jsonl", ".json", ".csv", ".tar.xz")
+SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.xz", ".json.xz", ".tar.xz")
 #: The pages that may have such places.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("*/*.md"))]
 #: What a picture keeps, as text, of the record that it was drawn from.

@@ -3,18 +3,21 @@
     python scripts/studies/results.py                                 # `make results`
     python scripts/studies/results.py keep multirun/verdict_mlp_digits digits   # a verdict's logs, for the next time
     python scripts/studies/results.py keep multirun/sensitivity_mlp_digits sensitivity      # any runs' logs, likewise
+    python scripts/studies/results.py keep fisher_quality/fisher_quality.jsonl fisher_quality   # what a script measured
 
 Tables of default values, ranges of rates and fewest steps come of their `.jsonl`. Of a verdict, docs/results/verdicts
 has what its page is made of, NAME.tar.xz: the plan, the trials, and of the final runs the configuration, the summary
 and the events, those of training thinned; docs/results/verdict.md and docs/results/verdicts/NAME.html come of it. What
-stands in verdict.md from "## Notes" on stays. Logs of other runs are kept in docs/results/logs; what comes of them, and
-of records of measurements there, is in the pages' marked places: scripts/studies/marks.py.
+stands in verdict.md from "## Notes" on stays. Logs of other runs are kept in docs/results/logs, and so are files of
+JSON that a script has written, compressed, eight digits a number; what comes of them, and of records of measurements
+there, is in the pages' marked places: scripts/studies/marks.py.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import lzma
 import shutil
 import sys
 import tarfile
@@ -42,6 +45,8 @@ RESULTS = ROOT / "docs" / "results"
 PLANS = ("verdict.json", "tuning.json", "trials.jsonl")
 #: Of the training events of a run, how many are kept.
 EVENTS = 100
+#: Of what a script has measured, digits that are kept of a number.
+DIGITS = 8
 #: Of the figures of a page, those that verdict.md shows, and what they are.
 SHOWN = {
     "final": "the last value of every run, means with 95 % intervals",
@@ -61,7 +66,7 @@ def keep(folder: Path, name: str, home: Path = RESULTS) -> Path:
     """Pack what pages are made of: of a verdict its plan, its trials and its final runs, else all runs of a folder.
 
     Args:
-        folder: of the verdict, or with runs anywhere below it.
+        folder: of the verdict, or with runs anywhere below it; or a file of JSON, or of a line of it a row.
         name: of the archive, in `verdicts/` or `logs/`.
         home: folder of the results' pages.
 
@@ -69,8 +74,10 @@ def keep(folder: Path, name: str, home: Path = RESULTS) -> Path:
         The archive. The same folder gives the same bytes.
 
     Raises:
-        ValueError: there is no run.
+        ValueError: there is no run, or the file is not of JSON.
     """
+    if folder.is_file():
+        return _packed(folder, home / "logs" / f"{name}{folder.suffix}.xz")
     verdict = report.is_verdict(folder)
     runs = compare.find_runs([folder / "final" if verdict else folder])
     path = home / ("verdicts" if verdict else "logs") / f"{name}.tar.xz"
@@ -81,6 +88,23 @@ def keep(folder: Path, name: str, home: Path = RESULTS) -> Path:
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return path
+
+
+def _packed(file: Path, path: Path) -> Path:
+    if file.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"what is kept must be a folder, or a file of JSON (.json, .jsonl), got {file}")
+    content = file.read_text(encoding="utf-8")
+    parts = [content] if file.suffix == ".json" else content.splitlines()
+    values = [json.loads(part, parse_float=_rounded) for part in parts]
+    text = "".join(f"{json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n" for value in values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as packed:
+        packed.write(lzma.compress(text.encode(), preset=9))
+    return path
+
+
+def _rounded(text: str) -> float:
+    return float(f"{float(text):.{DIGITS}g}")
 
 
 def _kept(folder: Path, runs: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
@@ -159,7 +183,9 @@ PAGES: tuple[Callable[[], Path], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. `argv`: the arguments, None for those of the process."""
     parser = Parser(__doc__)
-    parser.add_argument("words", nargs="*", metavar="keep FOLDER NAME", help="pack logs of runs under a name")
+    parser.add_argument(
+        "words", nargs="*", metavar="keep FOLDER NAME", help="pack logs of runs, or a file of JSON, under a name"
+    )
     try:
         words = parser.parse_args(argv).words
         if words:

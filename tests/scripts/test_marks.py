@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import re
 import sys
 import tarfile
@@ -12,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from analysis import records, toy
-from scripts import benchmark
+from analysis import fisher, records, toy
+from scripts import benchmark, fisher_quality
 from scripts.studies import makers, marks, results
 from tests.analysis.test_report import write_run
 from tests.conftest import ROOT
@@ -60,6 +61,8 @@ def test_no_record_says_where_it_was_made() -> None:
         if path.name.endswith(".tar.xz"):
             with tarfile.open(path) as archive:
                 contents = [file.read() for entry in archive if (file := archive.extractfile(entry))]
+        elif path.suffix == ".xz":
+            contents = [lzma.decompress(contents[0])]
         assert path.stat().st_size < 400_000
         assert not [found for text in contents for found in re.findall(rb"[ \"'=]/\w+/[^\n]*", text)]
 
@@ -107,6 +110,34 @@ def test_measurements_are_kept_and_become_tables(logs: Path, monkeypatch: pytest
     (logs / "small.jsonl").write_text("{}\n")
     with pytest.raises(results.UserError, match="no record of a measurement"):
         marks.renewed(text)
+
+
+def test_what_a_script_has_measured_is_kept_and_becomes_tables_and_a_picture(
+    logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--nets", "mlp", "--methods", "kfac,kpsvd,deflation", "--examples", "12", "--out", str(tmp_path)]
+    assert fisher_quality.main([*common, "--steps", "0,2", "--damping", "1,0.1", "--profile"]) == 0
+    for record in ("fisher_quality", "profiles"):
+        path = results.keep(tmp_path / f"{record}.jsonl", record, tmp_path)
+        assert path == marks.Mark("rows", record, "").record
+        assert results.keep(tmp_path / f"{record}.jsonl", record, tmp_path).read_bytes() == path.read_bytes()
+    rows = fisher.kept(logs / "fisher_quality.jsonl.xz")
+    whole = fisher.kept(tmp_path / "fisher_quality.jsonl")
+    assert [row.fisher_frobenius for row in rows] == pytest.approx([row.fisher_frobenius for row in whole], nan_ok=True)
+    asked = "fisher_quality decrease_full by damping of mlp: kpsvd, kfac"
+    _, title, _, *lines, _ = marks.renewed(f"<!-- table: fisher_by {asked} -->\n<!-- end -->\n").splitlines()
+    assert title == "| λ | KPSVD | K-FAC (expand) |" and [line[:6] for line in lines] == ["| 1 | ", "| 0.1 "]
+    at = {(row.damping, row.method): row.decrease_full for row in rows if row.step == 2 and not row.layer}
+    assert lines[0] == f"| 1 | {at[1.0, 'kpsvd']:.2f} | {at[1.0, 'kfac']:.2f} |"
+    asked = "fisher_quality fisher_operator by layer, step: kfac"
+    lines = marks.renewed(f"<!-- table: fisher_by {asked} -->\n<!-- end -->\n").splitlines()[3:-1]
+    assert [line.split(" | ")[:2] for line in lines] == [["| 1", "0"], ["| 1", "2"], ["| 3", "0"], ["| 3", "2"]]
+    orders = marks.renewed("<!-- table: fisher_orders fisher_quality -->\n<!-- end -->\n")
+    assert "| Deflation before KPSVD | 8 of 8 | " in orders  # two layers at two steps and dampings
+    drawn = makers.PICTURES["fisher_profile"](logs / "profiles.jsonl.xz", "mlp")
+    assert len(drawn.axes) == 4 and len(drawn.axes[0].get_lines()) == 4  # three methods, and a line at 1
+    with pytest.raises(ValueError, match="a file of JSON"):
+        results.keep(tmp_path / "fisher_quality.csv", "table", tmp_path)
 
 
 def test_of_another_packages_method_whole_rounds_are_measured() -> None:
