@@ -16,6 +16,9 @@ import numpy as np
 from analysis.compare.measures import Comparison, Row, Spread, higher_is_better, rows
 from analysis.compare.runs import LoadedRun
 
+#: How columns end that are no values of the metric.
+RATIOS = ("/ baseline", "/ published", "to target")
+
 
 def to_csv(found: Sequence[Row]) -> str:
     """The rows with all their digits; a column of its own for each standard deviation."""
@@ -96,8 +99,7 @@ def sheets(comparison: Comparison, found: Sequence[Row]) -> list[Sheet]:
 
 def _sheet(title: str, columns: dict[str, str], found: Sequence[Row], name: str) -> Sheet:
     """Columns of the rows under short headers; `name` is the metric's without its split."""
-    ratios = ("/ baseline", "/ published", "to target")
-    values = [c for c in columns if c.startswith(("final", "best", "epoch", "published")) and not c.endswith(ratios)]
+    values = [c for c in columns if c.startswith(("final", "best", "epoch", "published")) and not c.endswith(RATIOS)]
     lines = [[_cell(row[column], name if column in values else "") for column in columns] for row in found]
     return Sheet(title, list(columns.values()), lines)
 
@@ -153,10 +155,9 @@ def to_table(comparison: Comparison, columns: Sequence[str]) -> str:
             row |= {key: cell for key, cell in others[row["group"]].items() if key not in row}
     if unknown := [column for column in columns if column not in found[0]]:
         raise ValueError(f"columns: there is no {unknown[0]!r}; there are {', '.join(found[0])}")
-    lines = [
-        [row["group"], *(_cell(row[c], comparison.metric if c.startswith("epoch") else c) for c in columns)]
-        for row in found
-    ]
+    kinds = {c: comparison.metric if c.startswith(("epoch", "published")) else c for c in columns}
+    kinds |= {c: "" for c in columns if c.endswith(RATIOS)}
+    lines = [[row["group"], *(_cell(row[c], kinds[c]) for c in columns)] for row in found]
     return "\n".join(_lines(Sheet("", ["group", *columns], lines))) + "\n"
 
 

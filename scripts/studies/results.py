@@ -7,7 +7,7 @@
 
 Tables of default values, ranges of rates and fewest steps come of their `.jsonl`. Of a verdict, docs/results/verdicts
 has what its page is made of, NAME.tar.xz: the plan, the trials, and of the final runs the configuration, the summary
-and the events, those of training thinned; docs/results/verdict.md and docs/results/verdicts/NAME.html come of it. What
+and the events, those of training in means; docs/results/verdict.md and docs/results/verdicts/NAME.html come of it. What
 stands in verdict.md from "## Notes" on stays. Logs of other runs are kept in docs/results/logs, and so are files of
 JSON that a script has written, compressed, eight digits a number; what comes of them, and of records of measurements
 there, is in the pages' marked places: scripts/studies/marks.py.
@@ -15,9 +15,12 @@ there, is in the pages' marked places: scripts/studies/marks.py.
 
 from __future__ import annotations
 
+import bisect
 import io
+import itertools
 import json
 import lzma
+import math
 import shutil
 import sys
 import tarfile
@@ -43,7 +46,7 @@ from training.runs.folder import atomic_file
 RESULTS = ROOT / "docs" / "results"
 #: What of a verdict's folder is kept beside its final runs.
 PLANS = ("verdict.json", "tuning.json", "trials.jsonl")
-#: Of the training events of a run, how many are kept.
+#: Of the training events of a run, about how many are kept; each stands for the mean of those in front of it.
 EVENTS = 100
 #: Of what a script has measured, digits that are kept of a number.
 DIGITS = 8
@@ -127,14 +130,38 @@ def _kept(folder: Path, runs: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
 def _thinned(text: str) -> bytes:
     events = [json.loads(line) for line in text.splitlines() if line.strip()]
     training = [event for event in events if event["event"] == "train"]
-    stride = max(1, -(-len(training) // EVENTS))
-    stay = {id(event) for event in (*training[stride - 1 :: stride], *training[-1:])}
-    lines = []
-    for event in events:
-        if event["event"] != "train" or id(event) in stay:
-            short = {key: value for key, value in event.items() if not key.startswith("time/")}
-            lines.append(json.dumps(short) + "\n")
-    return "".join(lines).encode()
+    means = iter(_means(training) if len(training) > EVENTS else training)
+    short, lines = next(means, None), []
+    for event in [*(event for event in events if event["event"] != "train"), {}]:
+        while short and (not event or short["step"] <= event.get("step", 0)):
+            lines.append({key: value for key, value in short.items() if not key.startswith("time/")})
+            short = next(means, None)
+        lines += [event] if event else []
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def _means(training: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """About ``EVENTS`` of training, at least one an epoch and none over two: their losses are means over all steps."""
+    last = training[-1]
+    length = last["step"] / last["epoch"] if last.get("epoch") else last["step"]
+    epochs = math.ceil(last["step"] / length - 1e-6)
+    parts = max(1, round(EVENTS / epochs))
+    ends = sorted({min(round(i * length / parts), last["step"]) for i in range(1, epochs * parts + 1)} - {0})
+    steps = [0, *(event["step"] for event in training)]
+    for start, end in itertools.pairwise([0, *ends]):
+        inside = range(bisect.bisect_right(steps, start) - 1, bisect.bisect_left(steps, end))
+        whole = {key: value for i in inside for key, value in training[i].items()}
+        event = whole | {"step": end, "epoch": round(end / length, 6)}
+        for key in whole:
+            at = [(min(steps[i + 1], end) - max(steps[i], start), training[i].get(key)) for i in inside]
+            known = [(weight, value) for weight, value in at if value is not None]
+            if key.startswith("train/"):
+                event[key] = sum(weight * value for weight, value in known) / sum(weight for weight, _ in known)
+            elif key in ("seconds", "wall"):
+                before = training[inside[-1] - 1][key] if inside[-1] else 0.0
+                share = (end - steps[inside[-1]]) / (whole["step"] - steps[inside[-1]])
+                event[key] = before + share * (whole[key] - before)
+        yield event
 
 
 def verdicts(home: Path = RESULTS) -> Path:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import tarfile
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from analysis import report
+from analysis import compare, report
 from analysis.report import tables
 from scripts.studies import results
 from tests.analysis.test_report import LAST, verdict
@@ -44,13 +47,32 @@ def test_what_is_kept_gives_the_same_page(verdict: Path, tmp_path: Path) -> None
     assert len(LAST) == 3
 
 
-def test_of_training_events_some_are_kept_of_all_others_each() -> None:
-    events = [{"event": "train", "step": step, "loss": 1.0, "time/step": 0.1} for step in range(1, 1001)]
+def test_of_training_events_means_are_kept_of_all_others_each() -> None:
+    events = [{"event": "train", "step": step, "train/loss": float(step), "time/step": 0.1} for step in range(1, 1001)]
     events[500:500] = [{"event": "eval", "step": 500, "val/loss": 2.0}]
     kept = [json.loads(line) for line in results._thinned("\n".join(map(json.dumps, events))).splitlines()]
-    training = [event["step"] for event in kept if event["event"] == "train"]
-    assert training == [*range(10, 1001, 10)] and {"event": "eval", "step": 500, "val/loss": 2.0} in kept
+    training = [event for event in kept if event["event"] == "train"]
+    assert [event["step"] for event in training] == [*range(10, 1001, 10)]
+    assert [event["train/loss"] for event in training] == pytest.approx([step - 4.5 for step in range(10, 1001, 10)])
+    assert kept[50] == {"event": "eval", "step": 500, "val/loss": 2.0} and len(kept) == 101
     assert not any("time/step" in event for event in kept)
+
+
+@pytest.mark.parametrize("epochs", [3, 60, 150.5])
+def test_what_is_kept_has_the_means_of_all_epochs(epochs: float, tmp_path: Path) -> None:
+    generator, length = random.Random(0), 60
+    end = int(epochs * length)
+    steps = [*range(10 if epochs > 3 else 1, end, 10 if epochs > 3 else 1), end]
+    events: list[dict[str, Any]] = [
+        {"event": "train", "step": step, "epoch": round(step / length, 6), "seconds": 0.1 * step,
+         "train/loss": generator.random(), "lr": 0.1} for step in steps
+    ]  # fmt: skip
+    events += [{"event": "eval", "step": end, "epoch": round(end / length, 6), "seconds": 0.1 * end, "val/loss": 1.0}]
+    kept = [json.loads(line) for line in results._thinned("\n".join(map(json.dumps, events))).splitlines()]
+    assert len(kept) < len(events) and len(kept) <= epochs + results.EVENTS
+    curves = [compare.LoadedRun(tmp_path, {}, {}, some, {}).curve("train/loss") for some in (events, kept)]
+    for one, other in zip(*map(astuple, curves), strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
 
 
 @pytest.mark.parametrize("path", ARCHIVES, ids=lambda path: path.name)

@@ -89,6 +89,13 @@ def test_runs_are_kept_and_become_a_table_and_a_picture(logs: Path, tmp_path: Pa
     assert mark.record == path and marks.drawn_from(picture) is None
     marks.save(makers.PICTURES["runs"](path, mark.words), picture, mark.digest)
     assert marks.drawn_from(picture) == mark.digest != marks.Mark("runs", "two", "val/loss", picture).digest
+    published = {"optimizer=adam": {"val/accuracy": [0.5, 0.75]}}
+    path.with_name("two_published.json").write_text(json.dumps(published))
+    words = "val/accuracy to optimizer=sgd until 0.9: published epoch 2, final val/accuracy / baseline, reached"
+    *_, adam, sgd = makers.TABLES["runs"](path, words).splitlines()
+    assert (adam, sgd) == ("| optimizer=adam | 75 % | 1.129 | 2 |", "| optimizer=sgd | – | 1 | 1 |")
+    with pytest.raises(results.UserError, match="not 'val/accuracy until it is'"):
+        makers.TABLES["runs"](path, "val/accuracy until it is")
     with pytest.raises(ValueError, match="there is no 'last'"):
         makers.TABLES["runs"](path, "val/accuracy: last")
 
@@ -138,6 +145,21 @@ def test_what_a_script_has_measured_is_kept_and_becomes_tables_and_a_picture(
     assert len(drawn.axes) == 4 and len(drawn.axes[0].get_lines()) == 4  # three methods, and a line at 1
     with pytest.raises(ValueError, match="a file of JSON"):
         results.keep(tmp_path / "fisher_quality.csv", "table", tmp_path)
+
+
+def test_what_is_ok_is_counted(logs: Path) -> None:
+    found = {
+        "one": {"verdicts": {"kfac": "ok", "sgd": "ok"}, "layers": 1.0},
+        "two": {"verdicts": {"kfac": "no"}, "layers": 0.9},
+        "three": {"verdicts": {}, "layers": None},
+    }
+    (logs / "some.json").write_text(json.dumps(found))
+    text = "Of <!-- table: count some -->?<!-- end --> are <!-- table: count some ok -->?<!-- end -->, "
+    text = marks.renewed(text + "covered <!-- table: count some layers 0.99 -->?<!-- end -->.")
+    assert re.sub("<!-- .*? -->", "", text) == "Of 3 are 1, covered 1."
+    for entry, count in (({"verdict": "ok"}, "1"), ({"failed": "", "wrong": {"a": "b"}}, "0")):
+        (logs / "some.json").write_text(json.dumps({"one": entry}))
+        assert makers.TABLES["count"](logs / "some.json", "ok") == count
 
 
 def test_of_another_packages_method_whole_rounds_are_measured() -> None:

@@ -88,6 +88,21 @@ def _json(path: Path, kind: Callable[..., T]) -> dict[str, T]:
         raise UserError(f"{path} is damaged ({error})") from error
 
 
+def _count(path: Path, words: str) -> str:
+    """How many entries there are, are ``ok``, or have a share of at least so much: ``layers 0.99``."""
+    found: dict[str, dict[str, Any]] = _json(path, dict)
+    key, _, least = words.partition(" ")
+    if key == "ok":
+        return str(sum(map(_all_ok, found.values())))
+    return str(sum((it[key] or 0.0) >= float(least) for it in found.values()) if key else len(found))
+
+
+def _all_ok(entry: Mapping[str, Any]) -> bool:
+    if "verdicts" in entry:
+        return set(entry["verdicts"].values()) == {"ok"}
+    return entry["verdict"] == "ok" if "verdict" in entry else not (entry["failed"] or entry["wrong"])
+
+
 TABLES: dict[str, Callable[[Path, str], str]] = {
     "benchmark": _benchmark,
     "cost": _cost,
@@ -95,6 +110,7 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "value": _value,
     "rows": _rows,
     "toy": lambda path, _: toy.to_markdown(_toy(path)),
+    "count": _count,
     "zoo": lambda path, _: zoo.markdown(_json(path, dict)) + "\n",
     "verified": lambda path, _: verify_zoo.markdown(_json(path, verify_zoo.Checked)) + "\n",
     "families": lambda path, _: families.markdown(_json(path, families.Family)) + "\n",

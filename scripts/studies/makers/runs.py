@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tarfile
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from analysis import compare, sensitivity
+from training.errors import UserError
 
 
 @contextmanager
@@ -43,12 +45,35 @@ def _heat_maps(path: Path, metric: str) -> Figure:
 
 @contextmanager
 def _compared(path: Path, words: str) -> Iterator[tuple[compare.Comparison, list[str]]]:
-    """A comparison by ``METRIC: COLUMN, COLUMN``, and the columns, of which ``epoch 5`` is one."""
-    metric, _, columns = words.partition(": ")
+    """A comparison by ``METRIC: COLUMN, COLUMN``, and the columns, of which ``epoch 5`` is one.
+
+    ``METRIC to LABEL until VALUE: ...`` is to this group, and takes the time until this value. Published curves by
+    group, where there are some, lie beside the archive, NAME_published.json.
+
+    Yields:
+        Both.
+
+    Raises:
+        UserError: the metric is said otherwise.
+    """
+    said, _, columns = words.partition(": ")
+    asked = re.fullmatch(r"(\S+)(?: to (.+?))?(?: until (\S+))?", said)
+    if not asked:
+        raise UserError(f"runs: a metric, then perhaps 'to LABEL' and 'until VALUE', not {said!r}")
+    metric, unit, until = asked.groups()
+    published = path.with_name(path.name.replace(".tar.xz", "_published.json"))
+    curves = json.loads(published.read_text(encoding="utf-8")) if published.exists() else {}
     with unpacked(path) as runs:
         groups, remarks = compare.group_runs(runs)
-        epochs = [int(epoch) for epoch in re.findall(r"\bepoch (\d+)", columns)]
-        yield compare.Comparison(groups, metric, epochs=epochs, remarks=remarks), columns.split(", ")
+        yield compare.Comparison(
+            groups,
+            metric,
+            target=compare.Target(metric, float(until)) if until else None,
+            epochs=[int(epoch) for epoch in re.findall(r"\bepoch (\d+)", columns)],
+            baseline=compare.match(groups, unit, "runs") if unit else None,
+            references={key: compare.Reference("curves", it) for key, it in curves.items()},
+            remarks=remarks,
+        ), columns.split(", ")
 
 
 def _runs(path: Path, words: str) -> str:
