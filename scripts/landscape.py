@@ -6,8 +6,8 @@
 
 Random directions are as long as the weights, filter by filter (Li et al. 2018, arXiv 1712.09913), with biases and norms
 left out. The plane of ways is that of the first two principal components of all runs' snapshots around their start;
-beside what it shows, each snapshot is evaluated itself. Losses are those of a fixed set of examples in float32, in the
-units of val/loss.
+beside what it shows, each snapshot is evaluated itself. Losses are those of a fixed set of examples in float32, or
+--precision bf16, in the units of val/loss.
 
 Writes landscape.png, landscape.csv, for planes landscape.html, for ways ways.csv. What has been evaluated is kept in
 survey_*.jsonl: stopped or killed, the same command goes on from there. Of a folder from elsewhere nothing is called but
@@ -121,7 +121,7 @@ def _under(
 def _common(options: argparse.Namespace, out: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
     return {
         "resolution": options.resolution, "statistics": options.batch_norm, "calibrate": options.calibrate,
-        "folder": out, "workers": options.workers, "progress": progress,
+        "precision": options.precision, "folder": out, "workers": options.workers, "progress": progress,
     }  # fmt: skip
 
 
@@ -232,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--examples", type=int, default=2000, metavar="N", help="to evaluate on, at most (default: 2000)")
     add("--split", choices=SPLITS, default="train", help="that they are from (default: train, as training sees it)")
     add("--batch-size", type=int, default=100, metavar="N", help="of the evaluation (default: 100)")
+    add("--precision", default="fp32", help="of forward passes: fp32, or bf16, which is faster (default: fp32)")
     add("--data", metavar="FOLDER", help="where data sets lie (default: where they lay when the runs were trained)")
     add("--own", action="append", default=[], metavar="NAME", help="a callable of yours that runs may call: mine.Net")
     add("--metric", default="loss", help="what is drawn, of the task's (default: loss)")

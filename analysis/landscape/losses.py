@@ -10,16 +10,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from analysis.landscape.fused import Fused
 from analysis.landscape.plane import Plane, Weights
 from analysis.landscape.ways import Way
 from data.base import BatchLoader
 from optimizers.averaging import batch_norms, recalibrate
-from training.loop.precision import Precision
+from training.loop import rng
+from training.loop.precision import DTYPES, Precision
 from training.runs.evaluation import evaluate
 from training.show.snapshots import put, state
 from training.tasks.task import Task
 
 Statistics = Literal["estimated", "fixed"]
+Format = Literal["fp32", "bf16"]
 #: Where to evaluate: coordinates in the plane, or the numbers of a way and of one of its snapshots.
 Point = tuple[Literal["plane"], tuple[float, ...]] | tuple[Literal["snapshot"], tuple[int, int]]
 
@@ -89,6 +92,7 @@ class Ground:
         statistics: of BatchNorm: ``estimated`` anew at each point, plain means over `calibrate` examples; or ``fixed``:
             in the plane those of the model, at a snapshot those that the run had there.
         calibrate: examples that statistics are estimated on, the first of `examples`; whole batches are taken.
+        precision: ``fp32``, or ``bf16`` for the forward passes.
 
     Raises:
         ValueError: for a value out of its range, or snapshots of another model.
@@ -103,7 +107,10 @@ class Ground:
         ways: Sequence[Way] = (),
         statistics: Statistics = "estimated",
         calibrate: int = 500,
+        precision: Format = "fp32",
     ) -> None:
+        if precision not in get_args(Format):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Format))}, got {precision!r}")
         if statistics not in get_args(Statistics):
             raise ValueError(f"batch_norm must be one of {', '.join(get_args(Statistics))}, got {statistics!r}")
         if calibrate < 1:
@@ -115,8 +122,10 @@ class Ground:
             if name not in weights or weights[name].shape != tensor.shape:
                 raise ValueError(f"runs must have the model that is evaluated, which has no {name} of this shape")
         self._names = list(plane.origin)
-        device = next(model.parameters()).device
-        self._precision = Precision("fp32", device)
+        self.precision = precision
+        # The layout of images in which convolutions on the CPU are fastest, too.
+        self._precision = Precision(precision, next(model.parameters()).device, channels_last=True)
+        self._fused: Fused | Literal["untried"] | None = "untried"
         self._origin = self._placed(plane.origin)
         self._directions = [self._placed({n: d[n] for n in self._names if n in d}) for d in plane.directions]
 
@@ -155,7 +164,25 @@ class Ground:
             put(self.model, snapshot.weights, snapshot.buffers)
         if self.statistics == "estimated" and self.has_batch_norm:
             recalibrate(self.model, enumerate(self._shown), lambda part: self._show(*part))
-        return evaluate(self.model, self.examples, self.task, self._precision)
+        if self._fused == "untried":
+            self._fused = self._fuse()
+        if self._fused is None:
+            return evaluate(self.model, self.examples, self.task, self._precision)
+        self._fused.refresh()
+        return evaluate(self._fused.model, self.examples, self.task, self._precision)
+
+    def _fuse(self) -> Fused | None:
+        """The model as it is evaluated, where that is faster and the same."""
+        inputs = self._precision.prepare(self.examples.batches[0][0])
+        with rng.observed(self.model, inputs.device):
+            try:
+                return Fused(self.model, inputs, DTYPES[self.precision])
+            except ValueError:
+                return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what a process makes for itself."""
+        return self.__dict__ | {"_fused": "untried"}
 
     def _show(self, part: int, inputs: Tensor) -> None:
         self.task.calibrate(self.model, inputs, self._precision, part)
@@ -184,7 +211,8 @@ class Ground:
     def fingerprint(self, points: Sequence[Point]) -> str:
         """Sixteen hexadecimal digits of all that the values at some points depend on, but for the machine."""
         found = hashlib.sha256()
-        facts: list[Any] = [self.statistics, self.calibrate, type(self.task).__name__, repr(self.model), list(points)]
+        facts: list[Any] = [self.statistics, self.calibrate, self.precision]
+        facts += [type(self.task).__name__, repr(self.model), list(points)]
         found.update(repr(facts).encode())
         tensors = [*self._origin.values(), *(t for d in self._directions for t in d.values())]
         tensors += [*self._buffers.values(), *(t for batch in self.examples.batches for t in batch)]

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from analysis.landscape.directions import Unit, Vectors, lengths, random_direction
-from analysis.landscape.losses import Examples, Ground, Point, Statistics
+from analysis.landscape.losses import Examples, Format, Ground, Point, Statistics
 from analysis.landscape.plane import Plane, dot
 from analysis.landscape.survey import survey
 from analysis.landscape.ways import Principal, Through, Way, principal_plane
@@ -95,6 +95,7 @@ def around(
     vectors: Vectors = "ignore",
     statistics: Statistics = "estimated",
     calibrate: int = 500,
+    precision: Format = "fp32",
     folder: Path | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -117,6 +118,7 @@ def around(
         vectors: see `random_direction`.
         statistics: of BatchNorm, see `Ground`.
         calibrate: examples that they are estimated on.
+        precision: of the forward passes, see `Ground`.
         folder: see `survey`.
         workers: see `survey`.
         progress: see `survey`.
@@ -132,7 +134,7 @@ def around(
     if any(lengths(direction) == 0 for direction in drawn):
         raise ValueError("vectors must be scale for this model, which has no weights but biases and norms")
     plane = Plane(state(model)[0], drawn)
-    ground = Ground(model, task, examples, plane, (), statistics, calibrate)
+    ground = Ground(model, task, examples, plane, (), statistics, calibrate, precision)
     along = _steps(-span, span, resolution)
     by = {"filter": "filter-normalised", "layer": "layer-normalised", "none": "not normalised"}[normalise]
     biases = "biases and norms " + ("left out" if vectors == "ignore" else "scaled to their own length")
@@ -157,6 +159,7 @@ def under(
     resolution: int = 51,
     statistics: Statistics = "estimated",
     calibrate: int = 500,
+    precision: Format = "fp32",
     folder: Path | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -175,6 +178,7 @@ def under(
         resolution: points along each direction.
         statistics: of BatchNorm, see `Ground`.
         calibrate: examples that they are estimated on.
+        precision: of the forward passes, see `Ground`.
         folder: see `survey`.
         workers: see `survey`.
         progress: see `survey`.
@@ -185,7 +189,7 @@ def under(
     if not margin >= 0:
         raise ValueError(f"margin must be at least 0, got {margin}")
     principal = principal_plane(ways, through)
-    ground = Ground(model, task, examples, principal.plane, ways, statistics, calibrate)
+    ground = Ground(model, task, examples, principal.plane, ways, statistics, calibrate, precision)
     spots = np.array([p.coordinates for projections in principal.projections for p in projections])
     low, high = spots.min(0), spots.max(0)
     room = margin * (high - low).max()  # the same on all sides, so that a way that is nearly a line has some, too
@@ -244,7 +248,8 @@ def _map_out(
         at += len(own)
     if ground.has_batch_norm:
         notes = [*notes, _statistics(ground)]
-    notes = [*notes, f"{ground.examples.num_examples} examples"]
+    rounded = ", in bfloat16" if ground.precision == "bf16" else ""
+    notes = [*notes, f"{ground.examples.num_examples} examples{rounded}"]
     surface = {name: values[:count].reshape(shape) for name, values in table.items()}
     explained = principal.explained if principal else ()
     return Surface(
