@@ -9,6 +9,7 @@ run's checkpoints (trainer.keep_checkpoints=1000 keeps them all) and light snaps
 from the optimizers' own engine. Written for each run, into RUN/factors:
 
     factors.json      all numbers of all layers at all points, with what they mean; factors.md: the main ones
+    study.json        those, and what the pictures are drawn from
     over_training     means, directions that count, diagonals' shares, directions above damping, length of a step
     curvature         eigenvalues of G (x) A of all layers beside the damping, at the first and the last point
     spectra           of both factors, a line a point
@@ -18,7 +19,7 @@ from the optimizers' own engine. Written for each run, into RUN/factors:
     fourier           fields of the factors without and with the strongest noise
     adafisher         the diagonals that AdaFisher keeps, before and after min-max, and what is dropped
 
-and, of several runs, one picture a layer that is pictured, into the folder of --out.
+and, of several runs, one picture a layer that is pictured, and runs.jsonl with their numbers, into the folder of --out.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from analysis import factors
 from data import DataError
 from scripts import Parser
 from training.errors import UserError
-from training.runs.folder import file_name, writing
+from training.runs.folder import atomic_file, file_name, writing
 from training.settings.loading import LoadedRun, load_run
 from training.settings.own import reachable
 from training.show import heart
@@ -83,7 +84,9 @@ def _main(options: argparse.Namespace) -> None:
         studies.append(study)
     if len(studies) > 1:
         out = _folder(Path(options.out or "factors"))
-        names = []
+        names = ["runs.jsonl"]
+        with atomic_file(out / names[0]) as file:
+            file.write("".join(factors.to_record(study, drawn=False) for study in studies).encode())
         for layer in studies[0].pictured:
             names.append(f"runs_{file_name(layer)}.png")
             factors.save_figure(factors.runs(studies, layer), out / names[-1], options.dpi)

@@ -9,9 +9,10 @@ left out. The plane of ways is that of the first two principal components of all
 beside what it shows, each snapshot is evaluated itself. Losses are those of a fixed set of examples in float32, or
 --precision bf16, in the units of val/loss.
 
-Writes landscape.png, landscape.csv, for planes landscape.html, for ways ways.csv. What has been evaluated is kept in
-survey_*.jsonl: stopped or killed, the same command goes on from there. Of a folder from elsewhere nothing is called but
-Curvlab's own parts and its packages'; a model of your own is named again (--own mine.Net) and found in this folder.
+Writes landscape.png, landscape.csv, for planes landscape.html, for ways ways.csv, and landscape.jsonl, which the
+picture can be drawn from again. What has been evaluated is kept in survey_*.jsonl: stopped or killed, the same command
+goes on from there. Of a folder from elsewhere nothing is called but Curvlab's own parts and its packages'; a model of
+your own is named again (--own mine.Net) and found in this folder.
 """
 
 from __future__ import annotations
@@ -168,6 +169,7 @@ def _write(surfaces: Sequence[landscape.Surface], picture: Any, out: Path, optio
     contents: dict[str, bytes | None] = {"landscape.png": None}
     with atomic_file(out / "landscape.png") as file:
         picture.savefig(file, format="png", dpi=options.dpi)
+    contents["landscape.jsonl"] = landscape.to_record(surfaces).encode()
     several = len(surfaces) > 1
     for number, surface in enumerate(surfaces, 1):
         contents[f"landscape{f'_{number}' if several else ''}.csv"] = landscape.to_csv(surface).encode()

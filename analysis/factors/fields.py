@@ -13,14 +13,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from analysis.factors import matrices, noise
+from analysis.factors import matrices
 from analysis.factors.figures import below, colours, layer_grid, plain, point_of
-from analysis.factors.kept import diagonals
-from analysis.factors.study import Study, spread
+from analysis.factors.seen import DECADES
+from analysis.factors.study import Study
 from training.show.curves import GREY
 
-#: Decades below the largest entry that heat maps tell apart, and steps of a decade.
-DECADES, STEPS = 4.0, 4
+#: Of a decade, how many steps heat maps tell apart.
+STEPS = 4
 #: What the axis of spectra beside diagonals ends at.
 LEAST = 1e-7
 BLUE, RED, GREEN = "#4477aa", "#cc6677", "#228833"
@@ -30,16 +30,8 @@ def _pictured(study: Study) -> list[str]:
     return [name for name in study.pictured if point_of(study, name) is not None]
 
 
-def _group(matrix: Tensor) -> Tensor:
-    """The first group's matrix, ``[d, d]``."""
-    return matrix[0].double()
-
-
-def _image(axes: Axes, values: Tensor, title: str, colormap: str) -> None:
-    """The sizes of a matrix's entries, in decades below the largest."""
-    size = values.abs()
-    largest = float(size.max())
-    shown = (size / largest).clamp(min=10**-DECADES).log10() if largest > 0 else torch.full_like(size, -DECADES)
+def _image(axes: Axes, shown: Tensor, title: str, colormap: str) -> None:
+    """An image of a matrix's entries, in decades below the largest."""
     # "auto": means, where there are fewer pixels than entries
     levels = matplotlib.colormaps[colormap].resampled(int(DECADES * STEPS))
     picture = axes.imshow(
@@ -61,17 +53,16 @@ def heat_maps(study: Study, most: int = 3) -> Figure:
         most: points of training, at most.
     """
     names = _pictured(study)
-    steps = spread([str(point.step) for point in study.points], most)
-    points = [point for point in study.points if str(point.step) in steps]
+    points = study.shown(most)
     rows = [f"{key} {name}" for name in names for key in "AG"]
     title = f"{study.title}; log10 of |entry| over the largest"
     figure, grid = layer_grid(rows, len(points) or 1, title, width=2.9 * max(len(points), 1), height=2.5)
     for axes_row, label in zip(grid, rows, strict=True):
         key, _, name = label.partition(" ")
         for axes, point in zip(axes_row, points, strict=True):
-            if name in point.factors and point.factors[name].full:
+            if (name, key) in study.seeable(point):
                 said = f"{key} of {name}, step {point.step}" if axes is axes_row[0] else f"step {point.step}"
-                _image(axes, _group(getattr(point.factors[name], key)), said, "magma")
+                _image(axes, study.image(point, name, key), said, "magma")
             else:
                 axes.set_axis_off()
     return figure
@@ -85,8 +76,7 @@ def gershgorin(study: Study) -> Figure:
         point = point_of(study, name)
         assert point is not None
         for axes, key in zip(axes_row, "AG", strict=True):
-            matrix = getattr(point.factors[name], key)
-            discs, values = matrices.Discs.of(matrix), getattr(point.spectra[name], key).flatten()
+            discs, values = study.seen(point, name, key).discs, getattr(point.spectra[name], key).flatten()
             _discs(axes, discs)
             axes.plot(values.tolist(), [0.0] * len(values), "|", color=RED, markersize=9, mew=1)
             low, high = discs.bounds
@@ -127,14 +117,11 @@ def noise_spectra(study: Study) -> Figure:
         point = point_of(study, name)
         assert point is not None
         for axes, key in zip(axes_row, "AG", strict=True):
-            matrix = getattr(point.factors[name], key)
-            own = getattr(point.spectra[name], key)
+            own, seen = getattr(point.spectra[name], key), study.seen(point, name, key)
             scale = float(own.max()) or 1.0
-            for strength, colour in zip(study.plan.noise, palette, strict=True):
-                found = noise.Perturbation.of(matrix, strength * noise.unit(matrix), study.plan.seed)
-                label = f"σ {strength:g}: {found.snr:.1f} dB"
-                _sorted(axes, found.eigenvalues / scale, colour, label)
-            _sorted(axes, own / scale, "black", f"none: {noise.snr(matrix, matrix):.1f} dB")
+            for found, colour in zip(seen.noisy, palette, strict=True):
+                _sorted(axes, found.eigenvalues / scale, colour, f"σ {found.strength:g}: {found.snr:.1f} dB")
+            _sorted(axes, own / scale, "black", f"none: {seen.snr:.1f} dB")
             axes.set_yscale("symlog", linthresh=1e-4)
             axes.axhline(0, color=GREY, linewidth=0.8)
             foot = "eigenvalue, from the largest" if axes_row is grid[-1] else ""
@@ -160,11 +147,11 @@ def fourier_fields(study: Study) -> Figure:
         point = point_of(study, name)
         assert point is not None
         for (plain_axes, noisy_axes), key in zip((axes_row[:2], axes_row[2:]), "AG", strict=True):
-            matrix = getattr(point.factors[name], key)
-            found = noise.Perturbation.of(matrix, strength * noise.unit(matrix), study.plan.seed)
+            seen = study.seen(point, name, key)
             said = f"{key} of {name}, step {point.step}" if key == "A" else key
-            _image(plain_axes, matrices.fourier(_group(matrix)), said, "viridis")
-            _image(noisy_axes, matrices.fourier(_group(found.matrix)), f"{key}, {found.snr:.1f} dB", "viridis")
+            _image(plain_axes, seen.field, said, "viridis")
+            strongest = next(found for found in seen.noisy if found.strength == strength)
+            _image(noisy_axes, seen.noisy_field, f"{key}, {strongest.snr:.1f} dB", "viridis")
     return figure
 
 
@@ -181,13 +168,13 @@ def adafisher(study: Study) -> Figure:
     for axes_row, name in zip(grid, names, strict=True):
         point = point_of(study, name)
         assert point is not None
-        for axes, key, diagonal in zip(axes_row, "AG", diagonals(point.factors[name]), strict=False):
-            values = getattr(point.spectra[name], key)
+        for axes, key in zip(axes_row, "AG", strict=False):
+            values, diagonal = getattr(point.spectra[name], key), study.seen(point, name, key).discs.centres
             scale = float(values.max()) or 1.0
             _sorted(axes, values / scale, "black", "eigenvalues", LEAST)
-            _sorted(axes, diagonal.double() / scale, BLUE, "diagonal", LEAST)
-            low, high = torch.aminmax(diagonal.double())
-            scaled = (diagonal.double() - low) / (high - low if high > low else 1.0)
+            _sorted(axes, diagonal / scale, BLUE, "diagonal", LEAST)
+            low, high = torch.aminmax(diagonal)
+            scaled = (diagonal - low) / (high - low if high > low else 1.0)
             _sorted(axes, scaled, RED, "diagonal, min-max", LEAST)
             axes.set_yscale("log")
             axes.set_ylim(LEAST, 3)

@@ -276,6 +276,6 @@ def plain(axes: Axes, x_label: str, title: str) -> None:
 
 
 def point_of(study: Study, name: str) -> Point | None:
-    """The last point that has whole factors of a layer."""
-    having = [point for point in study.points if name in point.factors and point.factors[name].full]
+    """The last point at which a layer's factors can be seen."""
+    having = [point for point in study.points if (name, "A") in study.seeable(point)]
     return having[-1] if having else None

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from analysis.factors import fields, figures
-from analysis.factors.study import MEANINGS, Study
+from analysis.factors.recording import numbers, to_record
+from analysis.factors.study import Study
 from training.runs.folder import atomic_file, plain
 
 #: Columns of the table: key and heading.
@@ -37,22 +38,7 @@ def to_json(study: Study) -> str:
     Args:
         study: of one run.
     """
-    record = {
-        "run": study.name,
-        "labels": study.view.labels,
-        "sharing": study.view.sharing,
-        "mode": study.view.mode,
-        "examples": study.examples,
-        "damping": study.plan.damping,
-        "Lambda": study.plan.lower,
-        "noise": list(study.plan.noise),
-        "seed": study.view.seed,
-        "precision": str(study.view.dtype or "the model's").removeprefix("torch."),
-        "meanings": MEANINGS,
-        "left_out": study.left_out,
-        "points": [{"step": p.step, "loss": p.loss, "layers": p.rows, "noise": p.noise} for p in study.points],
-    }
-    return json.dumps(plain(record), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(plain(numbers(study)), indent=1, ensure_ascii=False) + "\n"
 
 
 def table(
@@ -148,7 +134,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
 
 
 def save(study: Study, folder: Path, dpi: int = 100) -> list[str]:
-    """Write ``factors.json``, ``factors.md`` and the pictures.
+    """Write ``factors.json``, ``factors.md``, ``study.json``, which pictures can be drawn from again, and the pictures.
 
     Args:
         study: of one run.
@@ -161,7 +147,7 @@ def save(study: Study, folder: Path, dpi: int = 100) -> list[str]:
     Raises:
         WriteError: something cannot be written.
     """
-    texts = {"factors.json": to_json(study), "factors.md": to_markdown(study)}
+    texts = {"factors.json": to_json(study), "factors.md": to_markdown(study), "study.json": to_record(study)}
     for name, text in texts.items():
         with atomic_file(folder / name) as file:
             file.write(text.encode())

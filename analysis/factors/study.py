@@ -15,6 +15,7 @@ from analysis.factors import matrices, noise
 from analysis.factors.fit import Fit
 from analysis.factors.kept import Kept
 from analysis.factors.observing import LABELS, LayerFactors, Observation, View, halves, observe
+from analysis.factors.seen import Seen, image
 from optimizers import Likelihood
 from optimizers.curvature import linalg
 
@@ -100,8 +101,10 @@ class Point:
         loss: the mean over the examples.
         rows: the numbers, one dictionary a layer, with ``step`` and ``layer``.
         noise: what the perturbation does to pictured layers, one dictionary a factor and strength.
-        factors: of pictured layers.
+        factors: of pictured layers; none, where the study was read from a record.
         spectra: of all layers with whole factors.
+        images: of pictured layers' factors, by layer and ``"A"`` or ``"G"``, as far as they were asked for.
+        seen: what else pictures show of them, likewise.
     """
 
     step: int
@@ -110,6 +113,8 @@ class Point:
     noise: list[dict[str, Any]] = field(default_factory=list)
     factors: dict[str, LayerFactors] = field(default_factory=dict)
     spectra: dict[str, Spectra] = field(default_factory=dict)
+    images: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    seen: dict[tuple[str, str], Seen] = field(default_factory=dict)
 
 
 @dataclass
@@ -207,6 +212,50 @@ class Study:
         whole = [name for name, factors in observation.layers.items() if factors.full]
         asked = self.plan.pictured
         return spread(whole, asked) if isinstance(asked, int) else [name for name in whole if re.search(asked, name)]
+
+    def shown(self, most: int = 3) -> list[Point]:
+        """The points of which matrices are pictured: the first and the last among them.
+
+        Args:
+            most: so many.
+        """
+        steps = spread([str(point.step) for point in self.points], most)
+        return [point for point in self.points if str(point.step) in steps]
+
+    def seeable(self, point: Point) -> list[tuple[str, str]]:
+        """Which pictured layers' factors can be seen at a point, by name and ``"A"`` or ``"G"``.
+
+        Args:
+            point: of the study.
+        """
+        full = [name for name, factors in point.factors.items() if factors.full]
+        known = {name for name, _ in (*point.images, *point.seen)}
+        return [(name, key) for name in self.pictured if name in full or name in known for key in "AG"]
+
+    def image(self, point: Point, layer: str, key: str) -> Tensor:
+        """An image of a pictured layer's factor.
+
+        Args:
+            point: where.
+            layer: its name.
+            key: ``"A"`` or ``"G"``.
+        """
+        if (layer, key) not in point.images:
+            point.images[layer, key] = image(getattr(point.factors[layer], key))
+        return point.images[layer, key]
+
+    def seen(self, point: Point, layer: str, key: str) -> Seen:
+        """What else pictures show of it, worked out when it is first asked for.
+
+        Args:
+            point: where.
+            layer: its name.
+            key: ``"A"`` or ``"G"``.
+        """
+        if (layer, key) not in point.seen:
+            matrix = getattr(point.factors[layer], key)
+            point.seen[layer, key] = Seen.of(matrix, self.plan.noise, self.plan.seed)
+        return point.seen[layer, key]
 
     def series(self, layer: str, key: str) -> tuple[list[int], list[float]]:
         """A number of one layer over training: steps and values, those left out that are not finite.

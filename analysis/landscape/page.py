@@ -5,14 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from analysis.compare.figures import PALETTE
+from analysis.landscape.recording import to_dict
 from analysis.landscape.surface import Surface
 
 HERE = Path(__file__).parent
@@ -35,7 +32,7 @@ def to_page(surfaces: Sequence[Surface], picture: bytes, metric: str = "loss") -
         surface.metric(metric)
         if not len(surface.y):
             raise ValueError("dims must be 2 for a page: a line has no surface to turn")
-    data = {"metric": metric, "colours": PALETTE, "surfaces": [_plain(surface) for surface in surfaces]}
+    data = {"metric": metric, "colours": PALETTE, "surfaces": [to_dict(surface) for surface in surfaces]}
     # "</" would end the script that the data lies in.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
     parts = {
@@ -50,34 +47,3 @@ def to_page(surfaces: Sequence[Surface], picture: bytes, metric: str = "loss") -
         before, _, page = page.partition(f"[[{name}]]")
         pieces += [before, parts[name]]
     return "".join([*pieces, page])
-
-
-def _plain(surface: Surface) -> dict[str, Any]:
-    return {
-        "title": surface.title,
-        "notes": surface.notes,
-        "axes": surface.axes,
-        "x": _numbers(surface.x, 9),
-        "y": _numbers(surface.y, 9),
-        "values": {name: _numbers(values, 7) for name, values in surface.values.items()},
-        "explained": [round(share, 5) for share in surface.explained],
-        "tracks": [
-            {
-                "label": track.label,
-                "steps": track.steps.tolist(),
-                "coordinates": _numbers(track.coordinates, 9),
-                "cosine": _numbers(track.cosine, 5),
-                "left_out": _numbers(track.left_out, 5),
-                "projected": {name: _numbers(values, 7) for name, values in track.projected.items()},
-                "true": {name: _numbers(values, 7) for name, values in track.true.items()},
-            }
-            for track in surface.tracks
-        ],
-    }
-
-
-def _numbers(values: np.ndarray, digits: int) -> Any:
-    """Nested lists of numbers with so many digits; null for what is not finite, which JSON lacks."""
-    if values.ndim > 1:
-        return [_numbers(row, digits) for row in values]
-    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -22,6 +22,7 @@ from scripts import factors as command
 from tests import dense
 from tests.conftest import ROOT
 from tests.optimizers.problems import ViTBlock, images
+from training.errors import UserError
 
 
 def conv_net() -> nn.Module:
@@ -317,6 +318,15 @@ def test_a_study_is_told_whole_and_repeats_itself() -> None:
     assert last["4"]["drift_from"] == 0 and last["4"]["drift_G"] > 0 and last["4"]["drift_A"] == 0
     assert all(row["contained_A"] == row["contained_G"] == 1 for row in last.values())
     assert len(record["points"][1]["noise"]) == 2 * 3
+    again = factors.from_record(factors.to_record(study))
+    assert factors.to_json(again) == texts[0] and factors.to_record(again) == factors.to_record(study)
+    for (name, drawn), (_, other) in zip(factors.pictures(study), factors.pictures(again), strict=True):
+        for axes, twin_axes in zip(drawn.axes, other.axes, strict=True):
+            for line, twin_line in zip(axes.get_lines(), twin_axes.get_lines(), strict=True):
+                pair = [it.get_xydata() for it in (line, twin_line)]
+                assert np.allclose(*pair, rtol=1e-4, atol=1e-9), name  # of six digits
+    with pytest.raises(UserError, match="no record of factors"):
+        factors.from_record("{}")
     page = factors.to_markdown(study)
     assert "labels sampled from the model (Monte Carlo)" in page and page.count("| 4 |") == 2
     assert study.series("4", "drift_A")[0] == [10]
@@ -345,7 +355,9 @@ def test_the_command_looks_at_runs(
     assert "true labels (empirical Fisher)" in out and record["examples"] == 12
     assert [point["step"] for point in record["points"]] == [0, 2]
     files = {path.name: path.stat().st_size for path in (tmp_path / "one" / "factors").iterdir()}
-    assert len(files) == 10 and all(files.values()), "two texts and eight pictures"
+    assert len(files) == 11 and all(files.values()), "three texts and eight pictures"
+    study = factors.from_record((tmp_path / "one" / "factors" / "study.json").read_text())
+    assert json.loads(factors.to_json(study)) == record
     for wrong, said in {
         "one --layers nowhere": "is found in the name of no layer; there are",
         "one --steps 1": "has none of [1]; there are 0, 2",

@@ -21,6 +21,7 @@ from analysis.landscape.page import LIBRARY
 from analysis.landscape.surface import around, to_csv, tracks_csv, under
 from analysis.landscape.survey import survey
 from data import digits
+from training.errors import UserError
 from training.show.snapshots import NAME, Snapshots, Writer, state
 from training.tasks.classification import Classification
 
@@ -264,6 +265,17 @@ def test_pictures_tables_and_the_page(tmp_path: Path, examples: Examples) -> Non
     assert to_csv(surface).splitlines()[0] == "x,y,loss,accuracy" and len(to_csv(surface).splitlines()) == 26
     table = tracks_csv(surface).splitlines()
     assert len(table) == 11 and float(table[-1].split(",")[7]) == pytest.approx(surface.tracks[1].true["loss"][-1])
+
+    kept = [surface, flat, line]
+    again = landscape.from_record(landscape.to_record(kept))
+    assert landscape.to_record(again) == landscape.to_record(kept)
+    assert np.isnan(again[1].values["loss"][0, 0]) and len(again[2].y) == 0
+    for before, after in ((surface, again[0]), (line, again[2])):
+        pairs = [[axes.get_title(loc="left") for axes in landscape.plot([it]).axes] for it in (before, after)]
+        assert pairs[0] == pairs[1]
+    assert tracks_csv(again[0]).splitlines()[0] == table[0]
+    with pytest.raises(UserError, match="no record of surfaces"):
+        landscape.from_record("{}")
 
     page = tmp_path / "page.html"
     page.write_text(landscape.to_page([surface, flat], (tmp_path / "ways.png").read_bytes()))

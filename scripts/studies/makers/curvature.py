@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis import factors, fisher, records
+from analysis import factors, fisher, landscape, records
 from analysis.fisher.methods import label
 from analysis.fisher.tables import DIRECTIONS, ERRORS
 
@@ -97,15 +97,25 @@ def _factors(path: Path, words: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _surfaces(path: Path) -> list[landscape.Surface]:
+    return landscape.from_record(records.text(path))
+
+
+def _landscape(path: Path, metric: str) -> Figure:
+    return landscape.plot(_surfaces(path), metric)
+
+
 def _ways(path: Path, metric: str) -> str:
-    """Of a landscape's ways.csv where each run is at its end."""
-    with path.open(encoding="utf-8", newline="") as file:
-        last = {row["run"]: row for row in csv.DictReader(file)}
-    keys = {"distance": "distance from the start", "cosine": "cosine with the plane", "left_out": "left out",
-            f"true_{metric}": f"{metric} at the end", f"plane_{metric}": "of the plane there"}  # fmt: skip
-    lines = [f"| | {' | '.join(keys.values())} |", f"| --- |{' ---: |' * len(keys)}"]
-    lines += [f"| `{run}` | {' | '.join(f'{float(row[key]):.2g}' for key in keys)} |" for run, row in last.items()]
-    return "\n".join(lines) + "\n"
+    """Of a plane of ways through the start, where each run is at its end."""
+    heads = ["distance from the start", "cosine with the plane", "left out", f"{metric} at the end", "plane's there"]
+    lines = [f"| | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+    surface = _surfaces(path)[0]
+    for track in surface.tracks:
+        distance = math.hypot(*track.coordinates[-1], track.distance[-1])
+        cells = [f"{distance:.3g}", f"{track.cosine[-1]:.2f}", f"{100 * track.left_out[-1]:.0f} %"]
+        cells += [f"{kind[metric][-1]:.2g}" for kind in (track.true, track.projected)]
+        lines.append(f"| `{track.label}` | {' | '.join(cells)} |")
+    return f"{surface.notes[0].capitalize()}.\n\n" + "\n".join(lines) + "\n"
 
 
 TABLES: dict[str, Callable[[Path, str], str]] = {
@@ -115,4 +125,8 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "factors": _factors,
     "ways": _ways,
 }
-PICTURES: dict[str, Callable[[Path, str], Figure]] = {"fisher": _fisher_drawn, "fisher_profile": _fisher_profile}
+PICTURES: dict[str, Callable[[Path, str], Figure]] = {
+    "fisher": _fisher_drawn,
+    "fisher_profile": _fisher_profile,
+    "landscape": _landscape,
+}
