@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pickle
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis import landscape
-from analysis.landscape.losses import Examples, Ground
+from analysis.landscape.losses import Examples, Format, Ground, Statistics
 from analysis.landscape.page import LIBRARY
 from analysis.landscape.surface import around, to_csv, tracks_csv, under
 from analysis.landscape.survey import survey
@@ -137,6 +139,33 @@ def test_losses_are_those_of_models_rebuilt_at_the_coordinates(
     np.testing.assert_allclose(line.values["loss"], surface.values["loss"][2], atol=1e-6)
     said = "re-estimated at each point on 120 examples" if batches else "statistics fixed"
     assert any(said in note for note in surface.notes) and "130 examples" in surface.notes
+
+
+@pytest.mark.parametrize("statistics", ["estimated", "fixed"])
+def test_a_surface_in_bfloat16_is_near_and_says_so(examples: Examples, statistics: Statistics) -> None:
+    plain, rounded = (
+        around(net(), TASK, examples, label="net", resolution=4, statistics=statistics, precision=precision)
+        for precision in get_args(Format)
+    )
+    wanted, found = plain.values["loss"], rounded.values["loss"]
+    assert not np.array_equal(wanted, found)
+    np.testing.assert_allclose(found, wanted, rtol=0.02)
+    assert "130 examples, in bfloat16" in rounded.notes and "130 examples" in plain.notes
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, got 'fp16'"):
+        around(net(), TASK, examples, label="net", precision="fp16")  # type: ignore[arg-type]
+
+
+def test_the_pass_that_is_evaluated_is_fused_where_it_can_be(examples: Examples) -> None:
+    model = net()
+    plane = landscape.Plane(state(model)[0], (landscape.random_direction(model),))
+    ground = Ground(model, TASK, examples, plane, statistics="fixed")
+    point = ("plane", (0.3,))
+    fused = ground.measure(point)
+    assert ground._fused is not None and len(ground._fused._convolutions) == 2
+    copied = pickle.loads(pickle.dumps(ground))
+    assert copied._fused == "untried" and copied.measure(point) == fused
+    ground._fused = None
+    assert ground.measure(point) == pytest.approx(fused, abs=1e-6)
 
 
 def test_points_of_a_plane_project_to_their_coordinates() -> None:
