@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis import compare, report
+from analysis.compare.tables import BEST
 from scripts import Parser
 from training.errors import UserError
 from training.show import heart
@@ -75,9 +76,10 @@ def _main(options: argparse.Namespace) -> None:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); give another folder") from error
     # A file has no width: enough for a table of a few epochs.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
-    for sheet in compare.sheets(comparison, rows):
-        console.print(_table(sheet))
-    for line in (*compare.notes(comparison), f"{out}: comparison.png, comparison.md, comparison.csv"):
+    tables, legend = fitted(compare.sheets(comparison, rows), console.width)
+    for table in tables:
+        console.print(table)
+    for line in (*legend, *compare.notes(comparison), f"{out}: comparison.png, comparison.md, comparison.csv"):
         console.print(line, soft_wrap=True)
     if len(groups) > 1 and not (options.epochs or options.reference):
         console.print("Which is ahead, how sure that is, and the test set: the same command with --html")
@@ -110,13 +112,48 @@ def _page(options: argparse.Namespace, target: compare.Target | None) -> None:
     console.print(said, soft_wrap=True)
 
 
-def _table(sheet: compare.Sheet) -> Table:
-    table = Table(title=f"\n{sheet.title}", title_justify="left")
-    short = max(len(line[0]) for line in sheet.lines) <= 40
-    for column in sheet.header:
+def fitted(sheets: Sequence[compare.Sheet], width: int) -> tuple[list[Table], list[str]]:
+    """Tables of which no word is broken, however long the groups' labels are.
+
+    Args:
+        sheets: of one comparison.
+        width: in characters.
+
+    Returns:
+        The tables, several of a sheet that has too many columns; and lines that say which group is which, where labels
+        are so long that a number stands for them.
+    """
+    labels = dict.fromkeys(line[0].removeprefix(BEST) for sheet in sheets for line in sheet.lines)
+    names = {label: label for label in labels}
+    if max(map(len, labels)) > width // 3:
+        firsts = [label.split()[0].partition("=")[2] for label in labels]
+        shorts = [f"{number} {first}"[: width // 4].strip() for number, first in enumerate(firsts, 1)]
+        names = dict(zip(labels, shorts, strict=True))
+    tables = []
+    for sheet in sheets:
+        title = sheet.title
+        for label in sorted(labels, key=len, reverse=True):
+            title = title.replace(f" to {label}", f" to {names[label]}")
+        best = [BEST if line[0].startswith(BEST) else "" for line in sheet.lines]
+        first = [mark + names[line[0].removeprefix(BEST)] for mark, line in zip(best, sheet.lines, strict=True)]
+        columns = list(zip(sheet.header, *sheet.lines, strict=True))
+        rest = [(header, *cells) for header, *cells in columns[1:]]
+        while rest:
+            room, taken = width - max(map(len, (sheet.header[0], *first))) - 4, 0
+            while taken < len(rest) and (not taken or room >= max(map(len, rest[taken])) + 3):
+                room -= max(map(len, rest[taken])) + 3
+                taken += 1
+            tables.append(_table(title, [(sheet.header[0], *first), *rest[:taken]]))
+            title, rest = f"{sheet.title.partition(';')[0]}, more", rest[taken:]
+    return tables, [f"{name}: {label}" for label, name in names.items() if name != label]
+
+
+def _table(title: str, columns: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=f"\n{title}", title_justify="left")
+    for column, *_ in columns:
         side: Literal["left", "right"] = "left" if column in ("group", "status") else "right"
-        table.add_column(column, justify=side, no_wrap=short and column == "group", overflow="fold")
-    for line in sheet.lines:
+        table.add_column(column, justify=side, overflow="fold")
+    for line in zip(*(cells for _, *cells in columns), strict=True):
         table.add_row(*line)
     return table
 

@@ -6,7 +6,6 @@ import csv
 import io
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,8 @@ import numpy as np
 from analysis.compare.measures import Comparison, Row, Spread, higher_is_better, rows
 from analysis.compare.runs import LoadedRun
 
+#: In front of the best group's label.
+BEST = "* "
 #: How columns end that are no values of the metric.
 RATIOS = ("/ baseline", "/ published", "to target")
 
@@ -73,7 +74,7 @@ def sheets(comparison: Comparison, found: Sequence[Row]) -> list[Sheet]:
         results[f"final test/{name}"] = f"final test/{name}"
     marked = found
     if len(found) > 1 and not math.isnan(found[0][f"final {metric}"].mean):
-        marked = [found[0] | {"group": f"* {found[0]['group']}"}, *found[1:]]  # the best
+        marked = [found[0] | {"group": f"{BEST}{found[0]['group']}"}, *found[1:]]
     results[f"final {metric} / baseline"] = f"final {metric.partition('/')[0]} ratio"
     parts = [_sheet(f"Results{unit}", group | results, marked, name)]
     group = {"group": "group"}
@@ -177,8 +178,8 @@ def notes(comparison: Comparison) -> list[str]:
             "Time to target: training seconds until the first epoch (training metrics) or evaluation (validation "
             "metrics) that is at least as good; median over seeds, a run that never is counts as infinite."
         )
-    machines = Counter(_machine(run) for run in runs)
-    said += [f"Measured on {'; '.join(machines)}."] if any(machines) else []
+    machines = dict.fromkeys(filter(None, map(_machine, runs)))  # a run tells at its end
+    said += [f"Measured on {'; '.join(machines)}."] if machines else []
     if len(machines) > 1:
         said.append("The runs were not all made on the same machine: seconds do not compare.")
     return said + comparison.remarks

@@ -18,10 +18,11 @@ import pytest
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.colors import same_color, to_hex
+from rich.console import Console
 
 from analysis import compare
 from analysis.compare import Comparison, Curve, Group, LoadedRun, Reference, Spread, Target
-from scripts.compare import main
+from scripts.compare import fitted, main
 from tests.cli.conftest import QUICK, Outcome, command, work  # noqa: F401 - fixtures
 
 CONFIG: dict[str, Any] = {
@@ -424,6 +425,24 @@ def test_from_a_sweep_to_its_comparison(command: Callable[..., Outcome], work: P
     assert "* optimizer=sgd" in shown and "final test/loss" in shown
     assert all(row["runs"] == "2" and float(row["epoch 2"]) < float(row["epoch 1"]) for row in rows)
     assert float(rows[0]["s/step / baseline"]) == 1
+
+
+def test_tables_break_no_word_on_a_narrow_terminal() -> None:
+    labels = [f"optimizer={name} optimizer.lr=0.01 optimizer.momentum=0.95" for name in ("kfac", "sgd")]
+    header = ["group", "runs", "final train/loss", "best train/loss", "final val/loss", "best val/loss", "s/step ratio"]
+    lines = [[f"* {labels[0]}", "5", *["0.7202 ± 0.044"] * 5], [labels[1], "5", *["1.1 ± 0.1"] * 5]]
+    sheets = [compare.Sheet(f"Results; ratios to {labels[1]}", header, lines)]
+    tables, legend = fitted(sheets, 80)
+    console = Console(width=80, file=io.StringIO())
+    for table in tables:
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(shown.count(word) == 1 for word in header[1:]) and shown.count("0.7202 ± 0.044") == 5
+    assert "Results; ratios to 2 sgd" in shown and "Results, more" in shown
+    assert shown.count("* 1 kfac") == len(tables) > 1
+    assert legend == [f"1 kfac: {labels[0]}", f"2 sgd: {labels[1]}"]
+    (wide,), none = fitted([compare.Sheet("Results", ["group", "runs"], [["optimizer=sgd", "1"]])], 80)
+    assert not none and list(wide.columns[0].cells) == ["optimizer=sgd"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
