@@ -16,7 +16,7 @@ from training.errors import UserError
 from training.runs.folder import plain
 
 #: Digits of numbers of pictures, and shades of a decade.
-DIGITS, SHADES = 6, 32
+DIGITS, SHADES = 4, 32
 
 
 def numbers(study: Study) -> dict[str, Any]:
@@ -54,13 +54,15 @@ def to_record(study: Study, drawn: bool = True) -> str:
         record["pictured"] = study.pictured
         shown = {point.step for point in study.shown()}
         for point, entry in zip(study.points, record["points"], strict=True):
+            ends = point.step in (study.points[0].step, study.points[-1].step)
             entry["spectra"] = {
-                name: {"A": _listed(own.A), "G": _listed(own.G)} for name, own in point.spectra.items()
-            }
+                name: {"A": _listed(own.A), "G": _listed(own.G)}
+                for name, own in point.spectra.items() if ends or name in study.pictured
+            }  # fmt: skip
             entry["images"] = {} if point.step not in shown else _by_layer(
                 {(name, key): _shades(study.image(point, name, key)) for name, key in study.seeable(point)}
             )  # fmt: skip
-            entry["seen"] = {} if point is not study.points[-1] else _by_layer(
+            entry["seen"] = {} if point.step != study.points[-1].step else _by_layer(
                 {(name, key): _told(study.seen(point, name, key)) for name, key in study.seeable(point)}
             )  # fmt: skip
     return json.dumps(plain(record), ensure_ascii=False) + "\n"

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 
-from analysis import fisher, records, toy
+from analysis import factors, fisher, records, toy
+from optimizers import Categorical
 from scripts import benchmark, fisher_quality
 from scripts.studies import makers, marks, results
 from tests.analysis.test_report import write_run
@@ -160,6 +162,30 @@ def test_what_is_ok_is_counted(logs: Path) -> None:
     for entry, count in (({"verdict": "ok"}, "1"), ({"failed": "", "wrong": {"a": "b"}}, "0")):
         (logs / "some.json").write_text(json.dumps({"one": entry}))
         assert makers.TABLES["count"](logs / "some.json", "ok") == count
+
+
+def test_studies_of_factors_are_kept_and_become_tables_and_pictures(logs: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    batch = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+    studies = [factors.Study(name, plan=factors.Plan(pictured=1)) for name in ("one", "two")]
+    for study in studies:
+        for step in (0, 5):
+            study.look(step, model, Categorical(), batch, fit=batch)
+    (tmp_path / "study.json").write_text(factors.to_record(studies[0]))
+    (tmp_path / "runs.jsonl").write_text("".join(factors.to_record(study, drawn=False) for study in studies))
+    path, several = (results.keep(tmp_path / file, file[:4], tmp_path) for file in ("study.json", "runs.jsonl"))
+    first = studies[0].points[0].rows[0]
+    asked = "factors stud 0,5: d_out, mean_A"
+    _, title, _, *lines, _ = marks.renewed(f"<!-- table: {asked} -->\n<!-- end -->\n").splitlines()
+    assert title == "| layer | step | d(G) | mean of A |"
+    assert lines[1] == f"| 0 | 5 | 6 | {first['mean_A']:.2g} |" and len(lines) == 4
+    asked = "factors_runs runs 5: d_out of 2"
+    _, title, _, *lines, _ = marks.renewed(f"<!-- table: {asked} -->\n<!-- end -->\n").splitlines()
+    assert title == "| run | perplexity | d(G), `2` |"
+    assert [line.split(" | ")[0] for line in lines] == ["| untrained", "| `one`", "| `two`"]
+    assert len(makers.PICTURES["factors"](path, "heat_maps").axes) == 8  # A and G at two steps, and their scales
+    assert makers.PICTURES["factors_runs"](several, "0").axes[0].get_lines()[0].get_xdata().tolist() == [0, 5]
 
 
 def test_of_another_packages_method_whole_rounds_are_measured() -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from scripts.studies.makers import curvature, measured, runs
+from scripts.studies.makers import curvature, factors, measured, runs
 
+_ALL = (measured, runs, curvature, factors)
 #: What writes a table.
-TABLES: dict[str, Callable[[Path, str], str]] = {**measured.TABLES, **runs.TABLES, **curvature.TABLES}
+TABLES: dict[str, Callable[[Path, str], str]] = {name: make for it in _ALL for name, make in it.TABLES.items()}
 #: What draws a picture.
-PICTURES: dict[str, Callable[[Path, str], Figure]] = {**measured.PICTURES, **runs.PICTURES, **curvature.PICTURES}
+PICTURES: dict[str, Callable[[Path, str], Figure]] = {name: make for it in _ALL for name, make in it.PICTURES.items()}

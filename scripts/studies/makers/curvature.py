@@ -1,4 +1,4 @@
-"""Of curvature: how good approximations are, Kronecker factors of layers, ways over loss surfaces."""
+"""Of curvature: how good approximations are, and ways over loss surfaces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis import factors, fisher, landscape, records
+from analysis import fisher, landscape, records
 from analysis.fisher.methods import label
 from analysis.fisher.tables import DIRECTIONS, ERRORS
 
@@ -84,19 +84,6 @@ def _fisher_profile(path: Path, net: str) -> Figure:
     return fisher.profile([fisher.Binned(**one) for one in found["profiles"]], found["title"])
 
 
-def _factors(path: Path, words: str) -> str:
-    """Of a factors.json some numbers of all layers at some steps: ``0,80: columns, participation_A``."""
-    steps, _, keys = words.partition(": ")
-    points = {point["step"]: point["layers"] for point in json.loads(path.read_text(encoding="utf-8"))["points"]}
-    titles = {key: dict(factors.COLUMNS).get(key, key) for key in keys.split(", ")}
-    lines = [f"| layer | step | {' | '.join(titles.values())} |", f"| --- |{' ---: |' * (1 + len(titles))}"]
-    for number, row in enumerate(points[int(steps.split(",")[0])]):
-        for step in map(int, steps.split(",")):
-            cells = [factors.cell(points[step][number].get(key)) for key in titles]
-            lines.append(f"| {row['layer']} | {step} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 def _surfaces(path: Path) -> list[landscape.Surface]:
     return landscape.from_record(records.text(path))
 
@@ -122,7 +109,6 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "fisher": _fisher,
     "fisher_orders": _fisher_orders,
     "fisher_by": _fisher_by,
-    "factors": _factors,
     "ways": _ways,
 }
 PICTURES: dict[str, Callable[[Path, str], Figure]] = {
