@@ -23,22 +23,33 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending) and eigenvectors; where the plain routine fails, in float64 and slightly shifted.
 
+    It fails with an error, or without a word: LAPACK's may return NaN for a finite matrix with many tiny eigenvalues.
+
     Returns:
         ``[n, d]`` and ``[n, d, d]``; NaN for a matrix that defeats both.
     """
     try:
-        return torch.linalg.eigh(matrices)
+        values, vectors = torch.linalg.eigh(matrices)
     except torch.linalg.LinAlgError:
         results = [_eigh_one(matrix) for matrix in matrices]
         return torch.stack([r[0] for r in results]), torch.stack([r[1] for r in results])
+    for i in _failed(vectors.flatten(-2)):
+        values[i], vectors[i] = _eigh_one(matrices[i])
+    return values, vectors
 
 
 def eigvalsh(matrices: Tensor) -> Tensor:
     """Eigenvalues alone (ascending), ``[n, d]``; where the plain routine fails, those of ``eigh``."""
     try:
-        return torch.linalg.eigvalsh(matrices)
+        values = torch.linalg.eigvalsh(matrices)
     except torch.linalg.LinAlgError:
         return eigh(matrices)[0]
+    return eigh(matrices)[0] if _failed(values) else values
+
+
+def _failed(found: Tensor) -> list[int]:
+    """Which rows have what is not finite."""
+    return [] if bool(found.isfinite().all()) else (~found.isfinite().all(-1)).nonzero().flatten().tolist()
 
 
 def _eigh_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +60,8 @@ def _eigh_one(matrix: Tensor) -> tuple[Tensor, Tensor]:
             values, vectors = torch.linalg.eigh(double + shift * scale * torch.eye(len(matrix)).to(double))
         except torch.linalg.LinAlgError:
             continue
-        return (values - shift * scale).to(matrix.dtype), vectors.to(matrix.dtype)
+        if bool(vectors.isfinite().all()):
+            return (values - shift * scale).to(matrix.dtype), vectors.to(matrix.dtype)
     return matrix.new_full(matrix.shape[:1], float("nan")), torch.full_like(matrix, float("nan"))
 
 

@@ -190,6 +190,48 @@ def test_a_factor_that_is_not_finite_leaves_the_last_basis_in_use() -> None:
     assert all(torch.tensor(losses).isfinite())
 
 
+def test_a_routine_that_fails_without_a_word_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LAPACK's does on some processors, in float32, for finite matrices with many eigenvalues near zero."""
+    plain, matrices = torch.linalg.eigh, gaussian(3, 6, 4)
+
+    def mute(given: Tensor) -> Any:
+        values, vectors = plain(given)
+        if given.dtype == torch.float32 and given.dim() == 3:
+            values[1], vectors[1] = torch.nan, torch.nan
+        return values, vectors
+
+    expected = plain(matrices)[0]
+    monkeypatch.setattr(torch.linalg, "eigh", mute)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda given: mute(given)[0])
+    values, vectors = linalg.eigh(matrices)
+    torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vectors * values.unsqueeze(-2) @ vectors.mT, matrices, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(linalg.eigvalsh(matrices), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", ["absolute", "layer"])
+def test_a_factor_that_defeats_its_decomposition_has_no_inverse_until_it_does_not(
+    monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    model, batch = mlp(), images()
+    options: dict[str, Any] = {"damping_unit": unit, "lr": 1e-2, "early_updates": False}
+    optimizer = EKFAC(model, likelihood=Categorical(), update_every=1, refresh_every=2, **options)
+    plain = linalg.eigenbasis
+
+    def defeated(matrices: Tensor, rank: int) -> Tensor:
+        return plain(matrices, rank) * (torch.nan if matrices.shape[-1] == 7 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linalg, "eigenbasis", defeated)
+        losses = train(optimizer, model, batch, 3)
+    assert optimizer.diagnostics()["curvature/fallbacks"] >= 1
+    inverted = {id(block) for stack in optimizer._stacks for block in stack.blocks}
+    assert [name for name, block in optimizer.blocks.items() if id(block) not in inverted] == ["3"]
+    losses += train(optimizer, model, batch, 3)
+    assert {id(block) for stack in optimizer._stacks for block in stack.blocks} == {*map(id, optimizer.blocks.values())}
+    assert losses[-1] < losses[0] and all(p.isfinite().all() for p in model.parameters())
+
+
 def test_a_wide_factor_has_its_rank_in_reflections() -> None:
     model = nn.Sequential(nn.Linear(299, 40), nn.Linear(40, 3))
     shapes = EKFAC(model, likelihood=Categorical(), rank=128).blocks["0"].shapes()

@@ -81,7 +81,13 @@ class EigenFactors(KroneckerFactors):
 
     def mean_eigenvalue(self, factors: Factors) -> Tensor:
         """See Invertible."""
-        return factors["S"].mean((1, 2))
+        return self._present_moments(factors).mean((1, 2))
+
+    def _present_moments(self, factors: Factors) -> Tensor:
+        """S; NaN, of which no inverse comes, while a factor has defeated its decomposition and there is no basis."""
+        if "S" in factors:
+            return factors["S"]
+        return factors["A"].new_full((len(factors["A"]), *self._matrix[1:]), torch.nan)
 
     def spectrum(self, factors: Factors, cache: Factors, damping: Tensor) -> Spectrum | None:
         """See Approximation."""
@@ -133,7 +139,7 @@ class EigenFactors(KroneckerFactors):
     def invert(self, factors: Factors, damping: Tensor, counts: Counts, last: Factors | None = None) -> Factors:
         """See Invertible. The damping is Tikhonov's: S is a diagonal."""
         bases = self._in_solve_dtype({k: v for k, v in factors.items() if k.startswith("U_")})
-        return bases | {"W": 1 / (factors["S"] + damping.view(-1, 1, 1))}
+        return bases | {"W": 1 / (self._present_moments(factors) + damping.view(-1, 1, 1))}
 
     def solve(self, cache: Factors, matrix: Tensor) -> Tensor:
         """See Invertible."""

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from .. import linalg
+
 Pairs = list[tuple[Tensor, Tensor]]  # (left [groups, d, d], right [groups, o, o]), the leading one first
 Triple = tuple[Tensor, Tensor, Tensor]  # singular value [groups], left and right vectors of norm one (or zero)
 
@@ -55,7 +57,7 @@ def gram_matrix(rows: Tensor) -> Tensor:
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors; NaN where the matrix is not finite, which LAPACK would refuse."""
     finite = matrix.isfinite().all(-1).all(-1)
-    values, vectors = torch.linalg.eigh(torch.where(finite.view(-1, 1, 1), matrix, 0))
+    values, vectors = linalg.eigh(torch.where(finite.view(-1, 1, 1), matrix, 0))
     return torch.where(finite.view(-1, 1), values, torch.nan), vectors
 
 
