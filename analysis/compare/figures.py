@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -28,22 +29,26 @@ LOG_RANGE = 5
 THIN: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.6}
 
 
-def plot(comparison: Comparison) -> Figure:
+def plot(comparison: Comparison, by: Sequence[str] = tuple(AXES)) -> Figure:
     """The metric by epoch, step and training seconds: a line a group, with a band of one standard deviation.
 
     A mean reaches as far as all runs of its group do, those that diverged excepted; what single runs have beyond is
     thin. Published curves are dashed in their group's colour, by epoch and, an epoch taken to have as many steps as
     here, by step; their seconds are another machine's.
+
+    Args:
+        comparison: what is compared.
+        by: of ``AXES``, a panel each.
     """
     metric = comparison.metric
-    figure = Figure(figsize=(14, 4.8), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    figure = Figure(figsize=(max(14 / 3 * len(by), 8), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(by), sharey=True, squeeze=False)[0]
     drawn: list[np.ndarray] = []
     for group, colour in zip(comparison.groups, colours(len(comparison.groups)), strict=True):
         diverged = Group(group.label, [run for run in group.runs if run.status == "diverged"]).curves(metric)
         lasting = Group(group.label, [run for run in group.runs if run.status != "diverged"]).curves(metric)
         drawn += [curve.value for curve in (*lasting, *diverged)]
-        for axes, x in zip(panels, AXES, strict=True):
+        for axes, x in zip(panels, by, strict=True):
             _draw_group(axes, [(getattr(curve, x), curve.value) for curve in lasting], colour)
             for curve in diverged:
                 axes.plot(getattr(curve, x), curve.value, **THIN, color=colour)
@@ -53,16 +58,18 @@ def plot(comparison: Comparison) -> Figure:
             published = reference.curve(metric)[: math.ceil(longest - 1e-6)]
             drawn.append(published)
             epochs = np.arange(1, len(published) + 1)
-            for axes, per_epoch in ((panels[0], 1.0), (panels[1], group.runs[0].steps_per_epoch)):
-                axes.plot(epochs * per_epoch, published, "--", color=colour, linewidth=1.3)
+            for axes, x in zip(panels, by, strict=True):
+                if x != "seconds":
+                    per_epoch = 1.0 if x == "epoch" else group.runs[0].steps_per_epoch
+                    axes.plot(epochs * per_epoch, published, "--", color=colour, linewidth=1.3)
     plateaus = sorted({f"{p:.4g}" for group in comparison.groups for run in group.runs if (p := run.plateau(metric))})
     shown = comparison.target if comparison.target and comparison.target.metric == metric else None
-    for axes, label in zip(panels, AXES.values(), strict=True):
+    for axes, x in zip(panels, by, strict=True):
         for plateau in plateaus:
             axes.axhline(float(plateau), color=GREY, linestyle="--", linewidth=1.2)
         if shown:
             axes.axhline(shown.value, color=GREY, linestyle=":", linewidth=1.2)
-        dress(axes, label, metric if axes is panels[0] else "")
+        dress(axes, AXES[x], metric if axes is panels[0] else "")
     scale(panels[0], drawn, metric, list(map(float, plateaus)), shown)
     _legend(figure, comparison, [f"constant output {plateau}" for plateau in plateaus], shown)
     figure.suptitle(comparison.title, fontsize="medium")

@@ -144,7 +144,8 @@ def to_table(comparison: Comparison, columns: Sequence[str]) -> str:
 
     Args:
         comparison: what is compared.
-        columns: of its `rows`, "epoch 5", besides the group's label, or of those by another metric, "final test/loss".
+        columns: of its `rows`, "epoch 5", besides the group's label, of those by another metric, "final test/loss", or
+            "step 500", the metric's values at that step.
 
     Raises:
         ValueError: there is no such column.
@@ -154,9 +155,14 @@ def to_table(comparison: Comparison, columns: Sequence[str]) -> str:
         others = {row["group"]: row for row in rows(replace(comparison, metric=f"val/{name}", references={}))}
         for row in found:
             row |= {key: cell for key, cell in others[row["group"]].items() if key not in row}
+    groups = {group.label: group.curves(comparison.metric) for group in comparison.groups}
+    for column, step in ((c, int(m[1])) for c in columns if (m := re.fullmatch(r"step (\d+)", c))):
+        for row in found:
+            values = [curve.value[curve.step == step] for curve in groups[row["group"]]]
+            row[column] = Spread.of(float(value[-1]) for value in values if len(value))
     if unknown := [column for column in columns if column not in found[0]]:
         raise ValueError(f"columns: there is no {unknown[0]!r}; there are {', '.join(found[0])}")
-    kinds = {c: comparison.metric if c.startswith(("epoch", "published")) else c for c in columns}
+    kinds = {c: comparison.metric if c.startswith(("epoch", "published", "step ")) else c for c in columns}
     kinds |= {c: "" for c in columns if c.endswith(RATIOS)}
     lines = [[row["group"], *(_cell(row[c], kinds[c]) for c in columns)] for row in found]
     return "\n".join(_lines(Sheet("", ["group", *columns], lines))) + "\n"

@@ -34,6 +34,8 @@ sys.path.insert(0, str(ROOT))
 if __name__ == "__main__":
     import training.missing  # noqa: F401 - first: a package that is not installed is a sentence
 
+from PIL import Image
+
 from analysis import compare, records, report
 from analysis.report import tables
 from scripts import Parser
@@ -120,11 +122,21 @@ def _kept(folder: Path, runs: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
         for path in (values["paths"]["data"], values["dataset"].get("root")):  # where it lay is nobody's concern
             text = text.replace(path, "datasets") if path and Path(path).is_absolute() else text
         yield f"{where}/config.yaml", text.encode()
+        if (run / "samples.png").is_file():
+            yield f"{where}/samples.png", _few_shades(run / "samples.png")
         yield f"{where}/metrics.jsonl", _thinned((run / "metrics.jsonl").read_text(encoding="utf-8"))
         if (run / "summary.json").is_file():
             summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
             summary.get("hardware", {}).pop("system", None)
             yield f"{where}/summary.json", json.dumps(summary).encode()
+
+
+def _few_shades(path: Path) -> bytes:
+    """A picture in grey, of 16 shades."""
+    drawn = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.convert("L").quantize(16).save(drawn, format="png", optimize=True)
+    return drawn.getvalue()
 
 
 def _thinned(text: str) -> bytes:

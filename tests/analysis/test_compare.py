@@ -166,6 +166,11 @@ def test_labels_say_what_differs(make: Callable[..., Path]) -> None:
         "model.hidden=[16] optimizer=adam",
         "model.hidden=[32,16] optimizer=sgd optimizer.lr=0.1 schedules.momentum.end=0.5",
     ]
+    critic: dict[str, Any] = {"critic": {"lr": 1.0, "damping": 0.1}, "choices__optimizer@critic": "kfac"}
+    players = load(make("h"), make("i", **critic), make("j", **critic | {"critic": {"lr": 2.0, "damping": 0.1}}))
+    assert [group.label for group in players] == [
+        "optimizer=sgd", "critic=kfac critic.lr=1", "critic=kfac critic.lr=2"
+    ]  # fmt: skip
     budgets = load(make("f"), make("g", trainer__max_epochs=None, trainer__max_steps=9))
     assert [group.label for group in budgets] == ["trainer.max_epochs=4", "trainer.max_steps=9"]
 
@@ -211,6 +216,8 @@ def test_a_row_a_group(make: Callable[..., Path]) -> None:
     groups = load(make("a"), make("b", halves, seed=1), make("c", (4.0, 2.0, 3.0), optimizer="adam", pace=0.25))
     target = Target("train/loss", 0.5)
     rows = table(Comparison(groups, target=target, epochs=[1, 3, 4, 5]))
+    *_, last = compare.to_table(Comparison(groups, "val/loss"), ["step 4", "step 12", "step 3"]).splitlines()
+    assert last == "| optimizer=adam | 4.4 | 3.3 | – |"
     sgd, adam = rows["optimizer=sgd"], rows["optimizer=adam"]
     assert (sgd["runs"], sgd["status"]) == (2, "finished")
     assert sgd["final train/loss"].mean == pytest.approx(0.1875)

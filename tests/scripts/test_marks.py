@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 
 from analysis import factors, fisher, records, toy
@@ -76,6 +77,7 @@ def test_runs_are_kept_and_become_a_table_and_a_picture(logs: Path, tmp_path: Pa
             config = yaml.safe_load((run / "config.yaml").read_text())
             config["paths"]["data"] = str(tmp_path / "mine")
             (run / "config.yaml").write_text(yaml.safe_dump(config))
+            Image.new("RGB", (30, 20), "white").save(run / "samples.png")
     columns = "runs, epoch 2, final val/accuracy, final test/loss, s/step"
     page = f"<!-- table: runs two val/accuracy: {columns} -->\nold\n<!-- end -->\n"
     assert marks.renewed(page) == page, "without a record the old table stays"
@@ -91,6 +93,11 @@ def test_runs_are_kept_and_become_a_table_and_a_picture(logs: Path, tmp_path: Pa
     assert mark.record == path and marks.drawn_from(picture) is None
     marks.save(makers.PICTURES["runs"](path, mark.words), picture, mark.digest)
     assert marks.drawn_from(picture) == mark.digest != marks.Mark("runs", "two", "val/loss", picture).digest
+    assert [axes.get_xlabel() for axes in makers.PICTURES["runs"](path, "val/accuracy by step").axes] == ["step"]
+    panels = makers.PICTURES["samples"](path, "val/accuracy").axes[:2]
+    titles = [panel.get_title() for panel in panels]
+    assert titles == ["optimizer=adam\nval/accuracy 0.96", "optimizer=sgd\nval/accuracy 0.85"]
+    assert [panel.get_images()[0].get_size() for panel in panels] == [(20, 30)] * 2
     published = {"optimizer=adam": {"val/accuracy": [0.5, 0.75]}}
     path.with_name("two_published.json").write_text(json.dumps(published))
     words = "val/accuracy to optimizer=sgd until 0.9: published epoch 2, final val/accuracy / baseline, reached"

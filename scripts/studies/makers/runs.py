@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tarfile
 import tempfile
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from analysis import compare, sensitivity
 from training.errors import UserError
@@ -82,12 +84,67 @@ def _runs(path: Path, words: str) -> str:
 
 
 def _curves(path: Path, words: str) -> Figure:
+    """The metric by epoch, step and seconds, or as ``METRIC by step`` asks, where another of these says nothing."""
+    words, _, by = words.partition(" by ")
     with _compared(path, words) as (comparison, _):
-        return compare.plot(comparison)
+        return compare.plot(comparison, by.split(", ")) if by else compare.plot(comparison)
+
+
+def _rates(path: Path, words: str) -> str:
+    """What runs ended with, by what was tried: ``METRIC by KEY, KEY: KEY, KEY``.
+
+    A row for the first keys, of which ``optimizer`` or a player is what was chosen; in it, values of those among the
+    last that differ there, each with its result, the best one bold.
+    """
+    said, _, tried = words.partition(": ")
+    metric, _, keys = said.partition(" by ")
+    found: dict[tuple[str, ...], list[compare.LoadedRun]] = {}
+    with unpacked(path) as runs:
+        for run in runs:
+            found.setdefault(tuple(_told(run, key) for key in keys.split(", ")), []).append(run)
+        lines = []
+        for row, own in found.items():
+            differing = [key for key in tried.split(", ") if len({run.settings.get(key) for run in own}) > 1]
+            ends = {}
+            for run in own:
+                curve = run.curve(metric)
+                lasting = run.status != "diverged" and len(curve.value)
+                rate = " and ".join(run.settings[key] for key in differing)
+                ends[rate] = float(curve.value[-1]) if lasting else math.inf
+            best = (max if compare.higher_is_better(metric) else min)(ends.values())
+            cells = [f"{rate}: {end:.3g}" if math.isfinite(end) else f"{rate}: diverged" for rate, end in ends.items()]
+            bold = [f"**{cell}**" if end == best else cell for cell, end in zip(cells, ends.values(), strict=True)]
+            lines.append(f"| {' | '.join([*row, ', '.join(bold)])} |")
+    names = [key.removeprefix("optimizer.") for key in keys.split(", ")]
+    last = " and ".join(dict.fromkeys(key.rpartition(".")[2] for key in tried.split(", ")))
+    head = [f"| {' | '.join([*names, f'{last}: {metric}'])} |", f"|{' --- |' * (len(names) + 1)}"]
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def _told(run: compare.LoadedRun, key: str) -> str:
+    if "." in key:
+        return run.settings.get(key, "")
+    return run.choices.get(key) or run.choices.get(f"optimizer@{key}") or ""
+
+
+def _samples(path: Path, metric: str) -> Figure:
+    """What generators draw, a panel a run, the best first; above, their metric at the end."""
+    with _compared(path, metric) as (comparison, _):
+        rows, folders = compare.rows(comparison), {group.label: group.runs[0].folder for group in comparison.groups}
+        figure = Figure(figsize=(12, 1.1 + 2.6 * math.ceil(len(rows) / 3)), layout="constrained")
+        grid = figure.subplots(math.ceil(len(rows) / 3), 3, squeeze=False).ravel()
+        for axes in grid:
+            axes.set_axis_off()
+        for axes, row in zip(grid, rows, strict=False):
+            with Image.open(folders[row["group"]] / "samples.png") as picture:
+                axes.imshow(picture.convert("L"), cmap="gray")
+            axes.set_title(f"{row['group']}\n{metric} {row[f'final {metric}'].mean:.2f}", fontsize="small")
+    return figure
 
 
 TABLES: dict[str, Callable[[Path, str], str]] = {
     "runs": _runs,
+    "rates": _rates,
     "sensitivity": lambda path, words: sensitivity.to_markdown(*_grids(path, words)),
 }
-PICTURES: dict[str, Callable[[Path, str], Figure]] = {"runs": _curves, "sensitivity": _heat_maps}
+PICTURES: dict[str, Callable[[Path, str], Figure]] = {"runs": _curves, "sensitivity": _heat_maps, "samples": _samples}
