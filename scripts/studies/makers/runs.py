@@ -131,7 +131,7 @@ def _samples(path: Path, metric: str) -> Figure:
     """What generators draw, a panel a run, the best first; above, their metric at the end."""
     with _compared(path, metric) as (comparison, _):
         rows, folders = compare.rows(comparison), {group.label: group.runs[0].folder for group in comparison.groups}
-        figure = Figure(figsize=(12, 1.1 + 2.6 * math.ceil(len(rows) / 3)), layout="constrained")
+        figure = Figure(figsize=(10, 2.4 * math.ceil(len(rows) / 3)), layout="constrained")
         grid = figure.subplots(math.ceil(len(rows) / 3), 3, squeeze=False).ravel()
         for axes in grid:
             axes.set_axis_off()
