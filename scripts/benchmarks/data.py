@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from analysis import records
 from data import Augmentation, ImageStore, InMemoryLoader
 from models import resnet
 from training.show import heart
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="ResNet-18 training steps; 0 skips that part")
     parser.add_argument("--step-batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu", help="of the training step")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of a record, which docs/results is made of (none)")
     options = parser.parse_args()
 
     images = torch.randint(0, 256, (options.images, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -137,12 +139,18 @@ def main() -> None:
     baseline = next(iter(rates.values()))
     print(f"{options.images} images of 3 × {SIZE} × {SIZE}, batch {options.batch_size}, {options.threads} thread(s)")
     print(f"{'pipeline':<26}{'images/s':>12}{'ratio':>9}")
+    rows: list[dict[str, object]] = []
     for name, values in rates.items():
         ratio = statistics.median(ours / theirs for ours, theirs in zip(values, baseline, strict=True))
         print(f"{name:<26}{statistics.median(values):>12,.0f}{ratio:>8.1f}×")
+        rows.append({"pipeline": name, "images/s": statistics.median(values), "ratio": ratio})
+    facts = {}
     if options.steps:
         shares = step_shares(options.steps, images, targets, options.step_batch_size, options.device)
-        print(f"data share of a ResNet-18 step, batch {options.step_batch_size}: {statistics.median(shares):.2%}")
+        facts["share"] = statistics.median(shares)
+        print(f"data share of a ResNet-18 step, batch {options.step_batch_size}: {facts['share']:.2%}")
+    if options.json:
+        records.write(options.json, rows, **facts)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from scripts.benchmark import Options, make_model, make_optimizer, parsed, writt
 from training.show import heart
 
 ASSIGNS = ("replicated", "balanced", "owned")
+TIMES = ("due_whole", "refresh", "ordinary_whole", "ordinary_step", "due_passes")
+COLUMNS = ("optimizer", "due step", "refresh", "ordinary step", "its step()", "passes", "MiB held")
 
 
 @dataclass
@@ -158,29 +161,36 @@ def compare(options: Shared) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, args=(options, folder), nprocs=options.ranks)
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(options.ranks)]
-    rows = {name: summary([rank[name] for rank in ranks]) for name in ranks[0]}
+    rows = [{"optimizer": name} | summary([rank[name] for rank in ranks]) for name in ranks[0]]
     title = f"{options.model}, {options.ranks} processes of one thread, {options.batch_size} examples each"
     table = Table(title=title, caption="ms, wall | processor; refresh: what step() takes beyond an ordinary one")
-    for column in ("optimizer", "due step", "refresh", "ordinary step", "its step()", "passes", "MiB held"):
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column == "optimizer" else "right")
-
-    def both(row: dict[str, float], name: str) -> str:
-        return f"{row[name]:.0f} | {row[name + '_cpu']:.0f}"
-
-    for name, row in rows.items():
-        columns = ("due_whole", "refresh", "ordinary_whole", "ordinary_step", "due_passes")
-        held = f"{row['held_least']:.0f} to {row['held_most']:.0f}"
-        table.add_row(name, *(both(row, column) for column in columns), held)
-    for entry in options.optimizers:
-        first, *others = (rows[f"{entry} {assign}"] for assign in ASSIGNS)
-        for assign, other in zip(ASSIGNS[1:], others, strict=True):
-            ratios = [
-                " | ".join(f"{first[name + clock] / other[name + clock]:.2f}" for clock in ("", "_cpu"))
-                for name in ("due_whole", "refresh", "ordinary_whole")
-            ]
-            table.add_row(f"{entry} {assign}: ratio", *ratios, "", "", f"{first['held_most'] / other['held_most']:.2f}")
+    for line in lines(rows):
+        table.add_row(*line)
     Console(width=140).print(table)
-    return [{"optimizer": name} | row for name, row in rows.items()]
+    return rows
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows as text, and under those of an optimizer what ``replicated`` takes in units of the others.
+
+    Args:
+        rows: of ``compare``.
+    """
+    found = []
+    for replicated, *others in (rows[at : at + len(ASSIGNS)] for at in range(0, len(rows), len(ASSIGNS))):
+        for row in (replicated, *others):
+            cells = [f"{row[name]:.0f} | {row[f'{name}_cpu']:.0f}" for name in TIMES]
+            found.append([row["optimizer"], *cells, f"{row['held_least']:.0f} to {row['held_most']:.0f}"])
+        for row in others:
+            cells = [
+                " | ".join(f"{replicated[name + clock] / row[name + clock]:.2f}" for clock in ("", "_cpu"))
+                for name in TIMES[:3]
+            ]
+            held = f"{replicated['held_most'] / row['held_most']:.2f}"
+            found.append([f"{row['optimizer']}: ratio", *cells, "", "", held])
+    return found
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from analysis import records, toy
 from scripts import benchmark
+from scripts.benchmarks import ranks
 from scripts.studies import families, verify_zoo, zoo
 from training.errors import UserError
 
@@ -71,6 +72,12 @@ def _rows(path: Path, _: str) -> str:
     return _said(first) + "\n".join(lines) + "\n"
 
 
+def _ranks(path: Path, _: str) -> str:
+    first, rows = records.read(path)
+    lines = [ranks.COLUMNS, ["---", *["---:"] * (len(ranks.COLUMNS) - 1)], *ranks.lines(rows)]
+    return _said(first) + "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
 def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
@@ -109,6 +116,7 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "ratio": _ratio,
     "value": _value,
     "rows": _rows,
+    "ranks": _ranks,
     "toy": lambda path, _: toy.to_markdown(_toy(path)),
     "count": _count,
     "zoo": lambda path, _: zoo.markdown(_json(path, dict)) + "\n",
