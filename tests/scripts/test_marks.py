@@ -110,6 +110,22 @@ def test_runs_are_kept_and_become_a_table_and_a_picture(logs: Path, tmp_path: Pa
         makers.TABLES["runs"](path, "val/accuracy: last")
 
 
+def test_what_was_tried_becomes_a_table(logs: Path, tmp_path: Path) -> None:
+    for number, (optimizer, lr, last, status) in enumerate((
+        ("sgd", 0.1, 0.8, "finished"), ("sgd", 0.2, 0.9, "finished"), ("adam", 0.1, 0.7, "finished"),
+        ("adam", 0.2, 0.9, "diverged"),
+    )):  # fmt: skip
+        write_run(tmp_path / "sweep" / str(number), last, optimizer, status=status, lr=lr)
+    path = results.keep(tmp_path / "sweep", "tried", tmp_path)
+    table = makers.TABLES["rates"](path, "val/accuracy by optimizer: optimizer.lr")
+    assert table.splitlines() == [
+        "| optimizer | lr: val/accuracy |",
+        "| --- | --- |",
+        "| sgd | 0.1: 0.8, **0.2: 0.9** |",
+        "| adam | **0.1: 0.7**, 0.2: diverged |",
+    ]
+
+
 def test_measurements_are_kept_and_become_tables(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["model=mlp:hidden=[4]", "batch_size=4", "image_size=4", "rounds=2", "block=2", "threads=1", "clock=cpu"]
     file = logs / "small.jsonl"

@@ -111,7 +111,8 @@ def _rates(path: Path, words: str) -> str:
                 lasting = run.status != "diverged" and len(curve.value)
                 rate = " and ".join(run.settings[key] for key in differing)
                 ends[rate] = float(curve.value[-1]) if lasting else math.inf
-            best = (max if compare.higher_is_better(metric) else min)(ends.values())
+            known = [end for end in ends.values() if math.isfinite(end)]
+            best = (max if compare.higher_is_better(metric) else min)(known, default=math.nan)
             cells = [f"{rate}: {end:.3g}" if math.isfinite(end) else f"{rate}: diverged" for rate, end in ends.items()]
             bold = [f"**{cell}**" if end == best else cell for cell, end in zip(cells, ends.values(), strict=True)]
             lines.append(f"| {' | '.join([*row, ', '.join(bold)])} |")
