@@ -119,7 +119,8 @@ def _kept(folder: Path, runs: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for run in runs:
         where = run.relative_to(folder).as_posix()
         values, text = compare.read_run(run, []).values, (run / "config.yaml").read_text(encoding="utf-8")
-        for path in (values["paths"]["data"], values["dataset"].get("root")):  # where it lay is nobody's concern
+        places = (values["paths"]["data"], values["dataset"].get("root"), values["dataset"].get("path"))
+        for path in places:  # where it lay is nobody's concern
             text = text.replace(path, "datasets") if path and Path(path).is_absolute() else text
         yield f"{where}/config.yaml", text.encode()
         if (run / "samples.png").is_file():

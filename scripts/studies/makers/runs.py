@@ -104,7 +104,8 @@ def _rates(path: Path, words: str) -> str:
             found.setdefault(tuple(_told(run, key) for key in keys.split(", ")), []).append(run)
         lines = []
         for row, own in found.items():
-            differing = [key for key in tried.split(", ") if len({run.settings.get(key) for run in own}) > 1]
+            asked = [key for key in tried.split(", ") if key in own[0].settings]
+            differing = [key for key in asked if len({run.settings[key] for run in own}) > 1] or asked[:1]
             ends = {}
             for run in own:
                 curve = run.curve(metric)
@@ -114,7 +115,8 @@ def _rates(path: Path, words: str) -> str:
             known = [end for end in ends.values() if math.isfinite(end)]
             best = (max if compare.higher_is_better(metric) else min)(known, default=math.nan)
             cells = [f"{rate}: {end:.3g}" if math.isfinite(end) else f"{rate}: diverged" for rate, end in ends.items()]
-            bold = [f"**{cell}**" if end == best else cell for cell, end in zip(cells, ends.values(), strict=True)]
+            places = [place for place, end in enumerate(ends.values()) if end == best and len(ends) > 1]
+            bold = [f"**{cell}**" if place in places else cell for place, cell in enumerate(cells)]
             lines.append(f"| {' | '.join([*row, ', '.join(bold)])} |")
     names = [key.removeprefix("optimizer.") for key in keys.split(", ")]
     last = " and ".join(dict.fromkeys(key.rpartition(".")[2] for key in tried.split(", ")))
