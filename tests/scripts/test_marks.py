@@ -101,11 +101,14 @@ def test_runs_are_kept_and_become_a_table_and_a_picture(logs: Path, tmp_path: Pa
     assert [panel.get_images()[0].get_size() for panel in panels] == [(20, 30)] * 2
     published = {"optimizer=adam": {"val/accuracy": [0.5, 0.75]}}
     path.with_name("two_published.json").write_text(json.dumps(published))
-    words = "val/accuracy to optimizer=sgd until 0.9: published epoch 2, final val/accuracy / baseline, reached"
+    columns = "published epoch 2, final val/accuracy / baseline, reached"
+    words = f"val/accuracy of optimizer to optimizer=sgd until 0.9: {columns}"
     *_, adam, sgd = makers.TABLES["runs"](path, words).splitlines()
     assert (adam, sgd) == ("| optimizer=adam | 75 % | 1.129 | 2 |", "| optimizer=sgd | – | 1 | 1 |")
     with pytest.raises(results.UserError, match="not 'val/accuracy until it is'"):
         makers.TABLES["runs"](path, "val/accuracy until it is")
+    with pytest.raises(results.UserError, match="several groups chose the same model; leave 'of model' out"):
+        makers.TABLES["runs"](path, "val/accuracy of model: reached")
     with pytest.raises(ValueError, match="there is no 'last'"):
         makers.TABLES["runs"](path, "val/accuracy: last")
 

@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -49,24 +50,29 @@ def _heat_maps(path: Path, metric: str) -> Figure:
 def _compared(path: Path, words: str) -> Iterator[tuple[compare.Comparison, list[str]]]:
     """A comparison by ``METRIC: COLUMN, COLUMN``, and the columns, of which ``epoch 5`` is one.
 
-    ``METRIC to LABEL until VALUE: ...`` is to this group, and takes the time until this value. Published curves by
-    group, where there are some, lie beside the archive, NAME_published.json.
+    ``METRIC of GROUP to LABEL until VALUE: ...``, all of it as needed, calls groups by what this one chose
+    (``optimizer=adam``), is to this one, and takes the time until this value. Published curves by group, where there
+    are some, lie beside the archive, NAME_published.json.
 
     Yields:
         Both.
 
     Raises:
-        UserError: the metric is said otherwise.
+        UserError: the metric is said otherwise, or groups would be called alike.
     """
     said, _, columns = words.partition(": ")
-    asked = re.fullmatch(r"(\S+)(?: to (.+?))?(?: until (\S+))?", said)
+    asked = re.fullmatch(r"(\S+)(?: of (\w+))?(?: to (.+?))?(?: until (\S+))?", said)
     if not asked:
-        raise UserError(f"runs: a metric, then perhaps 'to LABEL' and 'until VALUE', not {said!r}")
-    metric, unit, until = asked.groups()
+        raise UserError(f"runs: a metric, then perhaps 'of GROUP', 'to LABEL' and 'until VALUE', not {said!r}")
+    metric, named, unit, until = asked.groups()
     published = path.with_name(path.name.replace(".tar.xz", "_published.json"))
     curves = json.loads(published.read_text(encoding="utf-8")) if published.exists() else {}
     with unpacked(path) as runs:
         groups, remarks = compare.group_runs(runs)
+        if named:
+            groups = [replace(group, label=f"{named}={group.runs[0].choices[named]}") for group in groups]
+            if len({group.label for group in groups}) < len(groups):
+                raise UserError(f"runs: several groups chose the same {named}; leave 'of {named}' out")
         yield compare.Comparison(
             groups,
             metric,
