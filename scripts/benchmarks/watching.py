@@ -14,9 +14,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -27,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.optim import Optimizer
 
 from analysis import records
 from data import DataModule
@@ -88,23 +90,35 @@ class Timer(Callback):
         self.marks.append(time.process_time())
 
 
-def measure(options: Options, entry: str) -> tuple[float, float]:
-    """Seconds of a mean step that is not looked at, and what a look adds to a step."""
-    given = benchmark.Options(model=options.model, batch_size=options.batch_size, image_size=options.image_size)
+def trained(given: benchmark.Options, entry: str, callbacks: Sequence[Callback], **trainer: Any) -> Optimizer:
+    """The optimizer of a run on random batches, after it.
+
+    Args:
+        given: what is trained, as by scripts/benchmark.py.
+        entry: the optimizer.
+        callbacks: of the run.
+        trainer: options of the trainer.
+    """
     model, likelihood, batches = benchmark.make_model(given)
     rebuilds = len(batches[0][1].shape) > 1
     kind = "reconstruction" if rebuilds else "classification"
     facts = {"likelihood": "bernoulli"} if rebuilds else {"num_classes": 10}
     data = DataModule("random", kind, facts, Batches(batches), Batches(batches[:1]), Batches(batches[:1]), [])
     optimizer = benchmark.make_optimizer(entry, model, likelihood)
-    timer = Timer()
-    trainer = Trainer(max_steps=options.steps, eval_every_epochs=None, log_every_steps=10**6,
-                      checkpoint_every_epochs=None, device="cpu")  # fmt: skip
+    quiet = {"eval_every_epochs": None, "log_every_steps": 10**6, "checkpoint_every_epochs": None, "device": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
-        trainer.fit(
+        Trainer(**quiet | trainer).fit(
             model, optimizer, data, tasks.build(kind, facts, 0.0, 0), folder=RunFolder.create(Path(folder) / "run", ""),
-            callbacks=[CurvatureDiagnostics(every=EVERY), timer],
+            callbacks=[*callbacks],
         )  # fmt: skip
+    return optimizer
+
+
+def measure(options: Options, entry: str) -> tuple[float, float]:
+    """Seconds of a mean step that is not looked at, and what a look adds to a step."""
+    given = benchmark.Options(model=options.model, batch_size=options.batch_size, image_size=options.image_size)
+    timer = Timer()
+    optimizer = trained(given, entry, [CurvatureDiagnostics(every=EVERY), timer], max_steps=options.steps)
     interval = getattr(optimizer, "update_every", 1)
     kinds: dict[tuple[bool, bool], list[float]] = {}
     for index in range(2 * EVERY, options.steps):  # of which the first ones are others
