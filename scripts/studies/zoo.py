@@ -282,7 +282,10 @@ class Zoo:
         seed_everything(0)  # now: a configuration is tried out while it is composed
         model = build(chosen, "model", through=build_model, facts=data.facts).train()
         extras: dict[str, Any] = {"model": model, "likelihood": task.likelihood, "seed": 0}
-        built = build(node("optimizer", f"optimizer={entry}", rate), "optimizer", through=build_optimizer, **extras)
+        given = [rate]
+        if entry == "kfac":  # those after 1, 3, 7, ... steps would count as ordinary steps
+            given.append("optimizer.early_updates=false")
+        built = build(node("optimizer", f"optimizer={entry}", *given), "optimizer", through=build_optimizer, **extras)
         return Timed(entry, model, built, task.likelihood, batches)
 
 
