@@ -7,7 +7,7 @@ import lzma
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,18 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no record of a measurement ({error})") from error
     return first, rows
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table in Markdown.
+
+    Args:
+        head: titles of the columns.
+        lines: their cells.
+        left: how many columns, the first ones, are written to the left; the others are numbers.
+    """
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
 
 
 def write_page(target: Path, make: Callable[[str], str]) -> Path:

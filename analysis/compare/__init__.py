@@ -9,7 +9,7 @@ Definitions, the same for every run:
 """
 
 from analysis.compare.figures import plot
-from analysis.compare.groups import Group, group_runs, match
+from analysis.compare.groups import Group, choice, group_runs, match
 from analysis.compare.measures import Comparison, Reference, Row, Spread, Target, higher_is_better, rows
 from analysis.compare.runs import Curve, LoadedRun, find_runs, read_run
 from analysis.compare.tables import Sheet, notes, sheets, to_csv, to_markdown, to_table
@@ -24,6 +24,7 @@ __all__ = [
     "Sheet",
     "Spread",
     "Target",
+    "choice",
     "find_runs",
     "group_runs",
     "higher_is_better",

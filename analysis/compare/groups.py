@@ -91,19 +91,24 @@ def _labels(runs: Sequence[LoadedRun]) -> list[str]:
         for section in dict.fromkeys(key.partition(".")[0] for key in keys):
             inside = [key for key in keys if key.partition(".")[0] == section]
             peers = settings
-            choice = _choice(run, section)
-            if choice and any(_part(one, section) != _part(mine, section) for one in settings):
-                same = [_choice(other, section) == choice for other in runs]
+            chosen = choice(run, section)
+            if chosen and any(_part(one, section) != _part(mine, section) for one in settings):
+                same = [choice(other, section) == chosen for other in runs]
                 peers = [one for one, alike in zip(settings, same, strict=True) if alike]
-                parts += [] if all(same) else [f"{section}={choice}"]
+                parts += [] if all(same) else [f"{section}={chosen}"]
             differing = [key for key in inside if len({one.get(key) for one in peers}) > 1 and key in mine]
             parts += [f"{key}={mine[key]}" for key in differing if not (_is_budget(key) and mine[key] == "null")]
         labels.append(" ".join(parts) or f"optimizer={run.choices.get('optimizer', '?')}")
     return [label if labels.count(label) == 1 else f"{label} ({i + 1})" for i, label in enumerate(labels)]
 
 
-def _choice(run: LoadedRun, section: str) -> str | None:
-    """The file that a section came from; a player's optimizer is chosen as ``optimizer@generator``."""
+def choice(run: LoadedRun, section: str) -> str | None:
+    """The file that a section came from; a player's optimizer is chosen as ``optimizer@generator``.
+
+    Args:
+        run: whose configuration it is.
+        section: of it, such as ``model``.
+    """
     return run.choices.get(section) or run.choices.get(f"optimizer@{section}")
 
 

@@ -71,8 +71,8 @@ def from_record(text: str) -> list[Surface]:
 def _surface(found: dict[str, Any]) -> Surface:
     tracks = tuple(
         Track(
-            own["label"], _array(own["steps"]), _array(own["coordinates"]), _array(own["cosine"]),
-            _array(own["left_out"]), _array(own["distance"]), _arrays(own["projected"]), _arrays(own["true"]),
+            own["label"], projected=_arrays(own["projected"]), true=_arrays(own["true"]),
+            **{name: _array(own[name]) for name in ARRAYS},
         )
         for own in found["tracks"]
     )  # fmt: skip

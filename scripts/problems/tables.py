@@ -126,8 +126,7 @@ def _beside(results: Results, optimizer: str, problem: Problem) -> bool | None:
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown, a line each, and an empty one."""
-    rule = ["---", *("---:" for _ in titles[1:])]
-    return [f"| {' | '.join(line)} |" for line in (titles, rule, *rows)] + [""]
+    return [*records.table(titles, rows).splitlines(), ""]
 
 
 def page(results: Results, options: Sequence[str] = (), notes: str = "") -> str:

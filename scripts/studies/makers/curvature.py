@@ -42,10 +42,8 @@ def _fisher_orders(path: Path, _: str) -> str:
             holds, of = cells.get(it.measure, (0, 0))
             cells[it.measure] = (holds + it.holds, of + it.of)
     titles = [{**ERRORS, **DIRECTIONS}[measure] for measure in measures]
-    lines = [f"| order holds on layers × steps | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(titles)}"]
-    for name, cells in counts.items():
-        lines.append(f"| {name} | {' | '.join('{} of {}'.format(*cells[measure]) for measure in measures)} |")
-    return "\n".join(lines) + "\n"
+    lines = [[name, *("{} of {}".format(*cells[measure]) for measure in measures)] for name, cells in counts.items()]
+    return records.table(["order holds on layers × steps", *titles], lines)
 
 
 def _fisher_by(path: Path, words: str) -> str:
@@ -68,14 +66,14 @@ def _fisher_by(path: Path, words: str) -> str:
             cells.setdefault(row.method, []).append(getattr(row, measure))
     titles = {"damping": "λ", "net": "net"}
     head = [*(titles.get(key, key) for key in by), *(label(method) for method in methods)]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(by)}{' ---: |' * len(methods)}"]
+    lines = []
     places = [list(dict.fromkeys(values)) for values in zip(*found, strict=True)]
     for key in sorted(found, key=lambda key: [place.index(it) for place, it in zip(places, key, strict=True)]):
         cells = found[key]
         names = [fisher.NETS[it].title if it in fisher.NETS else it if isinstance(it, str) else f"{it:g}" for it in key]
         values = [f"{median(cells[method]):.2f}" if method in cells else "–" for method in methods]
-        lines.append(f"| {' | '.join([*names, *values])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*names, *values])
+    return records.table(head, lines, left=len(by))
 
 
 def _fisher_profile(path: Path, net: str) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,6 @@ def _rows(study: factors.Study, step: int) -> dict[str, dict[str, Any]]:
     return {row["layer"]: row for row in point.rows}
 
 
-def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (heads, rule, *lines))
-
-
 def _cell(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if isinstance(value, int):
@@ -60,7 +55,7 @@ def _numbers(path: Path, words: str) -> str:
         for layer in next(iter(at.values()))
         for step, rows in at.items()
     ]
-    return _table(["layer", *(["step"] if several else []), *(NAMES.get(key, key) for key in asked)], lines)
+    return records.table(["layer", *(["step"] if several else []), *(NAMES.get(key, key) for key in asked)], lines)
 
 
 def _of_runs(path: Path, words: str) -> str:
@@ -73,7 +68,7 @@ def _of_runs(path: Path, words: str) -> str:
         loss = next(point.loss for point in study.points if point.step == at)
         rows = _rows(study, at)
         lines.append([name, f"{math.exp(loss):,.0f}", *(_cell(rows[layer], key) for key, layer in asked)])
-    return _table(["run", "perplexity", *(f"{NAMES.get(key, key)}, `{layer}`" for key, layer in asked)], lines)
+    return records.table(["run", "perplexity", *(f"{NAMES.get(key, key)}, `{layer}`" for key, layer in asked)], lines)
 
 
 def _of_blocks(path: Path, words: str) -> str:
@@ -87,7 +82,7 @@ def _of_blocks(path: Path, words: str) -> str:
         for step, rows in at.items():
             own = {layer.rpartition(".")[2]: row for layer, row in rows.items() if layer.startswith(f"{block}.")}
             lines.append([f"`{block}`", step, *(_cell(own[kind], key) for kind in kinds)])
-    return _table([NAMES.get(key, key), "step", *kinds], lines)
+    return records.table([NAMES.get(key, key), "step", *kinds], lines)
 
 
 def _drawn(path: Path, kind: str) -> Figure:

@@ -57,25 +57,23 @@ def _cost(path: Path, words: str) -> str:
     for it in (records.read(found)[0]["options"] for found in paths):
         size = "" if it["model"].startswith("autoencoder") else f" of {it['image_size']} × {it['image_size']}"
         titles.append(f"{it['model']}, batch {it['batch_size']}{size}")
-    lines = [f"| `optimizer=` | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(titles)}"]
+    lines = []
     for entry in asked.split() or dict.fromkeys(entry for column in columns for entry in column):
         cells = [f"{column[entry]:.2f}" if entry in column else "" for column in columns]
-        lines.append(f"| {benchmark.called(entry)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([benchmark.called(entry), *cells])
+    return records.table(["`optimizer=`", *titles], lines)
 
 
 def _rows(path: Path, _: str) -> str:
     """All rows, their keys being the titles."""
     first, rows = records.read(path)
-    lines = [f"| {' | '.join(rows[0])} |", f"| --- |{' ---: |' * (len(rows[0]) - 1)}"]
-    lines += [f"| {' | '.join(map(_cell, row.values()))} |" for row in rows]
-    return _said(first) + "\n".join(lines) + "\n"
+    return _said(first) + records.table([*rows[0]], [[*map(_cell, row.values())] for row in rows])
 
 
 def _ranks(path: Path, _: str) -> str:
     first, rows = records.read(path)
-    lines = [ranks.COLUMNS, ["---", *["---:"] * (len(ranks.COLUMNS) - 1)], *ranks.lines(rows)]
-    return _said(first) + "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    lines = [[cell.replace("|", "/") for cell in line] for line in ranks.lines(rows)]
+    return _said(first) + records.table(ranks.COLUMNS, lines)
 
 
 def _cell(value: Any) -> str:

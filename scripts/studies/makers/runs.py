@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import compare, sensitivity
+from analysis import compare, records, sensitivity
 from training.errors import UserError
 
 
@@ -123,17 +123,16 @@ def _rates(path: Path, words: str) -> str:
             cells = [f"{rate}: {end:.3g}" if math.isfinite(end) else f"{rate}: diverged" for rate, end in ends.items()]
             places = [place for place, end in enumerate(ends.values()) if end == best and len(ends) > 1]
             bold = [f"**{cell}**" if place in places else cell for place, cell in enumerate(cells)]
-            lines.append(f"| {' | '.join([*row, ', '.join(bold)])} |")
+            lines.append([*row, ", ".join(bold)])
     names = [key.removeprefix("optimizer.") for key in keys.split(", ")]
     last = " and ".join(dict.fromkeys(key.rpartition(".")[2] for key in tried.split(", ")))
-    head = [f"| {' | '.join([*names, f'{last}: {metric}'])} |", f"|{' --- |' * (len(names) + 1)}"]
-    return "\n".join([*head, *lines]) + "\n"
+    return records.table([*names, f"{last}: {metric}"], lines, left=len(names) + 1)
 
 
 def _told(run: compare.LoadedRun, key: str) -> str:
     if "." in key:
         return run.settings.get(key, "")
-    return run.choices.get(key) or run.choices.get(f"optimizer@{key}") or ""
+    return compare.choice(run, key) or ""
 
 
 def _samples(path: Path, metric: str) -> Figure:
