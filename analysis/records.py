@@ -7,7 +7,7 @@ import lzma
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,6 @@ import torch
 from training.errors import UserError
 from training.runs import provenance
 from training.runs.folder import atomic_file
-
-#: Where the part of a page begins that is written by hand.
-NOTES = "## Notes"
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]], **facts: Any) -> None:
@@ -80,30 +77,3 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no record of a measurement ({error})") from error
     return first, rows
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table in Markdown.
-
-    Args:
-        head: titles of the columns.
-        lines: their cells.
-        left: how many columns, the first ones, are written to the left; the others are numbers.
-    """
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
-
-
-def write_page(target: Path, make: Callable[[str], str]) -> Path:
-    """Write a page anew but for what stands in it from ``NOTES`` on.
-
-    Args:
-        target: the page; its folder is made if need be.
-        make: its text, given its notes; "" where it has none.
-    """
-    before = target.read_text(encoding="utf-8") if target.exists() else ""
-    text = make(before[before.index(NOTES) :] if NOTES in before else "")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as file:
-        file.write(text.encode())
-    return target

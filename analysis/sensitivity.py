@@ -16,6 +16,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from analysis import pages
 from analysis.compare import LoadedRun, higher_is_better
 from training.show.curves import GREY
 
@@ -306,7 +307,7 @@ def to_markdown(found: Iterable[Grid], metric: str, near: float = NEAR) -> str:
     found = list(found)
     first, second = found[0].x_key, next((grid.y_key for grid in found if grid.y_key), None)
     titles = [f"best {metric}", *(f"octaves of {key}" for key in (first, second) if key), "near the best"]
-    lines = [f"| optimizer | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(titles)}"]
+    lines = []
     for grid in found:
         if grid.best is None:
             cells = ["none ended", *[""] * (len(titles) - 1)]
@@ -318,8 +319,8 @@ def to_markdown(found: Iterable[Grid], metric: str, near: float = NEAR) -> str:
             if second is not None:
                 cells.append("" if grid.y_key is None else str(grid.extent("y", near)))
             cells.append(f"{int(grid.near(near).sum())} of {grid.values.size} runs")
-        lines.append(f"| {grid.label} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([grid.label, *cells])
+    return pages.table(["optimizer", *titles], lines)
 
 
 def figure(value: float, higher: bool) -> str:

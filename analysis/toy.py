@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from analysis import pages
 from training import backward
 from training.show.curves import GREY
 
@@ -134,13 +135,12 @@ def to_markdown(paths: Sequence[Path]) -> str:
     Args:
         paths: one an optimizer and surface.
     """
-    lines = [f"| optimizer | {' | lr | '.join(surface.name for surface in SURFACES)} | lr |"]
-    lines.append(f"| --- |{' ---: |' * 2 * len(SURFACES)}")
+    lines = []
     for name in dict.fromkeys(path.optimizer for path in paths):
         package, _, kind = name.rpartition(":")
         own = [text for path in paths if path.optimizer == name for text in (f"{path.distance:.3g}", f"{path.lr:.2g}")]
-        lines.append(f"| {' | '.join([f'`{package}` {kind}' if package else f'`{kind}`', *own])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"`{package}` {kind}" if package else f"`{kind}`", *own])
+    return pages.table(["optimizer", *(title for surface in SURFACES for title in (surface.name, "lr"))], lines)
 
 
 def run(optimizer: str, build: Build, surface: Surface, lr: float, evaluations: int) -> Path:

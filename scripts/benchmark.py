@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import models
-from analysis import records
+from analysis import pages, records
 from optimizers import Bernoulli, Categorical, CurvatureOptimizer, Likelihood, build_optimizer
 from optimizers.base import CURVATURE
 from optimizers.forecast import round_of
@@ -404,12 +404,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = {"ms": "step ms", "ratio": "× SGD", "forward_ms": "forward", "backward_ms": "backward",
                "update_ms": "update", "memory_mib": "peak MiB"}  # fmt: skip
     shown = [key for key in columns if any(row[key] for row in rows)]
-    lines = [f"| optimizer | {' | '.join(columns[key] for key in shown)} |", f"| --- |{' ---: |' * len(shown)}"]
-    for row in rows:
-        digits = {"ratio": 2, "memory_mib": 0}
-        cells = [f"{row[key]:.{digits.get(key, 1)}f}" if row[key] else "" for key in shown]
-        lines.append(f"| {called(row['optimizer'])} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    digits = {"ratio": 2, "memory_mib": 0}
+    lines = [
+        [called(row["optimizer"]), *(f"{row[key]:.{digits.get(key, 1)}f}" if row[key] else "" for key in shown)]
+        for row in rows
+    ]
+    return pages.table(["optimizer", *(columns[key] for key in shown)], lines)
 
 
 if __name__ == "__main__":

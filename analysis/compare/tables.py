@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis import pages
 from analysis.compare.measures import Comparison, Row, Spread, higher_is_better, rows
 from analysis.compare.runs import LoadedRun
 
@@ -134,7 +135,7 @@ def to_markdown(comparison: Comparison, found: Sequence[Row]) -> str:
     """
     lines = [f"# {comparison.title or 'Comparison'}: {len(comparison.groups)} groups of runs", ""]
     for sheet in sheets(comparison, found):
-        lines += [f"## {sheet.title}", "", *_lines(sheet), ""]
+        lines += [f"## {sheet.title}", "", pages.table(sheet.header, sheet.lines)]
     lines += [f"- {remark}" for remark in notes(comparison)]
     return "\n".join(lines) + "\n"
 
@@ -165,12 +166,7 @@ def to_table(comparison: Comparison, columns: Sequence[str]) -> str:
     kinds = {c: comparison.metric if c.startswith(("epoch", "published", "step ")) else c for c in columns}
     kinds |= {c: "" for c in columns if c.endswith(RATIOS)}
     lines = [[row["group"], *(_cell(row[c], kinds[c]) for c in columns)] for row in found]
-    return "\n".join(_lines(Sheet("", ["group", *columns], lines))) + "\n"
-
-
-def _lines(sheet: Sheet) -> list[str]:
-    rule = ["---", *["---:"] * (len(sheet.header) - 1)]
-    return [f"| {' | '.join(line)} |" for line in (sheet.header, rule, *sheet.lines)]
+    return pages.table(["group", *columns], lines)
 
 
 def notes(comparison: Comparison) -> list[str]:

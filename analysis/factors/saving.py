@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from analysis import pages
 from analysis.factors import fields, figures
 from analysis.factors.recording import numbers, to_record
 from analysis.factors.study import Study
@@ -75,8 +76,7 @@ def to_markdown(study: Study) -> str:
     lines = [f"# Kronecker factors of {study.name}", "", f"{study.title}.", ""]
     for point in dict.fromkeys((study.points[0].step, study.points[-1].step)):
         header, rows = table(study, point)
-        lines += [f"After {point} steps:", "", _line(header), _line(["---", *["---:"] * (len(header) - 1)])]
-        lines += [*map(_line, rows), ""]
+        lines += [f"After {point} steps:", "", pages.table(header, rows)]
     heads = {
         "mean": "mean eigenvalue", "count": "(sum of eigenvalues)² / sum of squares", "diag":
         "the diagonal's share of the squared Frobenius norm", "dom.": "median of |m_ii| / sum of |m_ij|",
@@ -90,10 +90,6 @@ def to_markdown(study: Study) -> str:
     for name, why in study.left_out.items():
         lines.append(f"- without factors: {name or '(root)'} ({why})")
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def pictures(study: Study) -> Iterator[tuple[str, Figure]]:

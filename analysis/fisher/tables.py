@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 
+from analysis import pages
 from analysis.fisher.measure import Row, as_dict
 from analysis.fisher.methods import label
 
@@ -116,7 +117,7 @@ def to_markdown(rows: Sequence[Row], titles: dict[str, str]) -> str:
         at_last = [row for row in own if row.step == last]
         layers = len({row.layer for row in at_last if row.layer})
         title = f"### {titles.get(net, net)}\n\nStep {last}, damping {damping:g}; errors: median of {layers} layers.\n"
-        parts += [title, _summary(at_last), "", _orders(own), ""]
+        parts += [title, _summary(at_last), _orders(own), ""]
     return "\n".join(parts)
 
 
@@ -137,7 +138,7 @@ def summary(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _summary(rows: Sequence[Row]) -> str:
-    return _table(["method", *ERRORS.values(), *DIRECTIONS.values()], summary(rows))
+    return pages.table(["method", *ERRORS.values(), *DIRECTIONS.values()], summary(rows))
 
 
 def _orders(rows: Sequence[Row]) -> str:
@@ -150,12 +151,7 @@ def _orders(rows: Sequence[Row]) -> str:
         if mine:
             cells = [f"{mine[key].holds} of {mine[key].of}" if key in mine else "–" for key in measures]
             lines.append([f"{label(better)} before {label(worse)}", *cells])
-    return _table(header, lines) if lines else ""
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+    return pages.table(header, lines) if lines else ""
 
 
 def middle(values: Iterable[float]) -> float:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from analysis import pages
 from analysis.report import words
 from analysis.report.results import Results, Row
 
@@ -98,11 +99,9 @@ def to_markdown(found: Results, said: list[str]) -> str:
         said: the verdict's sentences.
     """
     made = columns(found)
-    lines = [" ".join(said), "", f"| arm | {' | '.join(made)} |", f"| --- |{' ---: |' * len(made)}"]
-    for row in found.ranked:
-        cells = [row.name, *(cell(row) for cell in made.values())]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    lines += ["", "Means with 95 % intervals.", "", *(f"- {warning}" for warning in found.warnings)]
+    rows = [[row.name, *(cell(row) for cell in made.values())] for row in found.ranked]
+    lines = [" ".join(said), "", pages.table(["arm", *made], rows), "Means with 95 % intervals.", ""]
+    lines += [f"- {warning}" for warning in found.warnings]
     return "\n".join(lines).rstrip() + "\n"
 
 

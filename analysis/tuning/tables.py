@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from analysis import pages
 from analysis.tuning.rungs import Rungs
 from analysis.tuning.search import Arm, Choice
 from analysis.tuning.space import SPACES, written
@@ -41,8 +42,7 @@ def markdown(choices: Mapping[str, Choice], metric: str, unit: str) -> str:
     """
     head = ["arm", "chosen", metric, "val/loss", "trials", "lost", f"charged ({unit})", "at the edge"]
     rows = [[name, *_cells(choice)] for name, choice in choices.items()]
-    rule = ["---", "---", "---:", "---:", "---:", "---:", "---:", "---"]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows)) + "\n"
+    return pages.table(head, rows, left=(0, 1, len(head) - 1))
 
 
 def _cells(choice: Choice) -> list[str]:

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from analysis import records
+from analysis import pages
 from models import build_model
 from optimizers import CurvatureOptimizer, Likelihood
 from optimizers.forecast import Forecast, Prices, forecast, held, round_of
@@ -232,7 +232,7 @@ def percent(share: float) -> str:
     return text if abs(share) <= WITHIN else f"**{text}**"
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line of Markdown for each optimizer on one problem."""
     titles = [
         "`optimizer=`", "ratio, forecast", "measured", "off by", "ms, forecast", "measured", "state, B", "measured"
@@ -244,7 +244,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         f"{sum(row['predicted_state'].values()):,}",
         f"{sum(row['measured_state'].values()):,}" if row["measured_ratio"] else "",
     ] for row in rows]  # fmt: skip
-    return ["| " + " | ".join(cells) + " |" for cells in (titles, ["---", *["---:"] * 7], *body)]
+    return pages.table(titles, body)
 
 
 def holds(rows: Sequence[dict[str, Any]], naming: bool = False) -> str:
@@ -284,7 +284,7 @@ def page(rows: dict[tuple[str, str], dict[str, Any]], notes: str = "") -> str:
         said = f" Not measured, since it would have taken too long: {', '.join(long)}." if long else ""
         missing = [f"`{entry}`" for entry in order if (name, entry) not in rows]
         said += f" Not run: {', '.join(missing)}." if missing else ""
-        parts.append("\n".join([f"### {title[0].upper()}{title[1:]}", "", holds(mine) + said, "", *table(mine), ""]))
+        parts.append("\n".join([f"### {title[0].upper()}{title[1:]}", "", holds(mine) + said, "", table(mine)]))
     everything = list(rows.values())
     took = sorted(row["forecast_s"] for row in everything) or [0.0]
     parts.append(
@@ -301,7 +301,7 @@ def write(path: Path) -> Path:
     Args:
         path: of the file.
     """
-    return records.write_page(path.with_suffix(".md"), lambda notes: page(known(path), notes))
+    return pages.write_page(path.with_suffix(".md"), lambda notes: page(known(path), notes))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from analysis import pages
 from scripts.gpu.running import Result
 
 
@@ -28,12 +29,6 @@ def machine(device: str) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
         }
     return found
-
-
-def text_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table: the first column to the left, the others to the right."""
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---", *["---:"] * (len(header) - 1)]) + " |"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def cost_tables(model: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -64,8 +59,8 @@ def cost_tables(model: str, rows: list[dict[str, Any]]) -> list[str]:
     first = ["optimizer", "ordinary ms", f"ordinary ÷ {names}", "update ÷ sgd", "refresh ÷ sgd", "both ÷ sgd"]
     first += [f"amortised ÷ {names}", "peak MiB", f"memory ÷ {names}"]
     second = ["optimizer", "intervals", "statistics", "inverses or bases", "products", "forward", "backward", "step"]
-    lines = [f"## {model}, {rows[0]['parameters']:,} parameters", "", *text_table(first, costs)]
-    return [*lines, *(text_table(second, phases) if phases else [])]
+    lines = [f"## {model}, {rows[0]['parameters']:,} parameters", "", pages.table(first, costs)]
+    return [*lines, *([pages.table(second, phases)] if phases else [])]
 
 
 def page(report: dict[str, Any]) -> str:
@@ -98,7 +93,7 @@ def page(report: dict[str, Any]) -> str:
         keys = ["product", "cholesky", "cholesky_inverse", "eigh", "pencil"]
         lines += ["## Decompositions, ms a batch in float32 without TF32", ""]
         cells = [[f"{row['size']} ({row['batch']} matrices)", *(f"{row[key]:.2f}" for key in keys)] for row in rows]
-        lines += text_table(["size", *keys], cells)
+        lines += [pages.table(["size", *keys], cells)]
     failed = [check for check in checks if check.status == "failed"]
     if failed:
         lines += ["## Failures", ""]
@@ -106,8 +101,6 @@ def page(report: dict[str, Any]) -> str:
             lines += [f"### {check.name}", "", check.message, "", *(f"    {line}" for line in check.trace), ""]
     lines += ["## Checks", ""]
     others = [c for c in checks if c.name.split()[0] not in ("table", "linalg") or c.status != "ok"]
-    clean = {id(c): c.message.replace("|", "\\|") for c in others}
-    lines += text_table(
-        ["check", "result", "seconds", "found"], [[c.name, c.status, f"{c.seconds:.1f}", clean[id(c)]] for c in others]
-    )
+    cells = [[c.name, c.status, f"{c.seconds:.1f}", c.message] for c in others]
+    lines += [pages.table(["check", "result", "seconds", "found"], cells)]
     return "\n".join(lines).rstrip() + "\n"

@@ -14,6 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from analysis import pages
+
 FOLDER = ROOT / "docs" / "optimizers"
 
 _BLOCK = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- /options -->)", re.DOTALL)
@@ -36,14 +40,13 @@ def options(name: str) -> list[tuple[str, str, str]]:
 
 def table(name: str) -> str:
     """The options of an optimizer as a table in Markdown."""
-    rows = [(f"`{key}`", f"`{value}`", words.replace("|", "\\|")) for key, value, words in options(name)]
-    head = (f"`optimizer={name}`", "default", "what it is")
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---", "---", "---"), *rows))
+    rows = [(f"`{key}`", f"`{value}`", words) for key, value, words in options(name)]
+    return pages.table([f"`optimizer={name}`", "default", "what it is"], rows, left=3)
 
 
 def renewed(text: str) -> str:
     """A page with its tables of options as they are now."""
-    return _BLOCK.sub(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text)
+    return _BLOCK.sub(lambda m: f"{m[1]}{table(m[2])}{m[3]}", text)
 
 
 def names(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from analysis import records
+from analysis import pages
 from optimizers.table import present
 from scripts.problems import catalogue
 from scripts.problems.catalogue import LEARNED, SPLIT, Problem
@@ -126,7 +126,7 @@ def _beside(results: Results, optimizer: str, problem: Problem) -> bool | None:
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown, a line each, and an empty one."""
-    return [*records.table(titles, rows).splitlines(), ""]
+    return [*pages.table(titles, rows).splitlines(), ""]
 
 
 def page(results: Results, options: Sequence[str] = (), notes: str = "") -> str:
@@ -227,4 +227,4 @@ def write_page(path: Path, options: Sequence[str] = (), split: str = "test") -> 
         split: test | val: of which sets.
     """
     results = Results(read(path), options, split)
-    return records.write_page(path.with_suffix(".md"), lambda notes: page(results, options, notes))
+    return pages.write_page(path.with_suffix(".md"), lambda notes: page(results, options, notes))

@@ -37,6 +37,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
+from analysis import pages
 from models import timm_model, torchvision_model
 from optimizers import KFAC, AdaFisher, AdaHessian, Categorical, CurvatureOptimizer
 from optimizers.base import Coverage
@@ -203,16 +204,15 @@ def trained(model: nn.Module, optimizer: CurvatureOptimizer, side: int) -> str:
 def markdown(results: dict[str, Family]) -> str:
     """The table of docs/results/families.md."""
     shown = [name for name in OPTIMIZERS if any(name in it.verdicts for it in results.values())]
-    kinds = " | ".join(shown)
-    lines = [f"| family | model | parameters | side | {kinds} | under curvature | of layers | the rest |"]
-    lines.append("| --- | --- | ---: | ---: |" + " --- |" * len(shown) + " ---: | ---: | --- |")
+    head = ["family", "model", "parameters", "side", *shown, "under curvature", "of layers", "the rest"]
+    words = (0, 1, *range(4, 4 + len(shown)), len(head) - 1)
+    lines = []
     for name, it in results.items():
         verdicts = [it.verdicts.get(optimizer, "") for optimizer in shown]
         shares = ["" if x is None else f"{math.floor(1000 * x) / 10:.1f} %" for x in (it.covered, it.layers)]
         rest = it.why or ", ".join(f"{reason} ({count})" for reason, count in it.others.items())
-        cells = (name, f"`{it.model}`", f"{it.parameters:,}", it.side or "", *verdicts, *shares, rest)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append([name, f"`{it.model}`", f"{it.parameters:,}", it.side or "", *verdicts, *shares, rest])
+    return pages.table(head, lines, left=words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         it = results[name]
         console.print(f"{name}: {it.model}, {it.why or ', '.join(map(': '.join, it.verdicts.items()))}", markup=False)
     if options.markdown:
-        print(markdown(results))
+        print(markdown(results), end="")
     return int(any(verdict != "ok" for it in results.values() for verdict in it.verdicts.values()))
 
 

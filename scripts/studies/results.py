@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 from PIL import Image
 
-from analysis import compare, records, report
+from analysis import compare, pages, report
 from analysis.report import tables
 from scripts import Parser
 from scripts.benchmarks import forecast
@@ -207,7 +207,7 @@ def verdicts(home: Path = RESULTS) -> Path:
                 if drawn.exists():
                     shutil.copyfile(drawn, home / "verdicts" / f"{name}_{figure}.png")
                     parts.append(f"![{found.material.title}: {what}](verdicts/{name}_{figure}.png)\n")
-    return records.write_page(home / "verdict.md", lambda notes: "\n".join([*parts, notes] if notes else parts))
+    return pages.write_page(home / "verdict.md", lambda notes: "\n".join([*parts, notes] if notes else parts))
 
 
 #: What writes the pages that are made of their records alone, one a line.

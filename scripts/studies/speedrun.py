@@ -44,7 +44,7 @@ if __name__ == "__main__":
 from matplotlib.figure import Figure
 
 from analysis.factors import save_figure
-from analysis.records import write_page
+from analysis.pages import write_page
 from optimizers.table import present
 from scripts.problems.arguments import command, given_to
 from scripts.problems.cells import DATA

@@ -34,6 +34,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from analysis import pages
 from models import build_model
 from optimizers import KFAC, AdaFisher
 from optimizers.testing import CurvatureReport, check_curvature
@@ -169,17 +170,17 @@ def summary(report: CurvatureReport, model: nn.Module) -> Checked:
 
 def markdown(results: dict[str, Checked]) -> str:
     """The table of docs/results/verified.md."""
-    header = ("model", "parameters", "in", "optimizer", "layers covered", "parameters of layers", "reproduced to")
-    lines = ["| " + " | ".join((*header, "told apart to", "verdict", "the rest")) + " |"]
-    lines.append("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | --- | --- |")
+    head = ["model", "parameters", "in", "optimizer", "layers covered", "parameters of layers", "reproduced to"]
+    head += ["told apart to", "verdict", "the rest"]
+    lines = []
     for key, it in results.items():
         label, _, optimizer = key.rpartition(" ")
         rest = "; ".join(f"{reason} ({count})" for reason, count in it.others.items())
         apart = "" if it.apart is None else f"{it.apart:.0e}"
         share = f"{int(1000 * it.share) / 10:.1f} %"
         cells = (label, f"{it.parameters:,}", it.dtype, optimizer, f"{it.covered} of {it.layers}", share)
-        lines.append("| " + " | ".join([*cells, f"{it.reproduced:.0e}", apart, it.verdict, rest]) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{it.reproduced:.0e}", apart, it.verdict, rest])
+    return pages.table(head, lines, left=(0, 2, 3, 8, 9))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             said = f"{it.verdict}, {it.covered} of {it.layers} layers, {it.share:.1%}, {it.seconds:.0f} s"
             console.print(f"{key}: {said}", markup=False)
     if options.markdown:
-        print(markdown(results))
+        print(markdown(results), end="")
     return int(any(it.verdict != "ok" for it in results.values()))
 
 

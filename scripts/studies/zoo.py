@@ -43,6 +43,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from torch import Tensor
 
+from analysis import pages
 from data import DataError, DataModule
 from models import build_model
 from optimizers import CurvatureOptimizer, build_optimizer
@@ -323,8 +324,7 @@ def keep(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
     """The table of docs/results/zoo.md."""
-    lines = ["| model | parameters | data | batch | steps | " + " | ".join(OPTIMIZERS) + " |"]
-    lines.append("| --- | ---: | --- | ---: | ---: |" + " ---: |" * len(OPTIMIZERS))
+    lines = []
     for row in ROWS:
         cells = {name: Cell(**results[key]) for name in OPTIMIZERS if (key := f"{row.label} {name}") in results}
         if not cells:
@@ -335,9 +335,8 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         first = cells.get("sgd")
         if first is not None and first.verdict == "ok":
             texts[0] = f"ok {1e3 * (first.seconds or 0):.3g} ms"
-        facts = (row.label, size, row.data, row.batch, row.rounds * row.block, *texts)
-        lines.append("| " + " | ".join(map(str, facts)) + " |")
-    return "\n".join(lines)
+        lines.append([row.label, size, row.data, row.batch, row.rounds * row.block, *texts])
+    return pages.table(["model", "parameters", "data", "batch", "steps", *OPTIMIZERS], lines, left=(0, 2))
 
 
 def _chosen(given: Sequence[str]) -> Choices:
@@ -391,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 keep(results, options.json)
             console.print(f"{key}: {Cell(**results[key])}", markup=False)
     if options.markdown:
-        print(markdown(results))
+        print(markdown(results), end="")
     return int(bad)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import records
+from analysis import pages
 from optimizers.packaged import Package
 from optimizers.table import present
 from scripts.benchmarks import forecast
@@ -16,7 +16,7 @@ from scripts.benchmarks import forecast
 def test_the_page_is_that_of_the_results() -> None:
     """No figure in docs/results/forecast.md is typed by hand."""
     committed = forecast.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
-    notes = committed[committed.index(records.NOTES) :]
+    notes = committed[committed.index(pages.NOTES) :]
     assert committed == forecast.page(forecast.known(forecast.RESULTS), notes), "make results"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import records
+from analysis import pages
 from scripts.studies import ladder, results, speedrun
 from scripts.studies.ladder import Book, Job, Line
 from tests.conftest import ROOT
@@ -192,6 +192,6 @@ def test_the_page_says_what_the_results_do() -> None:
     path = ROOT / "docs" / "results" / "speedrun.jsonl"
     book = Book(speedrun.records(path, Line))
     kept = path.with_suffix(".md").read_text()
-    made = speedrun.page(book, speedrun.Choices().optimizers, kept[kept.index(records.NOTES) :], "speedrun.png")
+    made = speedrun.page(book, speedrun.Choices().optimizers, kept[kept.index(pages.NOTES) :], "speedrun.png")
     assert made == kept, "make results"
     assert path == results.RESULTS / "speedrun.jsonl"

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis import fisher, landscape, records
+from analysis import fisher, landscape, pages, records
 from analysis.fisher.methods import label
 from analysis.fisher.tables import DIRECTIONS, ERRORS
 
@@ -43,7 +43,7 @@ def _fisher_orders(path: Path, _: str) -> str:
             cells[it.measure] = (holds + it.holds, of + it.of)
     titles = [{**ERRORS, **DIRECTIONS}[measure] for measure in measures]
     lines = [[name, *("{} of {}".format(*cells[measure]) for measure in measures)] for name, cells in counts.items()]
-    return records.table(["order holds on layers × steps", *titles], lines)
+    return pages.table(["order holds on layers × steps", *titles], lines)
 
 
 def _fisher_by(path: Path, words: str) -> str:
@@ -73,7 +73,7 @@ def _fisher_by(path: Path, words: str) -> str:
         names = [fisher.NETS[it].title if it in fisher.NETS else it if isinstance(it, str) else f"{it:g}" for it in key]
         values = [f"{median(cells[method]):.2f}" if method in cells else "–" for method in methods]
         lines.append([*names, *values])
-    return records.table(head, lines, left=len(by))
+    return pages.table(head, lines, left=len(by))
 
 
 def _fisher_profile(path: Path, net: str) -> Figure:
@@ -92,15 +92,15 @@ def _landscape(path: Path, metric: str) -> Figure:
 
 def _ways(path: Path, metric: str) -> str:
     """Of a plane of ways through the start, where each run is at its end."""
-    heads = ["distance from the start", "cosine with the plane", "left out", f"{metric} at the end", "plane's there"]
-    lines = [f"| | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
-    surface = _surfaces(path)[0]
+    head = ["run", "distance from the start", "cosine with the plane", "left out", f"{metric} at the end"]
+    head.append("plane's there")
+    surface, lines = _surfaces(path)[0], []
     for track in surface.tracks:
         distance = math.hypot(*track.coordinates[-1], track.distance[-1])
         cells = [f"{distance:.3g}", f"{track.cosine[-1]:.2f}", f"{100 * track.left_out[-1]:.0f} %"]
         cells += [f"{kind[metric][-1]:.2g}" for kind in (track.true, track.projected)]
-        lines.append(f"| `{track.label}` | {' | '.join(cells)} |")
-    return f"{surface.notes[0].capitalize()}.\n\n" + "\n".join(lines) + "\n"
+        lines.append([f"`{track.label}`", *cells])
+    return f"{surface.notes[0].capitalize()}.\n\n{pages.table(head, lines)}"
 
 
 TABLES: dict[str, Callable[[Path, str], str]] = {

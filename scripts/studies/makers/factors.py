@@ -9,15 +9,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis import factors, records
+from analysis import factors, pages, records
 
 #: What tables call the numbers, and which of these are shares.
 NAMES = {
     "columns": "d(A)", "d_out": "d(G)", "mean_A": "mean of A", "mean_G": "mean of G",
     "participation_A": "directions that count in A", "participation_G": "directions that count in G",
-    "diagonal_A": "diagonal's share of \\|A\\|²", "diagonal_G": "of \\|G\\|²", "kept_frobenius": "of \\|G ⊗ A\\|²",
+    "diagonal_A": "diagonal's share of |A|²", "diagonal_G": "of |G|²", "kept_frobenius": "of |G ⊗ A|²",
     "above": "directions of G ⊗ A above the damping", "fit_cosine": "cosine of F and G ⊗ A",
-    "fit_error": "\\|F - G ⊗ A\\| / \\|F\\|", "fit_shared": "a shift: true over K-FAC's",
+    "fit_error": "|F - G ⊗ A| / |F|", "fit_shared": "a shift: true over K-FAC's",
 }  # fmt: skip
 SHARES = ("diagonal_A", "diagonal_G", "kept_frobenius", "above")
 
@@ -55,7 +55,7 @@ def _numbers(path: Path, words: str) -> str:
         for layer in next(iter(at.values()))
         for step, rows in at.items()
     ]
-    return records.table(["layer", *(["step"] if several else []), *(NAMES.get(key, key) for key in asked)], lines)
+    return pages.table(["layer", *(["step"] if several else []), *(NAMES.get(key, key) for key in asked)], lines)
 
 
 def _of_runs(path: Path, words: str) -> str:
@@ -68,7 +68,7 @@ def _of_runs(path: Path, words: str) -> str:
         loss = next(point.loss for point in study.points if point.step == at)
         rows = _rows(study, at)
         lines.append([name, f"{math.exp(loss):,.0f}", *(_cell(rows[layer], key) for key, layer in asked)])
-    return records.table(["run", "perplexity", *(f"{NAMES.get(key, key)}, `{layer}`" for key, layer in asked)], lines)
+    return pages.table(["run", "perplexity", *(f"{NAMES.get(key, key)}, `{layer}`" for key, layer in asked)], lines)
 
 
 def _of_blocks(path: Path, words: str) -> str:
@@ -82,7 +82,7 @@ def _of_blocks(path: Path, words: str) -> str:
         for step, rows in at.items():
             own = {layer.rpartition(".")[2]: row for layer, row in rows.items() if layer.startswith(f"{block}.")}
             lines.append([f"`{block}`", step, *(_cell(own[kind], key) for kind in kinds)])
-    return records.table([NAMES.get(key, key), "step", *kinds], lines)
+    return pages.table([NAMES.get(key, key), "step", *kinds], lines)
 
 
 def _drawn(path: Path, kind: str) -> Figure:

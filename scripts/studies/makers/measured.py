@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 
-from analysis import records, toy
+from analysis import pages, records, toy
 from scripts import benchmark
 from scripts.benchmarks import ranks
 from scripts.studies import families, verify_zoo, zoo
@@ -61,19 +61,19 @@ def _cost(path: Path, words: str) -> str:
     for entry in asked.split() or dict.fromkeys(entry for column in columns for entry in column):
         cells = [f"{column[entry]:.2f}" if entry in column else "" for column in columns]
         lines.append([benchmark.called(entry), *cells])
-    return records.table(["`optimizer=`", *titles], lines)
+    return pages.table(["`optimizer=`", *titles], lines)
 
 
 def _rows(path: Path, _: str) -> str:
     """All rows, their keys being the titles."""
     first, rows = records.read(path)
-    return _said(first) + records.table([*rows[0]], [[*map(_cell, row.values())] for row in rows])
+    return _said(first) + pages.table([*rows[0]], [[*map(_cell, row.values())] for row in rows])
 
 
 def _ranks(path: Path, _: str) -> str:
     first, rows = records.read(path)
     lines = [[cell.replace("|", "/") for cell in line] for line in ranks.lines(rows)]
-    return _said(first) + records.table(ranks.COLUMNS, lines)
+    return _said(first) + pages.table(ranks.COLUMNS, lines)
 
 
 def _cell(value: Any) -> str:
@@ -117,8 +117,8 @@ TABLES: dict[str, Callable[[Path, str], str]] = {
     "ranks": _ranks,
     "toy": lambda path, _: toy.to_markdown(_toy(path)),
     "count": _count,
-    "zoo": lambda path, _: zoo.markdown(_json(path, dict)) + "\n",
-    "verified": lambda path, _: verify_zoo.markdown(_json(path, verify_zoo.Checked)) + "\n",
-    "families": lambda path, _: families.markdown(_json(path, families.Family)) + "\n",
+    "zoo": lambda path, _: zoo.markdown(_json(path, dict)),
+    "verified": lambda path, _: verify_zoo.markdown(_json(path, verify_zoo.Checked)),
+    "families": lambda path, _: families.markdown(_json(path, families.Family)),
 }
 PICTURES: dict[str, Callable[[Path, str], Figure]] = {"toy": lambda path, _: toy.plot(_toy(path))}

@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import compare, records, sensitivity
+from analysis import compare, pages, sensitivity
 from training.errors import UserError
 
 
@@ -126,7 +126,7 @@ def _rates(path: Path, words: str) -> str:
             lines.append([*row, ", ".join(bold)])
     names = [key.removeprefix("optimizer.") for key in keys.split(", ")]
     last = " and ".join(dict.fromkeys(key.rpartition(".")[2] for key in tried.split(", ")))
-    return records.table([*names, f"{last}: {metric}"], lines, left=len(names) + 1)
+    return pages.table([*names, f"{last}: {metric}"], lines, left=len(names) + 1)
 
 
 def _told(run: compare.LoadedRun, key: str) -> str:
