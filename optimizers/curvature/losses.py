@@ -26,6 +26,7 @@ KINDS: dict[str, Literal["cross_entropy", "mse", "bernoulli"]] = {
     "NllLoss2DBackward0": "cross_entropy",
     "MseLossBackward0": "mse",
     "BinaryCrossEntropyWithLogitsBackward0": "bernoulli",
+    "BinaryCrossEntropyBackward0": "bernoulli",
 }
 REDUCTIONS: tuple[Literal["none", "mean", "sum"], ...] = ("none", "mean", "sum")  # at::Reduction, by number
 #: What leaves the row-major order of entries as it is.
@@ -40,11 +41,12 @@ class Stated:
     """One of torch's losses in the graph of a loss, as it was called.
 
     Attributes:
-        kind: ``cross_entropy`` (``F.nll_loss`` with it), ``mse`` or ``bernoulli`` (with logits).
+        kind: ``cross_entropy`` (``F.nll_loss`` with it), ``mse`` or ``bernoulli`` (with logits or without).
         reduction: ``none``, ``mean`` or ``sum``; what is done with a loss that is not reduced is not known.
         targets: of a cross-entropy, class indices by the outputs' leading shape ``[n, ...]``, -100 where the loss
             ignores them or does not look at all (the last position of a shifted sequence); None where it cannot be
             told which output is which. Of the others, the targets as they were given, in the loss's own shape.
+        given: the targets as they were given, -100 where a cross-entropy ignores them.
         dim: of a cross-entropy, the outputs' class dimension; None where it cannot be told.
         ignore_index: of a cross-entropy, as it was given.
         weight: class weights of a cross-entropy, or the elementwise weight of a Bernoulli loss; None: none.
@@ -54,6 +56,7 @@ class Stated:
     kind: Literal["cross_entropy", "mse", "bernoulli"]
     reduction: Literal["none", "mean", "sum"]
     targets: Tensor | None
+    given: Tensor
     dim: int | None = None
     ignore_index: int | None = None
     weight: Tensor | None = None
@@ -158,19 +161,30 @@ def _read(node: Any, kind: str, outputs: Tensor, end: Edge, nodes: int) -> State
     reduction = REDUCTIONS[int(node._saved_reduction)]
     target = node._saved_target.detach()
     if kind == "mse":
-        return Stated("mse", reduction, target)
+        return Stated("mse", reduction, target, target)
     weight = node._saved_weight
     if kind == "bernoulli":
-        return Stated("bernoulli", reduction, target, weight=weight, pos_weight=node._saved_pos_weight)
+        positive = getattr(node, "_saved_pos_weight", None)
+        return Stated("bernoulli", reduction, target, target, weight=weight, pos_weight=positive)
     ignored = _signed(node._saved_ignore_index)
     target = target.masked_fill(target == ignored, -100)
     dim, placed = _placed(node, target, outputs, end)
-    return Stated("cross_entropy", reduction, placed, dim=dim, ignore_index=ignored, weight=weight)
+    return Stated("cross_entropy", reduction, placed, target, dim=dim, ignore_index=ignored, weight=weight)
 
 
 def _signed(number: int) -> int:
     """A saved integer: torch hands out the 64 bits of a negative one as those of an unsigned one."""
     return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _placed_by_shape(target: Tensor, outputs: Tensor, seen: torch.Size) -> tuple[int | None, Tensor | None]:
+    """``_placed`` of outputs that the loss saw as they are but for views, in a shape ``[rows, classes, ...]``."""
+    dim = 1 if len(seen) > 2 else outputs.dim() - 1
+    leading = (*outputs.shape[:dim], *outputs.shape[dim + 1 :])
+    classes = seen[min(1, len(seen) - 1)] if seen else 0
+    if outputs.dim() <= dim or outputs.shape[dim] != classes or target.numel() != torch.Size(leading).numel():
+        return None, None
+    return dim, target.reshape(leading or (1,))
 
 
 def _placed(node: Any, target: Tensor, outputs: Tensor, end: Edge) -> tuple[int | None, Tensor | None]:
@@ -180,6 +194,9 @@ def _placed(node: Any, target: Tensor, outputs: Tensor, end: Edge) -> tuple[int 
     numbers from logits to outputs: it is asked where each logit comes from. Whatever computes (a temperature, a soft
     cap) shows, because a one does not come back as a one; then the outputs are not the logits.
     """
+    softmax, number = _behind(node.next_functions[0], VIEWS | COPIES, end)
+    if (softmax, number) == end:  # the outputs are logarithms of probabilities, whose logits are they themselves
+        return _placed_by_shape(target, outputs, node._saved_self.shape)
     softmax, _ = _behind(node.next_functions[0], VIEWS)
     if softmax.name() != "LogSoftmaxBackward0":
         return None, None

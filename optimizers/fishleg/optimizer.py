@@ -29,6 +29,7 @@ from ..curvature.layers import AffineLayer, Layer
 from ..curvature.losses import targets_of
 from ..curvature.recorder import Call, RootInputs
 from ..likelihoods import Likelihood
+from ..natural_gradient.agreement import Agreement
 from .learned_inverses import LearnedDiagonal, LearnedInverse, LearnedKronecker, descend_blocks
 from .products import SampledProducts, cycle, parts
 from .vectors import Vector, dot, filled, matrices, norm, vector
@@ -181,6 +182,7 @@ class FishLeg(CurvatureOptimizer):
         assert self.model is not None
         self._watch(cast("Callable[[Layer], Approximation]", self._block), skip=self.skip)
         self._inputs = RootInputs(self.model, self._due)
+        self._agreement = Agreement(self.likelihood)
         loose = self._stream is not None
         self._products = SampledProducts(self.model, self.likelihood, self._inputs, loose=loose)
 
@@ -234,9 +236,11 @@ class FishLeg(CurvatureOptimizer):
         if self._due():
             self._inputs.locate(outputs, len(self._targets))
             if self._stream is None:
-                if targets is None and outputs is not None:
-                    targets = targets_of(self.likelihood, loss, outputs)
-                self._targets.append(targets)
+                told = targets
+                if outputs is not None:
+                    told = targets_of(self.likelihood, loss, outputs) if targets is None else targets
+                    self._agreement.see(loss, outputs, targets, told, None, scale)
+                self._targets.append(told)
         super()._begin_pass(loss, outputs, targets, mask, scale, retain_graph)
 
     def _skip(self) -> None:
@@ -250,6 +254,7 @@ class FishLeg(CurvatureOptimizer):
         blocks = [b for b in self.blocks.values() if any(p.requires_grad for p in b.layer.parameters)]
         if not blocks:
             return True
+        self._agreement.conclude()
         for index in range(self.aux_steps):
             if self._stream is None:
                 calls = self._inputs.calls
@@ -370,6 +375,7 @@ class FishLeg(CurvatureOptimizer):
     def _reset(self) -> None:
         self._begun = False
         self._inputs.reset()
+        self._agreement.reset()
         self._targets.clear()
         self._directions.clear()
 
@@ -422,13 +428,8 @@ class FishLeg(CurvatureOptimizer):
     def _curvature(self) -> dict[str, Any]:
         """See CurvatureOptimizer; also the moments of λ, and what a warm-up under way has gathered."""
         inner = {
-            name: {
-                "updates": block.updates,
-                "first": dict(block.first),
-                "second": dict(block.second),
-                "squares": block.squares,
-            }
-            for name, block in self.blocks.items()
+            name: {"updates": b.updates, "first": dict(b.first), "second": dict(b.second), "squares": b.squares}
+            for name, b in self.blocks.items()
         }
         return super()._curvature() | {"inner": inner, "updates": self.updates, "last": self._last}
 
@@ -441,8 +442,7 @@ class FishLeg(CurvatureOptimizer):
         super()._restore(saved)
         self.updates, self._last = int(saved["updates"]), saved.get("last", self._last).clone()
         for name, inner in saved["inner"].items():
-            block = self.blocks[name]
-            weight = block.layer.parameters[0]
+            weight = (block := self.blocks[name]).layer.parameters[0]
             block.updates = int(inner["updates"])
             block.first, block.second = adopted(inner["first"], weight), adopted(inner["second"], weight)
             block.squares = None if inner["squares"] is None else adopted({"": inner["squares"]}, weight)[""]

@@ -13,7 +13,8 @@ from ..base import placed_mask
 from ..curvature import communication
 from ..curvature.losses import stated
 from ..curvature.recorder import set_aside
-from ..likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from ..likelihoods import Categorical, Likelihood
+from .agreement import Agreement
 
 Fisher = Literal["sampled", "empirical", "exact"]
 
@@ -47,6 +48,8 @@ class FisherEstimate:
 
     def __init__(self, likelihood: Likelihood, fisher: Fisher, seed: int, say: Once) -> None:
         self.likelihood, self.fisher, self.seed, self.say = likelihood, fisher, seed, say
+        #: Whether the loss is the likelihood's.
+        self.agreement = Agreement(likelihood)
         self._generator: torch.Generator | None = None
         #: Sum of what ``share`` has found in this step; None: passes count by their examples.
         self.shares: Tensor | None = None
@@ -55,28 +58,7 @@ class FisherEstimate:
         """Begin a step: targets are drawn anew."""
         self._generator = None
         self.shares = None
-
-    def compare_losses(self, loss: Tensor, outputs: Tensor) -> None:
-        """Say where the loss, as far as its graph tells, is another one than the likelihood's.
-
-        Args:
-            loss: with its graph.
-            outputs: that it was computed from.
-        """
-        likelihood = self.likelihood
-        for found in stated(loss, outputs):
-            if isinstance(likelihood, Categorical) and found.kind == "cross_entropy":
-                if found.weight is not None and likelihood.weight is None:
-                    self.say("the loss weighs classes and the likelihood does not: use Categorical(weight=...)")
-            elif isinstance(likelihood, (Gaussian, Bernoulli)) and found.kind in ("mse", "bernoulli"):
-                features = likelihood.observations(outputs).shape[-1]
-                if found.reduction == "mean" and likelihood.reduction != "mean" and features > 1:
-                    name = type(likelihood).__name__
-                    self.say(
-                        f"the loss averages over {features} features and {name}() sums over them, so curvature is so "
-                        f"many times too large: use {name}(reduction='mean')"
-                        + (", and sigma=0.5**0.5 for F.mse_loss" if isinstance(likelihood, Gaussian) else "")
-                    )
+        self.agreement.reset()
 
     def weights(
         self, loss: Tensor, outputs: Tensor, targets: Tensor | None, mask: Tensor | None, told: bool

@@ -250,10 +250,10 @@ class NaturalGradient(RegulatedSteps):
             self._scale = scale
             try:
                 with record_function(CURVATURE):
-                    self._estimate.compare_losses(loss, outputs)
                     told = targets_of(self.likelihood, loss, outputs) if targets is None else targets
                     seen = recorder.settle(self.likelihood.observations(outputs, told), retain_graph)
                     weights = recorder.arrange(self._estimate.weights(loss, outputs, told, mask, told is not None))
+                    self._estimate.agreement.see(loss, outputs, targets, told, mask, scale)
                     self._place(len(seen))
                     chosen = recorder.choose(len(seen))
                     multiplier = self._estimate.multiplier(weights, chosen)
@@ -312,3 +312,5 @@ class NaturalGradient(RegulatedSteps):
                 "call optimizer.backward(loss, outputs) in place of loss.backward(), or, where a loop calls that "
                 "itself, loss = optimizer.before_backward(loss, outputs) before it."
             )
+        if self._estimate is not None:
+            self._estimate.agreement.conclude()

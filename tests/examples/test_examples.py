@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from curvlab.optimizers import KFAC, AdaFisherW, AdaHessian, Categorical, FishLeg
 from torch import nn
 
+from examples._load import load
 from tests.conftest import ROOT
 
 NEEDED = {
@@ -45,6 +47,20 @@ def methods(likelihood: Categorical) -> dict[str, Callable[..., Any]]:
     }
 
 
+def test_a_folder_of_data_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` lies beside the examples once data were made; transformers asks whether a package is called so."""
+    (tmp_path / "datasets").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", sys)  # whatever stands there now comes back in the end
+    del sys.modules["datasets"]
+    found = find_spec("datasets")
+    assert found is not None
+    if found.origin is not None:
+        pytest.skip("the package datasets is installed, and comes first")
+    load("plain_pytorch")
+    assert find_spec("datasets") is None
+
+
 def test_there_is_one_for_each_library_and_all_are_short() -> None:
     files = {path.stem: path for path in (ROOT / "examples").glob("[!_]*.py")}
     assert files.keys() == NEEDED.keys()
@@ -58,7 +74,7 @@ def test_there_is_one_for_each_library_and_all_are_short() -> None:
 @pytest.mark.parametrize("name", NEEDED)
 def test_the_loss_falls_and_a_resumed_run_goes_on_bit_for_bit(name: str, method: str, tmp_path: Path) -> None:
     pytest.importorskip(NEEDED[name], reason=f"{NEEDED[name]} is not installed: {INSTALL}")
-    main = importlib.import_module(f"examples.{name}").main
+    main = load(name).main
     make = methods(Categorical(0.1 if name in SMOOTHED else 0.0))[method]
 
     def run(steps: int, folder: str, resume: bool = False) -> tuple[nn.Module, list[float]]:

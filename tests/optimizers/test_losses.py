@@ -62,6 +62,36 @@ def test_targets_are_found_where_they_belong(written: str, ignored: int, dtype: 
     assert found.dim == dim and found.targets is not None and torch.equal(found.targets, expected)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dim", "loss"),
+    [
+        ((6, 4), 1, F.nll_loss),
+        ((4,), 0, lambda o, t, **k: F.nll_loss(o, t[0], **k)),
+        ((2, 5, 4), 2, lambda o, t, **k: F.nll_loss(o.view(-1, 4).float(), t.flatten(), **k)),
+        ((2, 4, 5), 1, F.nll_loss),
+        ((2, 4, 3, 5), 1, F.nll_loss),
+        ((2, 4, 3, 2, 2), 1, F.nll_loss),
+        ((6, 4), 1, F.cross_entropy),
+    ],
+    ids=["rows", "unbatched", "flattened", "sequence", "image", "volume", "again"],
+)
+def test_outputs_that_are_logarithms_of_probabilities(
+    shape: tuple[int, ...], dim: int, loss: Callable[..., Tensor]
+) -> None:
+    """A model may end in `nn.LogSoftmax`, and its loss be `nn.NLLLoss`."""
+    outputs = made(*shape).log_softmax(dim)
+    targets = torch.randint(0, shape[dim], (*shape[:dim], *shape[dim + 1 :]) or (1,))
+    targets.view(-1)[1:2] = -100
+    (found,) = stated(loss(outputs, targets), outputs)
+    assert found.dim == dim and found.targets is not None and torch.equal(found.targets, targets)
+
+
+def test_logarithms_of_probabilities_in_another_order_have_no_targets() -> None:
+    outputs, targets = made(2, 5, 4).log_softmax(-1), torch.randint(0, 4, (2, 5))
+    (found,) = stated(F.nll_loss(outputs.transpose(1, 2), targets), outputs)
+    assert found.targets is None and torch.equal(found.given.view(2, 5), targets)
+
+
 def test_a_leaf_and_a_graph_that_is_still_there() -> None:
     outputs, weight = torch.randn(6, 4, requires_grad=True), torch.rand(4)
     targets = torch.randint(0, 4, (6,))
@@ -129,6 +159,8 @@ def test_squared_errors_and_bits() -> None:
     (found,) = stated(F.binary_cross_entropy_with_logits(outputs, targets, **options), outputs)
     assert (found.kind, found.reduction) == ("bernoulli", "sum") and torch.equal(found.targets, targets)
     assert torch.equal(found.pos_weight, options["pos_weight"]) and torch.equal(found.weight, options["weight"])
+    (found,) = stated(F.binary_cross_entropy(outputs.sigmoid(), targets), outputs)
+    assert (found.kind, found.reduction) == ("bernoulli", "mean") and torch.equal(found.given, targets)
 
 
 def test_what_states_nothing() -> None:
