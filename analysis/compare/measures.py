@@ -193,6 +193,10 @@ def rows(comparison: Comparison) -> list[Row]:
             last = round(max(curve.epoch[-1] for curve in curves)) if (curves := group.curves(comparison.metric)) else 0
             row["last epoch"] = last
             row |= _published(row[final], published, last, "final")
+    for column in [name for epoch in comparison.epochs for name in (f"epoch {epoch}", f"published epoch {epoch}")]:
+        for row in found:
+            if column in row:
+                row[f"{column} / baseline"] = _ratio(row[column], unit[column])
     sign = -1 if higher_is_better(comparison.metric) else 1
     return sorted(found, key=lambda row: math.inf if math.isnan(row[final].mean) else sign * row[final].mean)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -125,7 +126,6 @@ class Ground:
         self.precision = precision
         # The layout of images in which convolutions on the CPU are fastest, too.
         self._precision = Precision(precision, next(model.parameters()).device, channels_last=True)
-        self._fused: Fused | Literal["untried"] | None = "untried"
         self._origin = self._placed(plane.origin)
         self._directions = [self._placed({n: d[n] for n in self._names if n in d}) for d in plane.directions]
 
@@ -164,14 +164,13 @@ class Ground:
             put(self.model, snapshot.weights, snapshot.buffers)
         if self.statistics == "estimated" and self.has_batch_norm:
             recalibrate(self.model, enumerate(self._shown), lambda part: self._show(*part))
-        if self._fused == "untried":
-            self._fused = self._fuse()
         if self._fused is None:
             return evaluate(self.model, self.examples, self.task, self._precision)
         self._fused.refresh()
         return evaluate(self._fused.model, self.examples, self.task, self._precision)
 
-    def _fuse(self) -> Fused | None:
+    @cached_property
+    def _fused(self) -> Fused | None:
         """The model as it is evaluated, where that is faster and the same."""
         inputs = self._precision.prepare(self.examples.batches[0][0])
         with rng.observed(self.model, inputs.device):
@@ -182,7 +181,7 @@ class Ground:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what a process makes for itself."""
-        return self.__dict__ | {"_fused": "untried"}
+        return {name: value for name, value in self.__dict__.items() if name != "_fused"}
 
     def _show(self, part: int, inputs: Tensor) -> None:
         self.task.calibrate(self.model, inputs, self._precision, part)

@@ -234,6 +234,7 @@ def test_a_row_a_group(make: Callable[..., Path]) -> None:
     assert (adam["reached"], adam["s to target"], adam["s to target / baseline"]) == (0, math.inf, math.inf)
     assert sgd["s to target / baseline"] == 1 and adam["s/step / baseline"] == 0.5
     assert adam["final train/loss / baseline"] == pytest.approx(16)
+    assert adam["epoch 3 / baseline"] == pytest.approx(3.0 / 0.375) and sgd["epoch 3 / baseline"] == 1
     other = table(Comparison(groups, target=target, baseline=groups[1]))["optimizer=sgd"]
     assert other["s/step / baseline"] == 2 and math.isnan(other["s to target / baseline"]), "nothing to be a ratio to"
 
@@ -264,6 +265,7 @@ def test_beside_published_values(make: Callable[..., Path], tmp_path: Path) -> N
     rows = table(Comparison(groups, epochs=[2, 4], references={label: curve}))
     sgd, adam = rows["optimizer=sgd"], rows["optimizer=adam"]
     assert (sgd["published epoch 2"], sgd["epoch 2 / published"]) == (2.0, 0.5)
+    assert sgd["published epoch 4 / baseline"] == 1 and math.isnan(adam["published epoch 4 / baseline"])
     assert (sgd["last epoch"], sgd["published final"], sgd["final / published"]) == (4, 0.125, 2.0)
     assert math.isnan(adam["published final"]) and math.isnan(adam["final / published"])
     assert curve.curve("val/loss").tolist() == [5.0] and len(curve.curve("val/accuracy")) == 0
