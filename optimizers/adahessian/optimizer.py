@@ -15,7 +15,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from ..base import CURVATURE, CurvatureOptimizer, Params, descend_scaled, rate, real
+from ..base import CURVATURE, Coverage, CurvatureOptimizer, Params, descend_scaled, rate, real
 from ..checks import check_range
 from ..curvature import communication, spectra
 from ..curvature.recorder import TwiceDifferentiable
@@ -301,6 +301,23 @@ class AdaHessian(CurvatureOptimizer):
         """See CurvatureOptimizer."""
         square = torch.zeros_like(block_mean(real([p.detach()])[0], self.block_size))
         return {"step": 0, "exp_avg": torch.zeros_like(p), "hessian_step": 0, "exp_hessian_sq": square}
+
+    def coverage(self) -> Coverage:
+        """See CurvatureOptimizer; a line a parameter, whose factor is its averages over blocks.
+
+        One that no differentiated loss has had yet takes a step along its averaged gradient.
+        """
+        table = Coverage()
+        names = {} if self.model is None else {p: name for name, p in self.model.named_parameters()}
+        for index, group in enumerate(self.param_groups):
+            for place, p in enumerate(q for q in group["params"] if q.requires_grad):
+                square = block_mean(real([p.detach()])[0], self.block_size)
+                seen = not self.steps or self.state.get(p, {}).get("hessian_step", 0)
+                kind = "HessianDiagonal" if seen else "fallback: no loss that was differentiated has had it yet"
+                size = square.numel() * square.element_size() if seen else 0
+                factor = f"D{list(square.shape)}" if seen else ""
+                table.rows.append((names.get(p, f"group {index}, {place}"), kind, factor, p.numel(), size))
+        return table
 
     def layer_diagnostics(self) -> dict[str, dict[str, float]]:
         """See CurvatureOptimizer: of the denominators, a layer being a module; eps is their damping."""

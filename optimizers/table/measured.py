@@ -106,9 +106,9 @@ def _layers(target: Target, options: dict[str, Any]) -> str:
     """The kinds of layers that ``coverage`` says have curvature, of a net with one of each."""
     model = _every_layer()
     optimizer = build_optimizer(target, model, likelihood=Categorical(), **options)
-    if not isinstance(optimizer, CurvatureOptimizer) or not (covered := optimizer.coverage().rows):
+    if not isinstance(optimizer, CurvatureOptimizer) or not optimizer.blocks:
         return "any"
-    bare = {row[0].split(".")[0] for row in covered if row[1].startswith("fallback")}
+    bare = {row[0].split(".")[0] for row in optimizer.coverage().rows if row[1].startswith("fallback")}
     optimizer.close()
     kinds = {name: type(module).__name__ for name, module in model.named_children()}
     found = [kind for name, kind in kinds.items() if name not in bare]

@@ -382,3 +382,17 @@ def test_updates_are_no_longer_than_their_limit() -> None:
     assert max(lengths) > 0.05
     for whole, short, length in zip(*moves, lengths, strict=True):
         torch.testing.assert_close(short, whole * min(1.0, 0.05 / length))
+
+
+def test_coverage_is_a_line_a_parameter() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(7, 7))
+    model[0].bias.requires_grad_(False)
+    optimizer = AdaHessian(model, block_size=2)
+    loss = model[1](model[0](torch.randn(8, 5))).square().mean()
+    assert optimizer.coverage().fraction == 1 and not optimizer.state
+    optimizer.backward(loss)
+    optimizer.step()
+    rows = {name: rest for name, *rest in optimizer.coverage().rows}
+    assert rows["0.weight"] == ["HessianDiagonal", "D[4, 3]", 20, 48] and "0.bias" not in rows
+    assert rows["2.weight"][0].startswith("fallback: no loss") and rows["2.weight"][3] == 0
+    assert AdaHessian(model.parameters(), model=None).coverage().rows[0][0] == "group 0, 0"
