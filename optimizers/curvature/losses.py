@@ -21,7 +21,8 @@ from .recorder import set_aside
 #: A node of the graph, and which of its outputs.
 Edge = tuple[Any, int]
 
-KINDS: dict[str, Literal["cross_entropy", "mse", "bernoulli"]] = {
+Kind = Literal["cross_entropy", "mse", "bernoulli", "probabilities"]
+KINDS: dict[str, Kind] = {
     "NllLossBackward0": "cross_entropy",
     "NllLoss2DBackward0": "cross_entropy",
     "MseLossBackward0": "mse",
@@ -41,7 +42,8 @@ class Stated:
     """One of torch's losses in the graph of a loss, as it was called.
 
     Attributes:
-        kind: ``cross_entropy`` (``F.nll_loss`` with it), ``mse`` or ``bernoulli`` (with logits or without).
+        kind: ``cross_entropy`` (``F.nll_loss`` with it), ``mse``, ``bernoulli``, or ``probabilities``, a binary
+            cross-entropy that takes the outputs themselves for probabilities.
         reduction: ``none``, ``mean`` or ``sum``; what is done with a loss that is not reduced is not known.
         targets: of a cross-entropy, class indices by the outputs' leading shape ``[n, ...]``, -100 where the loss
             ignores them or does not look at all (the last position of a shifted sequence); None where it cannot be
@@ -53,7 +55,7 @@ class Stated:
         pos_weight: of a Bernoulli loss; None: none.
     """
 
-    kind: Literal["cross_entropy", "mse", "bernoulli"]
+    kind: Kind
     reduction: Literal["none", "mean", "sum"]
     targets: Tensor | None
     given: Tensor
@@ -164,8 +166,11 @@ def _read(node: Any, kind: str, outputs: Tensor, end: Edge, nodes: int) -> State
         return Stated("mse", reduction, target, target)
     weight = node._saved_weight
     if kind == "bernoulli":
-        positive = getattr(node, "_saved_pos_weight", None)
-        return Stated("bernoulli", reduction, target, target, weight=weight, pos_weight=positive)
+        with_logits = hasattr(node, "_saved_pos_weight")
+        positive = node._saved_pos_weight if with_logits else None
+        bare = not with_logits and _behind(node.next_functions[0], VIEWS | COPIES, end) == end
+        named: Kind = "probabilities" if bare else "bernoulli"
+        return Stated(named, reduction, target, target, weight=weight, pos_weight=positive)
     ignored = _signed(node._saved_ignore_index)
     target = target.masked_fill(target == ignored, -100)
     dim, placed = _placed(node, target, outputs, end)

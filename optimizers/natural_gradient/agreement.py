@@ -124,7 +124,12 @@ class Agreement:
         if isinstance(likelihood, Categorical) and found.kind == "cross_entropy":
             if found.weight is not None and likelihood.weight is None:
                 return "the loss weighs classes and the likelihood does not: use Categorical(weight=...)"
-        elif isinstance(likelihood, (Gaussian, Bernoulli)) and found.kind in ("mse", "bernoulli"):
+        elif isinstance(likelihood, Bernoulli) and found.kind == "probabilities":
+            return (
+                "the loss takes the outputs for probabilities, and Bernoulli() takes them for logits: leave the "
+                "sigmoid out of the model, and use F.binary_cross_entropy_with_logits"
+            )
+        elif isinstance(likelihood, Gaussian if found.kind == "mse" else Bernoulli) and found.kind != "cross_entropy":
             features = likelihood.observations(outputs).shape[-1]
             if found.reduction == "mean" and likelihood.reduction != "mean" and features > 1:
                 name = type(likelihood).__name__

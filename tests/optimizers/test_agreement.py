@@ -97,7 +97,9 @@ def test_probabilities_are_no_logits_and_their_logarithms_are() -> None:
     assert "Give logits as outputs" in said
     assert train(Categorical(), lambda o: F.nll_loss(o, CLASSES), last=nn.LogSoftmax) == []
     (said,) = train(Bernoulli(), lambda p: F.binary_cross_entropy(p, BITS, reduction="sum") / 16, last=nn.Sigmoid)
-    assert "times the nll of Bernoulli" in said
+    assert "takes the outputs for probabilities" in said
+    by_hand = train(Bernoulli(reduction="mean"), lambda o: F.binary_cross_entropy(o.sigmoid(), BITS))
+    assert by_hand == [], "which is what the loss with logits is"
 
 
 def test_micro_batches_count_together() -> None:

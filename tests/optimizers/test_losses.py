@@ -160,6 +160,9 @@ def test_squared_errors_and_bits() -> None:
     assert (found.kind, found.reduction) == ("bernoulli", "sum") and torch.equal(found.targets, targets)
     assert torch.equal(found.pos_weight, options["pos_weight"]) and torch.equal(found.weight, options["weight"])
     (found,) = stated(F.binary_cross_entropy(outputs.sigmoid(), targets), outputs)
+    probabilities = outputs.sigmoid()
+    (other,) = stated(F.binary_cross_entropy(probabilities.flatten(), targets.flatten()), probabilities)
+    assert other.kind == "probabilities"
     assert (found.kind, found.reduction) == ("bernoulli", "mean") and torch.equal(found.given, targets)
 
 
