@@ -72,7 +72,7 @@ class Agreement:
             return
         own = own.double() / scale
         if isinstance(self.likelihood, Categorical):
-            own, left = _within_softmax(own, outputs.detach().double(), self.likelihood.class_dim(outputs, told))
+            own, left = _within_softmax(own, outputs.detach(), self.likelihood.class_dim(outputs, told))
             if left > LEFT:
                 self._tell(
                     "the loss changes when a number is added to all the logits of an observation, which their softmax "
@@ -160,7 +160,9 @@ def _within_softmax(own: Tensor, outputs: Tensor, dim: int) -> tuple[Tensor, flo
     Of outputs that are logarithms of probabilities already nothing is said by the part that changes their sum.
     """
     total = own.sum(dim, keepdim=True)
-    if bool((outputs.logsumexp(dim).abs() < 1e-3).all()):
+    rounding = max(1e-3, 16 * torch.finfo(outputs.dtype).eps)
+    outputs = outputs.double()
+    if bool((outputs.logsumexp(dim).abs() < rounding).all()):
         return own - outputs.exp() * total, 0.0
     size = own.abs().sum()
     return own, float(total.abs().sum() / size.where(size > 0, 1))

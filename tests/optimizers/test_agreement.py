@@ -31,12 +31,13 @@ def train(
     last: type[nn.Module] = nn.Identity,
     method: type[Method] = KFAC,
     parts: int = 1,
+    dtype: torch.dtype = torch.float32,
     **told: Any,
 ) -> list[str]:
     """What is said in three steps of ``parts`` micro-batches each."""
     torch.manual_seed(0)
     end = last(-1) if last in (nn.Softmax, nn.LogSoftmax) else last()
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), end)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), end).to(dtype)
     interval = {"aux_every": 1, "warmup_steps": 0} if method is FishLeg else {"update_every": 1}
     optimizer = method(model, likelihood=likelihood, **interval)
     with warnings.catch_warnings(record=True) as said:
@@ -44,7 +45,7 @@ def train(
         for _ in range(3):
             optimizer.zero_grad()
             for _ in range(parts):
-                outputs = model(INPUTS)
+                outputs = model(INPUTS.to(dtype))
                 optimizer.backward(loss(outputs), outputs, **told)
             optimizer.step()
     return [str(one.message) for one in said]
@@ -95,7 +96,8 @@ def test_another_loss_is_told_of_once(name: str) -> None:
 def test_probabilities_are_no_logits_and_their_logarithms_are() -> None:
     (said,) = train(Categorical(), lambda p: F.nll_loss(p.log(), CLASSES), last=nn.Softmax)
     assert "Give logits as outputs" in said
-    assert train(Categorical(), lambda o: F.nll_loss(o, CLASSES), last=nn.LogSoftmax) == []
+    for dtype in (torch.float32, torch.bfloat16):
+        assert train(Categorical(), lambda o: F.nll_loss(o, CLASSES), last=nn.LogSoftmax, dtype=dtype) == []
     (said,) = train(Bernoulli(), lambda p: F.binary_cross_entropy(p, BITS, reduction="sum") / 16, last=nn.Sigmoid)
     assert "takes the outputs for probabilities" in said
     by_hand = train(Bernoulli(reduction="mean"), lambda o: F.binary_cross_entropy(o.sigmoid(), BITS))
