@@ -144,6 +144,7 @@ def _legend(figure: Figure, comparison: Comparison, plateaus: list[str], target:
         label = f"target {target.value:g}"
         entries.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label=label))
     widest = max(len(str(entry.get_label())) for entry in entries)
-    columns = min(len(entries), max(1, 190 // (widest + 9)))
+    letters = 190 / 14 * figure.get_figwidth()  # 190 in a line of 14 inches
+    columns = min(len(entries), max(1, int(letters / (widest + 9))))
     figure.legend(handles=entries, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
     figure.set_figheight(4.5 + 0.2 * math.ceil(len(entries) / columns))

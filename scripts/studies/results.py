@@ -119,9 +119,10 @@ def _kept(folder: Path, runs: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for run in runs:
         where = run.relative_to(folder).as_posix()
         values, text = compare.read_run(run, []).values, (run / "config.yaml").read_text(encoding="utf-8")
-        places = (values["paths"]["data"], values["dataset"].get("root"), values["dataset"].get("path"))
-        for path in places:  # where it lay is nobody's concern
-            text = text.replace(path, "datasets") if path and Path(path).is_absolute() else text
+        data = {values["paths"]["data"], values["dataset"].get("root"), values["dataset"].get("path")}
+        for path in sorted({*data, *values["paths"].values()} - {None}, key=len, reverse=True):
+            if Path(path).is_absolute():  # where it lay is nobody's concern
+                text = text.replace(path, "datasets" if path in data else Path(path).name)
         yield f"{where}/config.yaml", text.encode()
         if (run / "samples.png").is_file():
             yield f"{where}/samples.png", _few_shades(run / "samples.png")

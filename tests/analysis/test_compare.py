@@ -332,6 +332,15 @@ def test_what_is_drawn(make: Callable[..., Path], tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("by", [("epoch",), ("epoch", "step", "seconds")])
+def test_the_legend_is_no_wider_than_the_picture(make: Callable[..., Path], by: tuple[str, ...]) -> None:
+    names = [f"optimizer=a_name_that_is_long_{i}" for i in range(7)]
+    groups = load(*(make(name, optimizer=name.removeprefix("optimizer=")) for name in names))
+    figure = compare.plot(Comparison(groups), by)
+    figure.savefig(io.BytesIO())
+    assert figure.legends[0].get_window_extent().width <= figure.bbox.width
+
+
 def test_runs_of_unequal_length(make: Callable[..., Path]) -> None:
     groups = load(make("a", (4.0, 3.0, 2.0, 1.0)), make("b", (2.0, 1.0), seed=1, pace=1.0))
     by_epoch, _, by_time = compare.plot(Comparison(groups)).axes

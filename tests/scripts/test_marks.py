@@ -76,7 +76,7 @@ def test_runs_are_kept_and_become_a_table_and_a_picture(logs: Path, tmp_path: Pa
         for seed, last in enumerate(lasts):
             run = write_run(tmp_path / "sweep" / f"{optimizer}_{seed}", last, optimizer, seed)
             config = yaml.safe_load((run / "config.yaml").read_text())
-            config["paths"]["data"] = str(tmp_path / "mine")
+            config["paths"] |= {"data": str(tmp_path / "mine"), "sweeps": str(tmp_path / "ours" / "multirun")}
             (run / "config.yaml").write_text(yaml.safe_dump(config))
             Image.new("RGB", (30, 20), "white").save(run / "samples.png")
     columns = "runs, epoch 2, final val/accuracy, final test/loss, s/step"
@@ -84,7 +84,9 @@ def test_runs_are_kept_and_become_a_table_and_a_picture(logs: Path, tmp_path: Pa
     assert marks.renewed(page) == page, "without a record the old table stays"
     path = results.keep(tmp_path / "sweep", "two", tmp_path)
     with tarfile.open(path) as archive:
-        assert not [entry for entry in archive if b"mine" in (archive.extractfile(entry) or pytest.fail("gone")).read()]
+        texts = [(archive.extractfile(entry) or pytest.fail("gone")).read() for entry in archive]
+        assert not [text for text in texts if b"mine" in text or b"ours" in text]
+        assert sum(b"sweeps: multirun" in text for text in texts) == 4
     _, title, rule, *rows, _ = marks.renewed(page).splitlines()
     assert title == f"| group | {columns.replace(', ', ' | ')} |" and rule.count("---:") == 5
     assert rows[0] == "| optimizer=adam | 2 | 76 ± 1.4 % | 96 ± 1.4 % | – | 0.25 ± 0 |"
