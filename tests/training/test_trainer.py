@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +29,7 @@ from training import Diverged, Interrupted, RunFolder, Trainer, backward, logger
 from training.callbacks import Callback, EarlyStopping
 from training.loop import rng
 from training.loop.precision import Precision
-from training.runs import checkpoints
+from training.runs import checkpoints, provenance
 from training.runs.evaluation import evaluate
 from training.runs.run import Run
 
@@ -376,6 +378,26 @@ def test_the_summary_of_a_finished_run(tmp_path: Path) -> None:
     if (ROOT / ".git").exists():
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         assert summary["git_commit"].removesuffix("+changes") == head
+
+
+def test_the_checkout_is_asked_and_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`git status` would write the index anew, under a lock that a kill leaves behind: no commit could be made then."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    here = tmp_path / "training" / "runs" / "provenance.py"
+    here.parent.mkdir(parents=True)
+    here.write_text("")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, "__file__", str(here))
+    os.utime(here, (1, 1))  # which git looks into, and would note
+    index = tmp_path / ".git" / "index"
+    before = index.read_bytes()
+    commit = provenance.git_commit()
+    assert commit is not None and len(commit) == 40 and index.read_bytes() == before
+    here.write_text("changed")
+    assert provenance.git_commit() == f"{commit}+changes"
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])

@@ -89,9 +89,9 @@ def git_commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        # A question takes no lock: git that is killed with us would leave it, and no commit could be made.
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         commit = git("rev-parse", "HEAD")
