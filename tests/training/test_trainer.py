@@ -32,6 +32,10 @@ from training.loop.precision import Precision
 from training.runs import checkpoints, provenance
 from training.runs.evaluation import evaluate
 from training.runs.run import Run
+from training.tasks.classification import Classification
+from training.tasks.language_modelling import LanguageModelling
+from training.tasks.reconstruction import Reconstruction
+from training.tasks.task import Task
 
 PLAIN = {"dropout": 0.0, "batch_norm": False}
 CPU = torch.device("cpu")
@@ -478,3 +482,25 @@ def test_interrupted_is_not_swallowed_as_a_user_error() -> None:
     from training import UserError
 
     assert not issubclass(Interrupted, UserError) and math.isclose(Interrupted("x", 75).exit_code, 75)
+
+
+@pytest.mark.parametrize(
+    ("task", "last", "size", "told"),
+    [
+        (Classification(4), nn.Softmax(-1), 4, True),
+        (Classification(4), nn.LogSoftmax(-1), 4, False),
+        (Classification(4), nn.ReLU(), 4, False),
+        (LanguageModelling(4), nn.Softmax(-1), 4, True),
+        (Reconstruction("bernoulli"), nn.Sigmoid(), 16, True),
+        (Reconstruction("bernoulli"), nn.Identity(), 16, False),
+        (Reconstruction("gaussian"), nn.Sigmoid(), 16, False),
+    ],
+)
+def test_probabilities_where_logits_belong_are_told_of(
+    task: Task, last: nn.Module, size: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(5, size), last)
+    inputs = torch.randn(3, 2, 5) if task.name == "language_modelling" else torch.randn(3, 5)
+    targets = torch.rand(3, size) if task.name == "reconstruction" else torch.zeros(inputs.shape[:-1]).long()
+    task.check(model, inputs, targets)
+    assert ("look like probabilities" in caplog.text) == told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models import GAN
-from optimizers.likelihoods import Likelihood
+from optimizers.likelihoods import Bernoulli, Categorical, Likelihood
 from training.errors import UserError
 from training.loop.precision import Precision
 from training.tasks.metrics import Meters
 
 if TYPE_CHECKING:
     from data import BatchLoader
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,12 @@ class Task(ABC):
                 "forward return the outputs alone"
             )
         self.loss(outputs, targets)
+        if _are_probabilities(outputs, getattr(self, "likelihood", None)):
+            log.warning(
+                "The model's outputs look like probabilities, and the loss takes logits, of which it makes "
+                "probabilities itself: leave the softmax or sigmoid at the model's end out, or it learns slowly and "
+                "never gets sure."
+            )
 
     def turns(self, run: Learning) -> Sequence[Turn]:
         """The updates that make up the next step, in order. Each has the step's batches."""
@@ -185,3 +195,10 @@ class Task(ABC):
                 with precision.autocast():
                     outputs = model(precision.prepare(inputs))
                 self.measure(meters, precision.full(outputs), targets)
+
+
+def _are_probabilities(outputs: Tensor, likelihood: Likelihood | None) -> bool:
+    """Whether outputs look like what a softmax or sigmoid returns, where a likelihood takes logits."""
+    if isinstance(likelihood, Categorical) and outputs.shape[-1] > 1:
+        return bool((outputs >= 0).all() and (outputs.sum(-1) - 1).abs().max() < 1e-3)
+    return isinstance(likelihood, Bernoulli) and outputs.numel() > 15 and bool(((outputs > 0) & (outputs < 1)).all())
