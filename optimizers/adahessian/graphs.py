@@ -50,6 +50,9 @@ def owned(tensors: Sequence[Tensor]) -> list[Tensor]:
     seen: set[int] = set()
     result = []
     for tensor in tensors:
+        if tensor.layout is not torch.strided:
+            result.append(tensor)
+            continue
         storage = tensor.untyped_storage()
         place = storage.data_ptr()
         own = place not in seen and storage.nbytes() == tensor.numel() * tensor.element_size()

@@ -7,7 +7,7 @@ Algorithm 1. With Rademacher z, ``D = |z * (H z)|`` is averaged over blocks of e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.autograd.profiler import record_function
 from ..base import CURVATURE, Coverage, CurvatureOptimizer, Params, descend_scaled, rate, real
 from ..checks import check_range
 from ..curvature import communication, spectra
-from ..curvature.recorder import TwiceDifferentiable
+from ..curvature.recorder import TwiceDifferentiable, set_aside
 from ..curvature.spectra import Spectrum
 from .graphs import UNSEEN, differ, graph, may_hide, owned
 from .hutchinson import block_expand, block_mean, hutchinson
@@ -129,7 +129,9 @@ class AdaHessian(CurvatureOptimizer):
         scale: float = 1.0,
         retain_graph: bool = False,
     ) -> None:
-        """See CurvatureOptimizer. Where ranks train together, the gradient of a due step is averaged here.
+        """See CurvatureOptimizer. Where ranks train together, the gradients of a due step are averaged here.
+
+        Other optimizers' parameters and inputs have theirs, too, as ``loss.backward()`` would leave them.
 
         The loss says all: outputs, targets and mask have no meaning here.
 
@@ -140,10 +142,15 @@ class AdaHessian(CurvatureOptimizer):
         if not self._due():
             loss.backward(retain_graph=retain_graph)
             return
+        self._note(outputs)
         found = self._differentiate(loss, float(scale), retain_graph)
+        for tensor in self._awake():
+            if tensor.retains_grad and tensor.grad is not None:
+                tensor.grad = tensor.grad.detach()  # else it keeps the graph
         gradients = owned([g.detach().resolve_conj() for _, g in found])
-        communication.average_(real(gradients))
-        for (p, _), g in zip(found, gradients, strict=True):
+        pairs = [(p, g) for (p, _), g in zip(found, gradients, strict=True)]
+        communication.average_(real(g for p, g in pairs if isinstance(p, nn.Parameter)))
+        for p, g in pairs:
             p.grad = g if p.grad is None else p.grad + g
 
     def _begin_pass(
@@ -151,18 +158,24 @@ class AdaHessian(CurvatureOptimizer):
     ) -> None:
         """See AnnouncedLosses. A pass of its own, through a graph that the other's is to go through yet."""
         if self._due():
-            self._differentiate(loss, scale, True)
+            self._note(outputs)
+            with set_aside([*self._awake(), *self._trainable()]):
+                self._differentiate(loss, scale, True)
 
     def _differentiate(self, loss: Tensor, scale: float, retain_graph: bool) -> list[tuple[Tensor, Tensor]]:
-        """Gather curvature; parameters and their gradients."""
+        """Gather curvature; the leaves of the loss and their gradients, also of those that are another optimizer's."""
         params = self._trainable()
+        nodes, leaves = graph(loss)
+        mine = {id(p) for p in params}
+        others = [leaf for leaf in leaves if id(leaf) not in mine]
         try:
-            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-            self._check_complete(loss, params, grads)
-            found = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
-            self._refuse_sparse([g for _, g in found])
+            self._check_complete(loss, nodes, leaves, params)
+            grads = torch.autograd.grad(loss, [*params, *others], create_graph=True, allow_unused=True)
+            found = [(p, g) for p, g in zip([*params, *others], grads, strict=True) if g is not None]
+            own = [(p, g) for p, g in found if id(p) in mine]
+            self._refuse_sparse([g for _, g in own])
             del grads
-            self._collect([p for p, _ in found], [g for _, g in found], scale, retain_graph)
+            self._collect([p for p, _ in own], [g for _, g in own], scale, retain_graph)
         except RuntimeError as error:
             if "use_reentrant" in str(error):  # torch's own guard, with more advice than applies
                 raise RuntimeError(UNSEEN.format("some parameters")) from error
@@ -174,7 +187,7 @@ class AdaHessian(CurvatureOptimizer):
             ) from error
         return found
 
-    def _check_complete(self, loss: Tensor, params: list[Tensor], grads: Sequence[Tensor | None]) -> None:
+    def _check_complete(self, loss: Tensor, nodes: list[Any], leaves: list[Tensor], params: list[Tensor]) -> None:
         """See to it that ``loss.backward()`` reaches no parameters that differentiating by them does not.
 
         Only a function written in Python can hide parameters, in a backward pass of its own. Where the loss has any,
@@ -183,13 +196,14 @@ class AdaHessian(CurvatureOptimizer):
         Raises:
             RuntimeError: it does.
         """
-        nodes, leaves = graph(loss)
         hiding = [type(node).__name__ for node in nodes if may_hide(node)]
         if not hiding:
             return
-        key = (tuple(sorted(set(hiding))), tuple(g is not None for g in grads))
+        reached = {id(leaf) for leaf in leaves}
+        key = (tuple(sorted(set(hiding))), tuple(id(p) in reached for p in params))
         if key in self._complete_losses:
             return
+        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         inside = [] if self.model is None else list(self.model.parameters())
         touched = list({id(p): p for p in (*params, *leaves, *inside)}.values())
         buffers = [] if self.model is None else list(self.model.buffers())
@@ -197,7 +211,8 @@ class AdaHessian(CurvatureOptimizer):
         try:
             for p in touched:
                 p.grad = None
-            loss.backward(retain_graph=True)
+            with set_aside([*self._awake(), *params]):
+                loss.backward(retain_graph=True)
             plain = [p.grad for p in params]
         finally:
             for p, g in zip(touched, saved, strict=True):
@@ -216,12 +231,21 @@ class AdaHessian(CurvatureOptimizer):
         return f"a parameter of shape {list(p.shape)}" if found is None else f"the parameter {found!r}"
 
     def _collect(self, params: list[Tensor], grads: list[Tensor], scale: float, retain_graph: bool = False) -> None:
-        with record_function(CURVATURE):
+        with record_function(CURVATURE), set_aside([*self._awake(), *params]):
             terms = hutchinson(grads, params, self._probe_seed(), self.samples, retain_graph, signed=False)
         zeros = (torch.zeros_like(*real([p.detach()])) if t is None else t for p, t in zip(params, terms, strict=True))
         for p, term in zip(params, owned(list(zeros)), strict=True):
             term = term if scale == 1.0 else term / scale
             self._pending[p] = self._pending[p] + term if p in self._pending else term
+
+    def _note(self, outputs: Any) -> None:
+        """Take note of outputs, which may have been made of what the model returned."""
+        if self._passes is not None and isinstance(outputs, Tensor):
+            self._passes.note(outputs)
+
+    def _awake(self) -> list[Tensor]:
+        """Tensors of the graph that would tell of a backward pass."""
+        return [] if self._passes is None else self._passes.awake()
 
     def _probe_seed(self) -> int:
         return (self.seed * 1_000_003 + self.steps) * 4096  # room for `samples` draws a step
@@ -296,6 +320,8 @@ class AdaHessian(CurvatureOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self._pending.clear()
+        if self._passes is not None:
+            self._passes.reset()
 
     def _initial(self, p: Tensor) -> dict[str, Any]:
         """See CurvatureOptimizer."""

@@ -119,6 +119,7 @@ class CurvatureOptimizer(AnnouncedLosses):
         if not isinstance(outputs, Tensor) or not outputs.dim() or not outputs.requires_grad:
             self._recorder.expect(retain_graph)
             return
+        self._recorder.note(outputs)
         self._place(len(self._recorder.settle(self._as_observations(outputs, targets), retain_graph)))
         counted = self._counted(loss, outputs, targets, mask)
         if counted is not None:

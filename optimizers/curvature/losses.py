@@ -221,7 +221,7 @@ def _placed(node: Any, target: Tensor, outputs: Tensor, end: Edge) -> tuple[int 
         """Numbers by logit, sent back to the outputs."""
         sent = values.to(softmax._saved_result.dtype).expand(shape).contiguous()
         edge = GradientEdge(*start)
-        with set_aside():
+        with set_aside([outputs]):
             (got,) = torch.autograd.grad([edge], [outputs], [sent], retain_graph=True)
         return got
 

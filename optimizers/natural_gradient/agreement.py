@@ -66,7 +66,7 @@ class Agreement:
         if known := next(filter(None, (self._known(one, outputs) for one in found)), None):
             self._tell(known)
             return
-        with set_aside():
+        with set_aside([outputs]):
             (own,) = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
         if own is None:
             return

@@ -83,7 +83,7 @@ class FisherEstimate:
             unit = one if self.likelihood.reduction == "sum" else weights.sum() / total.where(total > 0, one)
             return kept * unit
         if not told:
-            with set_aside():
+            with set_aside([outputs]):
                 (own,) = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
             if own is not None:
                 silent = self.likelihood.observations(own).eq(0).all(-1)
@@ -114,7 +114,7 @@ class FisherEstimate:
         if not any(s.kind == "cross_entropy" and s.reduction == "sum" for s in stated(loss, outputs)):
             return None
         leaf = outputs.detach().requires_grad_()
-        with set_aside(), torch.enable_grad():
+        with set_aside([outputs]), torch.enable_grad():
             (own,) = torch.autograd.grad(loss, outputs, retain_graph=True)
             (mean,) = torch.autograd.grad(self.likelihood.nll(leaf, targets), leaf)
         own, mean = own.double(), mean.double()

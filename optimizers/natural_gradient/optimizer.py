@@ -248,6 +248,7 @@ class NaturalGradient(RegulatedSteps):
             if check_outputs(outputs).requires_grad is False:
                 raise ValueError("outputs must be what the model returned, with its graph: they were detached")
             self._scale = scale
+            recorder.note(outputs)
             try:
                 with record_function(CURVATURE):
                     told = targets_of(self.likelihood, loss, outputs) if targets is None else targets

@@ -396,3 +396,27 @@ def test_coverage_is_a_line_a_parameter() -> None:
     assert rows["0.weight"] == ["HessianDiagonal", "D[4, 3]", 20, 48] and "0.bias" not in rows
     assert rows["2.weight"][0].startswith("fallback: no loss") and rows["2.weight"][3] == 0
     assert AdaHessian(model.parameters(), model=None).coverage().rows[0][0] == "group 0, 0"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_not_its_own_has_the_gradient_of_a_plain_backward_pass(whole: bool) -> None:
+    """A head that another optimizer trains, an embedding with sparse gradients, an input that asks for its own."""
+    model = nn.ModuleDict({"e": nn.Embedding(7, 5, sparse=True), "body": nn.Linear(5, 4), "head": nn.Linear(4, 3)})
+    shift, ids = torch.randn(6, 5, requires_grad=True), torch.arange(6)
+    optimizer = AdaHessian(model["body"].parameters(), model=model if whole else None)
+    others = [*model["e"].parameters(), *model["head"].parameters(), shift]
+
+    def loss() -> Tensor:
+        hidden = torch.tanh(model["body"](model["e"](ids) + shift))
+        return F.cross_entropy(model["head"](hidden), ids % 3)
+
+    loss().backward()
+    plain = [p.grad for p in (*others, *model["body"].parameters())]
+    for p in (*others, *model["body"].parameters()):
+        p.grad = None
+    optimizer.backward(loss())
+    for p, g in zip((*others, *model["body"].parameters()), plain, strict=True):
+        assert p.grad is not None and g is not None and not p.grad.requires_grad
+        torch.testing.assert_close(p.grad.to_dense(), g.to_dense())
+    optimizer.backward(loss())
+    torch.testing.assert_close(shift.grad, 2 * plain[3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -751,3 +752,61 @@ def test_attention_of_torch_has_curvature(kind: type) -> None:
     with silence():
         train(optimizer, F.cross_entropy(outputs.flatten(0, 1), torch.arange(20) % 3), outputs)
     assert optimizer.coverage().fraction == 1.0
+
+
+class Stashing(nn.Module):
+    """Keeps what it computes for whoever comes behind, as saliency maps ask of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.first(x)
+        self.active = self.hidden.tanh()
+        return self.last(self.active)
+
+
+EVERY = {
+    "kfac": partial(KFAC, likelihood=Categorical()),
+    "kfac_exact": partial(KFAC, likelihood=Categorical(), fisher="exact"),
+    "kfac_auto": partial(KFAC, likelihood=Categorical(), lr="auto", momentum="auto"),
+    "ekfac": partial(EKFAC, likelihood=Categorical(), fisher="empirical"),
+    "exact_ng": partial(ExactNaturalGradient, likelihood=Categorical()),
+    "fishleg": partial(FishLeg, likelihood=Categorical(), aux_every=1, warmup_steps=0),
+    "adafisher": AdaFisher,
+    "adahessian": AdaHessian,
+}
+
+
+@pytest.mark.parametrize("announced", [False, True])
+@pytest.mark.parametrize("name", EVERY)
+def test_whoever_asks_after_the_forward_pass_has_the_gradient_of_the_loss_alone(name: str, announced: bool) -> None:
+    """Of activations that the model keeps, of its outputs and of what is made of them; by ``retain_grad`` and hooks."""
+    model, x, y = Stashing(), torch.randn(8, 4), torch.arange(8) % 3
+    optimizer = EVERY[name](model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        raw = model(x)
+        outputs = raw * 2
+        seen: list[tuple[int, Tensor]] = []
+        tensors = [model.hidden, model.active, raw, outputs]
+        for place, tensor in enumerate(tensors):
+            tensor.retain_grad()
+            tensor.register_hook(lambda g, place=place, seen=seen: seen.append((place, g.detach())))
+        loss = F.cross_entropy(outputs, y)
+        if announced:
+            optimizer.before_backward(loss, outputs).backward()
+        else:
+            optimizer.backward(loss, outputs)
+        hidden = F.linear(x, model.first.weight, model.first.bias)
+        active = hidden.tanh()
+        again = F.linear(active, model.last.weight, model.last.bias)
+        twice = again * 2
+        right = torch.autograd.grad(F.cross_entropy(twice, y), [hidden, active, again, twice])
+        assert sorted(place for place, _ in seen) == [0, 1, 2, 3]
+        for place, gradient in seen:
+            torch.testing.assert_close(gradient, right[place])
+            torch.testing.assert_close(tensors[place].grad, right[place])
+            assert not tensors[place].grad.requires_grad
+        optimizer.step()

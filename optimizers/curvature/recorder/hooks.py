@@ -20,25 +20,54 @@ def aside() -> bool:
     return _aside > 0
 
 
+def note(made: list[weakref.ref[Tensor]], result: Any) -> None:
+    """Take note of what an operation has made of a graph: somebody may ask it for its gradient.
+
+    Args:
+        made: where.
+        result: tensors, or what else the operation returns.
+    """
+    if isinstance(result, Tensor):
+        if result.requires_grad and not result.is_leaf:
+            made.append(weakref.ref(result))
+    elif isinstance(result, (tuple, list)):
+        for part in result:
+            note(made, part)
+
+
+def awake(made: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:
+    """The tensors that would tell somebody of a backward pass: with hooks, or with ``retain_grad``.
+
+    Args:
+        made: tensors of a graph; those that nobody has any more have nobody to tell.
+    """
+    alive = {id(t): t for ref in made if (t := ref()) is not None}
+    return [t for t in alive.values() if t._backward_hooks or t.retains_grad]
+
+
 @contextmanager
-def set_aside(retained: Iterable[weakref.ref[Tensor]] = ()) -> Iterator[None]:
+def set_aside(tensors: Iterable[Tensor] = ()) -> Iterator[None]:
     """Within it are backward passes of our own: hooks are silent.
 
     Args:
-        retained: tensors with ``retain_grad``, which keep the gradient they had.
+        tensors: of the graph: their hooks are not called, and they keep the gradient they had.
     """
     global _aside
-    tensors = [t for ref in retained if (t := ref()) is not None]
-    saved = [t.grad for t in tensors]
-    for tensor in tensors:
+    kept = [(t, t.grad) for t in tensors if t.retains_grad]
+    hooked = [(hooks, dict(hooks)) for t in tensors if (hooks := t._backward_hooks)]
+    for tensor, _ in kept:
         tensor.grad = None
+    for hooks, _ in hooked:
+        hooks.clear()
     _aside += 1
     try:
         yield
     finally:
         _aside -= 1
-        for tensor, grad in zip(tensors, saved, strict=True):
+        for tensor, grad in kept:
             tensor.grad = grad
+        for hooks, before in hooked:
+            hooks.update(before)
 
 
 class Hook:

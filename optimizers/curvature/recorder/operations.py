@@ -31,8 +31,8 @@ _attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 class Notes(Protocol):
     """Who takes note of what the mode sees."""
 
-    def retained(self, tensor: Tensor) -> None:
-        """Take note of a tensor that keeps its gradient."""
+    def made(self, result: Any) -> None:
+        """Take note of the tensors that an operation has made, or that keep their gradient."""
 
     def folded(self, shape: torch.Size) -> AbstractContextManager[None]:
         """Within it, matrices with a row for each of ``shape`` are recorded in that shape: nobody else can tell."""
@@ -71,9 +71,8 @@ class Watch(TorchFunctionMode):
         if func is Tensor.register_hook:
             return func(args[0], quiet(args[1] if len(args) > 1 else kwargs["hook"]))
         result = func(*args, **kwargs)
-        if func is Tensor.retain_grad:
-            self._recorder.retained(args[0])
-        elif (names := OPERATIONS.get(func)) is not None:
+        self._recorder.made(args[0] if func is Tensor.retain_grad else result)
+        if (names := OPERATIONS.get(func)) is not None:
             given = dict(zip(names, args, strict=False)) | kwargs
             self._recorder.operation(func, given, result)
         return result

@@ -70,7 +70,7 @@ class Pass:
     outputs: list[Root] = field(default_factory=list)  # what the model returned
     records: dict[Layer, list[Record]] = field(default_factory=dict)
     unseen: dict[Layer, int] = field(default_factory=dict)  # calls without gradients
-    retained: list[weakref.ref[Tensor]] = field(default_factory=list)
+    made: list[weakref.ref[Tensor]] = field(default_factory=list)  # what is not a leaf in its graph
     shown: set[Layer] = field(default_factory=set)
     examples: int | None = None
     counted: Tensor | None = None  # which of them count, bool [examples]; None: all
@@ -83,7 +83,7 @@ class Pass:
     def merge(self, other: Pass) -> None:
         """Take in what another forward pass has left."""
         self.outputs += other.outputs
-        self.retained += other.retained
+        self.made += other.made
         for layer, records in other.records.items():
             self.records.setdefault(layer, []).extend(records)
         for layer, count in other.unseen.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import communication, probe
 from ..layers import Flow, Layer
 from ..probe import Layout
-from .hooks import set_aside
+from .hooks import awake, note, set_aside
 from .passes import Pass, Record, Root, behind, used
 from .reasons import BEHIND, TWICE
 from .rows import Rows
@@ -124,6 +124,11 @@ class Recorder(Watcher):
         now.keep = keep
         self._find_examples(now, [Root.of(outputs, max(1, outputs.dim() - 1))])
         return self.arrange(outputs)
+
+    def note(self, outputs: Tensor) -> None:
+        """Take note of outputs that were made of what the model returned, whose hooks are to be silent as others'."""
+        for now in self._open:
+            note(now.made, outputs)
 
     def arrange(self, tensor: Tensor) -> Tensor:
         """A tensor that is like the outputs in its leading dimension, with the examples there: a view."""
@@ -288,8 +293,9 @@ class Recorder(Watcher):
                 self.refused[layer.name] = BEHIND
         flat = [record for layer in shown for record in now.records[layer]]
         self._count(now)
+        quiet = awake(now.made)
         for index, gradient in enumerate(gradients if flat else ()):
-            with set_aside(now.retained):
+            with set_aside(quiet):
                 found = torch.autograd.grad(
                     outputs,
                     [record.edge for record in flat],

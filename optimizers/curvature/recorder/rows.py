@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import probe
 from ..layers import Layer
 from ..probe import Layout
-from .hooks import set_aside
+from .hooks import awake, set_aside
 from .look import Look, Verdict, by_example
 from .passes import Pass, Record, Root, behind, row_sizes, signature_of
 from .reasons import BEHIND
@@ -197,7 +197,7 @@ class Rows:
         """Gradients of a backward pass of a probe."""
         self.probing = True
         try:
-            with set_aside(now.retained):
+            with set_aside([*awake(now.made), *(leaf for leaf in wanted if isinstance(leaf, Tensor))]):
                 return torch.autograd.grad(
                     [root.edge for root in roots],
                     cast("list[Tensor]", wanted),

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..layers import Layer
-from .hooks import aside, hooked, quieten
+from .hooks import aside, hooked, note, quieten
 from .operations import Watch
 from .passes import Pass, Record, Root
 from .reasons import TWICE
@@ -170,6 +170,8 @@ class Watcher(ABC):
         self._watch.release()
         self._calls.clear()
         self._weights = {}
+        if whole:
+            self.made(tree_leaves(output))
         if whole and not self.deferred and not self._recomputing() and self._open:
             now = self._open[-1]
             if now.unseen and not self._doors:  # a checkpoint may call the layers once more, in the backward pass
@@ -179,9 +181,9 @@ class Watcher(ABC):
                     now.outputs.append(Root.of(tensor, max(1, tensor.dim() - 1)))
                     tensor.register_hook(_Arrival(self, now))
 
-    def retained(self, tensor: Tensor) -> None:
-        """Take note of a tensor that keeps its gradient."""
-        self._pass.retained.append(weakref.ref(tensor))
+    def made(self, result: Any) -> None:
+        """Take note of the tensors that an operation has made."""
+        note(self._pass.made, result)
 
     @contextmanager
     def folded(self, shape: torch.Size) -> Iterator[None]:
