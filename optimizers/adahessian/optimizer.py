@@ -152,6 +152,8 @@ class AdaHessian(CurvatureOptimizer):
         communication.average_(real(g for p, g in pairs if isinstance(p, nn.Parameter)))
         for p, g in pairs:
             p.grad = g if p.grad is None else p.grad + g
+            for hook in list((p._post_accumulate_grad_hooks or {}).values()):  # which no backward pass will call
+                hook(p)
 
     def _begin_pass(
         self, loss: Tensor, outputs: Any, targets: Tensor | None, mask: Tensor | None, scale: float, retain_graph: bool

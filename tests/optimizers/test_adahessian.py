@@ -420,3 +420,20 @@ def test_what_is_not_its_own_has_the_gradient_of_a_plain_backward_pass(whole: bo
         torch.testing.assert_close(p.grad.to_dense(), g.to_dense())
     optimizer.backward(loss())
     torch.testing.assert_close(shift.grad, 2 * plain[3])
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_hooks_of_parameters_are_called_once(announced: bool) -> None:
+    """With their gradient, before and after it is there."""
+    model, x, y = nn.Linear(5, 3), torch.randn(8, 5), torch.arange(8) % 3
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    model.weight.register_hook(lambda g: before.append(g.detach()))
+    model.weight.register_post_accumulate_grad_hook(lambda p: after.append(p.grad))
+    optimizer = AdaHessian(model)
+    loss = F.cross_entropy(model(x), y)
+    if announced:
+        optimizer.before_backward(loss).backward()
+    else:
+        optimizer.backward(loss)
+    assert len(before) == len(after) == 1 and torch.equal(before[0], after[0]) and after[0] is model.weight.grad
