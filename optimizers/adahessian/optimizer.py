@@ -205,7 +205,8 @@ class AdaHessian(CurvatureOptimizer):
         key = (tuple(sorted(set(hiding))), tuple(id(p) in reached for p in params))
         if key in self._complete_losses:
             return
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        with set_aside([*self._awake(), *params]):
+            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         inside = [] if self.model is None else list(self.model.parameters())
         touched = list({id(p): p for p in (*params, *leaves, *inside)}.values())
         buffers = [] if self.model is None else list(self.model.buffers())

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..curvature import communication
 from ..curvature.approximations import statistics_dtype
-from ..curvature.recorder import Call, RootInputs
+from ..curvature.recorder import Call, RootInputs, quieten, set_aside
 from ..likelihoods import Likelihood
 from .vectors import Vector, dot, norm
 
@@ -111,9 +111,10 @@ class SampledProducts:
                     seen, weights = self._observed(call, told[index])
                 counted = weights.count_nonzero()
                 score = self.likelihood.score(seen, targets(index, seen)) * (weights * counted).pow(power).unsqueeze(-1)
-                found = torch.autograd.grad(
-                    seen, params, score.to(seen.dtype), allow_unused=True, materialize_grads=True
-                )
+                with set_aside(params):
+                    found = torch.autograd.grad(
+                        seen, params, score.to(seen.dtype), allow_unused=True, materialize_grads=True
+                    )
                 torch._foreach_add_(sums, [g.to(s.dtype) for g, s in zip(found, sums, strict=True)])
                 count += counted.to(count.device)
         return sums, count
@@ -161,6 +162,7 @@ class SampledProducts:
             if torch.is_autocast_enabled(kind):
                 torch.set_autocast_enabled(kind, False)  # until whoever turned it on leaves
 
+        quieten(self.model)
         handles = [m.register_forward_pre_hook(plain) for m in self.model.modules()]
         try:
             with self.inputs.aside(), torch.autocast(kind, enabled=False):

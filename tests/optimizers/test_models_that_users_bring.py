@@ -810,3 +810,26 @@ def test_whoever_asks_after_the_forward_pass_has_the_gradient_of_the_loss_alone(
             torch.testing.assert_close(tensors[place].grad, right[place])
             assert not tensors[place].grad.requires_grad
         optimizer.step()
+
+
+@pytest.mark.parametrize("where", ["", "first"])
+@pytest.mark.parametrize("name", EVERY)
+def test_backward_hooks_of_modules_see_one_pass(name: str, where: str) -> None:
+    """Registered after the optimizer was made, on the whole model or in it; their handles remove them."""
+    model, x, y = Stashing(), torch.randn(8, 4), torch.arange(8) % 3
+    optimizer = EVERY[name](model)
+    module, seen = model.get_submodule(where), []
+    handles = [
+        module.register_full_backward_pre_hook(lambda *a: seen.append("before")),
+        module.register_full_backward_hook(lambda *a: seen.append("behind")),
+    ]
+    for _ in range(3):
+        seen.clear()
+        optimizer.zero_grad()
+        outputs = model(x)
+        optimizer.backward(F.cross_entropy(outputs, y), outputs)
+        optimizer.step()
+        assert seen == ["before", "behind"]
+    for handle in handles:
+        handle.remove()
+    assert not module._backward_hooks and not module._backward_pre_hooks

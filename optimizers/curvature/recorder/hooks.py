@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -154,8 +155,21 @@ class _QuietModuleHook:
         return None if _aside else self.hook(*args)
 
 
+class _QuietHooks(OrderedDict[int, Callable[..., Any]]):
+    """Backward hooks of a module, quiet from the start."""
+
+    def __setitem__(self, key: int, hook: Callable[..., Any]) -> None:
+        super().__setitem__(key, hook if isinstance(hook, _QuietModuleHook) else _QuietModuleHook(hook))
+
+
 def quieten(model: nn.Module) -> None:
-    """Put quiet ones in the place of modules' backward hooks; their handles remove them all the same."""
+    """Put quiet ones in the place of modules' backward hooks; their handles remove them all the same.
+
+    The model's own are looked up before any hook of a forward pass runs: what will be registered is quiet at once.
+    """
+    for name in ("_backward_hooks", "_backward_pre_hooks"):
+        if not model.__dict__[name]:  # else handles know it
+            model.__dict__[name] = _QuietHooks()
     for module in model.modules():
         for hooks in (module._backward_hooks, module._backward_pre_hooks):
             for key, hook in hooks.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..second_order import SecondOrder
-from .hooks import Hook, awake, note
+from .hooks import Hook, awake, note, quieten
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class TwiceDifferentiable:
         self._told = False
         self._made: list[weakref.ref[Tensor]] = []
         self._entered: list[tuple[ExitStack, SecondOrder | None]] = []
+        quieten(root)
         self._handles = [
             root.register_forward_pre_hook(Hook(self._enter)),
             # The last to enter leaves first: another optimizer on this model restores what it found.
@@ -57,6 +58,7 @@ class TwiceDifferentiable:
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         stack, mode = ExitStack(), None
         if torch.is_grad_enabled() and self._due():
+            quieten(module)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             mode = stack.enter_context(_Noting(self._made))
             mode.owner = self  # which lives until it has left again

@@ -57,6 +57,7 @@ class Watcher(ABC):
         self.refused: dict[str, str] = {}
         self._watch = Watch(self)
         self._handles = hooked([root], self._enter, self._leave)
+        quieten(root)
         # Layers open the mode themselves as long as nobody has called the root.
         self._doors = self._layer_doors()
 
