@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..curvature import communication
-from ..curvature.recorder import Hook
+from ..curvature.recorder import Hook, aside
 from .state import StatefulOptimizer
 
 #: A factor, or who knows it when it is wanted.
@@ -216,6 +216,7 @@ class _Announced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (loss,) = ctx.saved_tensors
-        with torch.enable_grad():
-            ctx.begin(loss, gradient.detach())
+        if not aside():  # another optimizer's own passes are not the loop's
+            with torch.enable_grad():
+                ctx.begin(loss, gradient.detach())
         return gradient, None

@@ -833,3 +833,37 @@ def test_backward_hooks_of_modules_see_one_pass(name: str, where: str) -> None:
     for handle in handles:
         handle.remove()
     assert not module._backward_hooks and not module._backward_pre_hooks
+
+
+PARTS: dict[str, Callable[..., Any]] = {
+    "kfac": partial(KFAC, likelihood=Categorical(), fisher="exact"),
+    "exact_ng": partial(ExactNaturalGradient, likelihood=Categorical(), fisher="exact"),
+    "fishleg": partial(FishLeg, likelihood=Categorical(), aux_every=1, warmup_steps=0),
+    "adafisher": AdaFisher,
+    "adahessian": lambda model, params: AdaHessian(params, model=model),
+}
+
+
+@pytest.mark.parametrize("second", PARTS)
+@pytest.mark.parametrize("first", PARTS)
+def test_two_methods_share_a_model(first: str, second: str) -> None:
+    """Whoever calls backward and whoever is told before: each has its curvature, and all weights move alike."""
+
+    def trained(swapped: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, x, y = Stashing(), torch.randn(8, 4), torch.arange(8) % 3
+        one, other = PARTS[first](model, model.first.parameters()), PARTS[second](model, model.last.parameters())
+        told, calls = (one, other) if swapped else (other, one)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", category=UserWarning)  # of curvature that one of them does without
+            for _ in range(3):
+                one.zero_grad()
+                other.zero_grad()
+                outputs = model(x)
+                calls.backward(told.before_backward(F.cross_entropy(outputs, y), outputs), outputs)
+                one.step()
+                other.step()
+        return [p.detach() for p in model.parameters()]
+
+    for a, b in zip(trained(False), trained(True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

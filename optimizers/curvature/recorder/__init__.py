@@ -8,7 +8,7 @@
 - ``root_inputs``: what the whole model was called with; ``twice_differentiable``: passes differentiated twice.
 """
 
-from .hooks import Hook, quieten, remove_dead_hooks, set_aside
+from .hooks import Hook, aside, quieten, remove_dead_hooks, set_aside
 from .reasons import BEHIND, NOT_CALLED, NOT_SEEN, TWICE
 from .recorder import Observer, Recorder
 from .root_inputs import Call, RootInputs, UnderWay
@@ -26,6 +26,7 @@ __all__ = [
     "RootInputs",
     "TwiceDifferentiable",
     "UnderWay",
+    "aside",
     "quieten",
     "remove_dead_hooks",
     "set_aside",

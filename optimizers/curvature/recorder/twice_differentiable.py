@@ -50,9 +50,10 @@ class TwiceDifferentiable:
         self._entered: list[tuple[ExitStack, SecondOrder | None]] = []
         quieten(root)
         self._handles = [
-            root.register_forward_pre_hook(Hook(self._enter)),
-            # The last to enter leaves first: another optimizer on this model restores what it found.
-            root.register_forward_hook(Hook(self._exit), always_call=True, prepend=True),
+            # Another's mode, entered later, sees operations before this one takes their place; of two of this kind the
+            # last that was made enters first and leaves last, and restores what it found.
+            root.register_forward_pre_hook(Hook(self._enter), prepend=True),
+            root.register_forward_hook(Hook(self._exit), always_call=True),
         ]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
