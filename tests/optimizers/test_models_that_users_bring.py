@@ -867,3 +867,36 @@ def test_two_methods_share_a_model(first: str, second: str) -> None:
 
     for a, b in zip(trained(False), trained(True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_penalty_on_gradients_is_no_backward_pass(name: str, plain: bool) -> None:
+    """A vanishing one changes nothing; a loss's own ``create_graph`` is not taken for the loop's pass."""
+    if plain and name not in ("ekfac", "adafisher"):
+        pytest.skip("needs to be told of the loss")
+
+    def trained(penalty: float) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, x, y = Stashing(), torch.randn(8, 4, requires_grad=True), torch.arange(8) % 3
+        optimizer = EVERY[name](model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="no curvature")
+            for _ in range(3):
+                optimizer.zero_grad()
+                outputs = model(x)
+                loss = F.cross_entropy(outputs, y)
+                if penalty:
+                    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+                    loss = loss + penalty * slope.square().sum()
+                if plain:
+                    loss.backward()
+                else:
+                    optimizer.backward(loss, outputs)
+                optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    before, tiny, large = trained(0.0), trained(1e-12), trained(0.5)
+    for a, b in zip(before, tiny, strict=True):
+        torch.testing.assert_close(a, b)
+    assert any(not torch.equal(a, b) for a, b in zip(before, large, strict=True))

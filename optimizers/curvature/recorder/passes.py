@@ -76,6 +76,7 @@ class Pass:
     counted: Tensor | None = None  # which of them count, bool [examples]; None: all
     chosen: Tensor | None = None  # which are shown
     serial: int = 0  # its number, once it is counted
+    announced: bool = False  # its backward pass has been told of before
     started: bool = False  # a gradient has arrived
     keep: bool = False  # another backward pass will come
     waiting: bool = False  # gradients were cleared since; what comes next is its backward pass, or it has none

@@ -121,7 +121,7 @@ class Recorder(Watcher):
         for other in others:
             now.merge(other)
         self._open = [*gone_through, now]
-        now.keep = keep
+        now.keep, now.announced = keep, True
         self._find_examples(now, [Root.of(outputs, max(1, outputs.dim() - 1))])
         return self.arrange(outputs)
 
@@ -137,7 +137,7 @@ class Recorder(Watcher):
     def expect(self, more: bool) -> None:
         """Say whether another backward pass will go through the same graph."""
         for now in self._open:
-            now.keep = more
+            now.keep, now.announced = more, True
 
     def _find_examples(self, now: Pass, roots: list[Root]) -> None:
         """Set how many examples a pass has, and probe layers that nothing is known of."""
