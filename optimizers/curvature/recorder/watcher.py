@@ -263,7 +263,7 @@ class _Arrival:
         recorder, now = self._recorder(), self._pass()
         if aside() or recorder is None or now is None:
             return
-        if torch.is_grad_enabled() and not now.announced:  # for a penalty on gradients, say, which is a part of the loss
+        if torch.is_grad_enabled() and not now.announced:  # for a part of the loss: a penalty on gradients, say
             return
         record = None if self._record is None else self._record()
         if self._layer is not None and record is None:  # shown and let go of: in a backward pass before this one
