@@ -301,6 +301,8 @@ _REPLACED = {
 
 def _usual(x: Tensor, *others: Tensor) -> bool:
     """Whether a call goes its usual way."""
+    if torch._C._are_functorch_transforms_active():  # which take no function of this form
+        return True
     if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return True
     return any(t.dtype != x.dtype for t in others)

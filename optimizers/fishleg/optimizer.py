@@ -257,7 +257,7 @@ class FishLeg(CurvatureOptimizer):
         self._agreement.conclude()
         for index in range(self.aux_steps):
             if self._stream is None:
-                calls = self._inputs.calls
+                calls = self._inputs.gone_through()
                 if len(self._targets) != len(calls):  # whose they are is not known
                     self._targets = [None] * len(calls)
             else:

@@ -85,7 +85,7 @@ class Replay:
         Raises:
             RuntimeError: it is not.
         """
-        if not self.shown or len(self.shown) != len(self.inputs.calls):
+        if not self.shown or len(self.shown) != len(self.inputs.gone_through()):
             raise RuntimeError(
                 f"{asked} looks at what the model returns {when}, and saw {len(self.inputs.calls)} forward "
                 f"passes for {len(self.shown)} backward(loss, outputs): call the model once for each of them."

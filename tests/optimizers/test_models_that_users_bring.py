@@ -900,3 +900,34 @@ def test_a_penalty_on_gradients_is_no_backward_pass(name: str, plain: bool) -> N
     for a, b in zip(before, tiny, strict=True):
         torch.testing.assert_close(a, b)
     assert any(not torch.equal(a, b) for a, b in zip(before, large, strict=True))
+
+
+OTHER: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "none": lambda model, x: None,
+    "saliency": lambda model, x: torch.autograd.grad(model(x).sum(), x),
+    "evaluation": lambda model, x: model(x.detach()),
+    "jacobian": lambda model, x: torch.func.jacrev(lambda z: model(z).sum())(x.detach()),
+}
+
+
+@pytest.mark.parametrize("name", [*EVERY, "kfac_empirical"])
+def test_what_somebody_else_asks_of_the_model_does_not_count(name: str) -> None:
+    """In training mode, between the loop's own pass and its step."""
+
+    def trained(other: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, x, y = Stashing(), torch.randn(8, 4, requires_grad=True), torch.arange(8) % 3
+        make = partial(KFAC, likelihood=Categorical(), fisher="empirical", update_every=1)
+        optimizer = (EVERY | {"kfac_empirical": make})[name](model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            outputs = model(x)
+            optimizer.backward(F.cross_entropy(outputs, y), outputs)
+            OTHER[other](model, x)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    right = trained("none")
+    for other in OTHER:
+        for a, b in zip(right, trained(other), strict=True):
+            torch.testing.assert_close(a, b, msg=other)

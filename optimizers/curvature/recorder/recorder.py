@@ -121,7 +121,7 @@ class Recorder(Watcher):
         for other in others:
             now.merge(other)
         self._open = [*gone_through, now]
-        now.keep, now.announced = keep, True
+        now.keep, now.announced, self.told = keep, True, True
         self._find_examples(now, [Root.of(outputs, max(1, outputs.dim() - 1))])
         return self.arrange(outputs)
 
@@ -137,7 +137,7 @@ class Recorder(Watcher):
     def expect(self, more: bool) -> None:
         """Say whether another backward pass will go through the same graph."""
         for now in self._open:
-            now.keep, now.announced = more, True
+            now.keep, now.announced, self.told = more, True, True
 
     def _find_examples(self, now: Pass, roots: list[Root]) -> None:
         """Set how many examples a pass has, and probe layers that nothing is known of."""

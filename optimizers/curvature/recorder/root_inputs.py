@@ -62,6 +62,7 @@ class RootInputs:
         self._returned: list[Leaves] = []
         self._inside = False  # whether a call that is kept is under way
         self._place: int | None = None  # of the outputs in what is returned
+        self._told = 0  # calls when a backward pass was last told of
         self._waiting = 0  # calls from before gradients were cleared, which have a backward pass next or never
         self._handles = hooked([root], self._enter, self._leave)
 
@@ -91,16 +92,25 @@ class RootInputs:
             gone: how many calls have had their backward pass.
         """
         self._waiting = 0
-        if not isinstance(outputs, Tensor):
-            return
-        for index in range(len(self.calls) - 1, gone - 1, -1):
-            for place, leaf in enumerate(self._returned[index]):
-                if leaf is not None and leaf() is outputs:
-                    self._place = place
-                    self.calls[gone:] = [self.calls[index]]
-                    self._conditions[gone:] = [self._conditions[index]]
-                    self._returned[gone:] = [self._returned[index]]
-                    return
+        found = [
+            (index, place)
+            for index in range(len(self.calls) - 1, gone - 1, -1)
+            for place, leaf in enumerate(self._returned[index])
+            if isinstance(outputs, Tensor) and leaf is not None and leaf() is outputs
+        ]
+        if found:
+            index, self._place = found[0]
+            self.calls[gone:] = [self.calls[index]]
+            self._conditions[gone:] = [self._conditions[index]]
+            self._returned[gone:] = [self._returned[index]]
+        self._told = len(self.calls)
+
+    def gone_through(self) -> list[Call]:
+        """The calls, without those since the last backward pass that was told of, if any was: they are another's."""
+        if self._told:
+            for kept in (self.calls, self._conditions, self._returned):
+                del kept[self._told :]
+        return self.calls
 
     def outputs_in(self, result: Any) -> Tensor:
         """The outputs in what the model has returned.
@@ -157,7 +167,7 @@ class RootInputs:
         self.calls.clear()
         self._conditions.clear()
         self._returned.clear()
-        self._waiting = 0
+        self._waiting = self._told = 0
 
     def again(self, index: int, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """The outputs of a call now, under the random state and the autocast that it was made with.
