@@ -95,12 +95,12 @@ class Agreement:
         """At the step that the micro-batches belong to: warn if the loss is another one."""
         if self.settled or not self._parts:
             return
-        parts = torch.stack(self._parts)
-        (inner, mean, own), factor = parts.sum(0).tolist(), float((parts[:, 0] / parts[:, 1]).nan_to_num().sum())
-        if not 0 < mean * own < float("inf"):
+        inner, mean, own = torch.stack(self._parts).unbind(1)
+        factor, lengths = float((inner / mean).nan_to_num().sum()), float((mean * own).sqrt().sum())
+        if not 0 < lengths < float("inf"):
             return
         self.settled = True
-        name, cosine = type(self.likelihood).__name__, inner / (mean * own) ** 0.5
+        name, cosine = type(self.likelihood).__name__, float(inner.sum()) / lengths
         if cosine < ALIKE:
             self._tell(
                 f"the loss is not the nll of {name} at these outputs, whose curvature is taken (the cosine of their "

@@ -931,3 +931,32 @@ def test_what_somebody_else_asks_of_the_model_does_not_count(name: str) -> None:
     for other in OTHER:
         for a, b in zip(right, trained(other), strict=True):
             torch.testing.assert_close(a, b, msg=other)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("name", [*EVERY, "kfac_empirical", "two_level"])
+def test_micro_batches_may_all_go_forward_first(name: str, order: tuple[int, ...]) -> None:
+    """As pipelines have them: their backward passes come later, each for its own."""
+    more = {
+        "kfac_empirical": partial(KFAC, likelihood=Categorical(), fisher="empirical", update_every=1),
+        "two_level": partial(TwoLevelKFAC, likelihood=Categorical(), update_every=1),
+    }
+    torch.manual_seed(1)
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    parts = [slice(0, 4), slice(4, 6), slice(6, 12)]
+
+    def trained(ahead: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Stashing()
+        optimizer = (EVERY | more)[name](model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            outputs = {part: model(x[parts[part]]) for part in (range(3) if ahead else ())}
+            for part in order:
+                own = outputs[part] if ahead else model(x[parts[part]])
+                optimizer.backward(F.cross_entropy(own, y[parts[part]], reduction="sum") / 12, own)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for a, b in zip(trained(False), trained(True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

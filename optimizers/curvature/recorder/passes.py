@@ -109,7 +109,7 @@ def used(passes: list[Pass], outputs: Tensor) -> list[Pass]:
         passes: that no backward pass has come through.
         outputs: with their graph.
     """
-    if len(passes) < 2 or outputs.grad_fn is None:
+    if outputs.grad_fn is None:
         return passes
     nodes = _ancestors([outputs.grad_fn])
     found = []

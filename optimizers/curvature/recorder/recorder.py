@@ -116,11 +116,14 @@ class Recorder(Watcher):
         self._before = None
         if not self._open:
             return outputs
-        gone_through = [before for before in self._open if before.started]
-        now, *others = used(self.under_way(), outputs) or [gone_through.pop()]
+        under_way, gone_through = self.under_way(), [before for before in self._open if before.started]
+        chosen = under_way if len(self._open) == 1 else used(under_way, outputs)
+        now, *others = chosen or gone_through[-1:] or under_way
         for other in others:
             now.merge(other)
-        self._open = [*gone_through, now]
+        # The others may have backward passes of their own, or none.
+        self._open = [p for p in self._open if p is not now and p not in others]
+        self._open.append(now)
         now.keep, now.announced, self.told = keep, True, True
         self._find_examples(now, [Root.of(outputs, max(1, outputs.dim() - 1))])
         return self.arrange(outputs)
@@ -281,7 +284,7 @@ class Recorder(Watcher):
             outputs: what ``settle`` returned, with its graph, which is kept.
             gradients: by ``outputs``, in their shape, zero for examples that are not chosen; a backward pass each.
         """
-        now = self._open[0]
+        now = self._open[-1]
         hidden = behind(now, [Root.of(outputs, 1)])
         shown = [
             layer
@@ -308,6 +311,6 @@ class Recorder(Watcher):
             for layer in shown:
                 self._show(now, layer, index)
         if not now.keep:
-            self._open.clear()
+            self._open.pop()
         else:
             now.examples, now.serial = None, 0

@@ -85,7 +85,7 @@ class RootInputs:
     def locate(self, outputs: Any, gone: int) -> None:
         """Before a backward pass: find the outputs in what the model has returned, for ``outputs_in``.
 
-        Where one call has returned them, others without a backward pass so far were for something else.
+        Where one call has returned them, others may have backward passes of their own, or none.
 
         Args:
             outputs: that a loss was computed from; where they are not found, their place is that of before.
@@ -100,10 +100,9 @@ class RootInputs:
         ]
         if found:
             index, self._place = found[0]
-            self.calls[gone:] = [self.calls[index]]
-            self._conditions[gone:] = [self._conditions[index]]
-            self._returned[gone:] = [self._returned[index]]
-        self._told = len(self.calls)
+            for kept in (self.calls, self._conditions, self._returned):
+                kept.insert(gone, kept.pop(index))  # type: ignore[arg-type]
+        self._told = gone + 1 if found else len(self.calls)
 
     def gone_through(self) -> list[Call]:
         """The calls, without those since the last backward pass that was told of, if any was: they are another's."""
