@@ -100,7 +100,7 @@ def _rates(path: Path, words: str) -> str:
     """What runs ended with, by what was tried: ``METRIC by KEY, KEY: KEY, KEY``.
 
     A row for the first keys, of which ``optimizer`` or a player is what was chosen; in it, values of those among the
-    last that differ there, each with its result, the best one bold.
+    last that differ there, in their order, each with its result, the best one bold.
     """
     said, _, tried = words.partition(": ")
     metric, _, keys = said.partition(" by ")
@@ -113,7 +113,7 @@ def _rates(path: Path, words: str) -> str:
             asked = [key for key in tried.split(", ") if key in own[0].settings]
             differing = [key for key in asked if len({run.settings[key] for run in own}) > 1] or asked[:1]
             ends = {}
-            for run in own:
+            for run in sorted(own, key=lambda run: [_number(run.settings[key]) for key in differing]):
                 curve = run.curve(metric)
                 lasting = run.status != "diverged" and len(curve.value)
                 rate = " and ".join(run.settings[key] for key in differing)
@@ -127,6 +127,14 @@ def _rates(path: Path, words: str) -> str:
     names = [key.removeprefix("optimizer.") for key in keys.split(", ")]
     last = " and ".join(dict.fromkeys(key.rpartition(".")[2] for key in tried.split(", ")))
     return pages.table([*names, f"{last}: {metric}"], lines, left=len(names) + 1)
+
+
+def _number(text: str) -> float:
+    """What a value comes by; all that are no numbers are behind them, as they were found."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
 
 
 def _told(run: compare.LoadedRun, key: str) -> str:
