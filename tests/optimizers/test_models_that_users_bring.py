@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -960,3 +962,19 @@ def test_micro_batches_may_all_go_forward_first(name: str, order: tuple[int, ...
 
     for a, b in zip(trained(False), trained(True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_in_a_file_needs_no_optimizer(name: str) -> None:
+    """Once it is closed; and a copy's backward hooks are its own."""
+    model = Stashing()
+    optimizer = EVERY[name](model)
+    copied = copy.deepcopy(model)
+    optimizer.close()
+    assert b"optimizers" not in pickle.dumps(model)
+    seen: list[str] = []
+    copied.register_full_backward_hook(lambda *a: seen.append("copy"))
+    model(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert not seen
+    copied(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert seen == ["copy"]

@@ -161,6 +161,9 @@ class _QuietHooks(OrderedDict[int, Callable[..., Any]]):
     def __setitem__(self, key: int, hook: Callable[..., Any]) -> None:
         super().__setitem__(key, hook if isinstance(hook, _QuietModuleHook) else _QuietModuleHook(hook))
 
+    def __reduce__(self) -> tuple[type[OrderedDict[int, Callable[..., Any]]], tuple[list[tuple[int, Any]]]]:
+        return OrderedDict, (list(self.items()),)  # a copy of the model, or a file of it, has no need of this class
+
 
 def quieten(model: nn.Module) -> None:
     """Put quiet ones in the place of modules' backward hooks; their handles remove them all the same.
