@@ -12,6 +12,7 @@ from ..base import placed_mask
 from ..curvature.losses import Stated, stated
 from ..curvature.recorder import set_aside
 from ..likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from ..likelihoods.likelihood import wide
 
 #: Less of a cosine between the two gradients, and they are of two losses.
 ALIKE = 0.9
@@ -19,6 +20,8 @@ ALIKE = 0.9
 FACTOR = 1.5
 #: Of a loss of a softmax, an observation's gradients add up to 0: what is left of their size at most.
 LEFT = 0.1
+#: Of more outputs than these (a quarter of a GiB) a second gradient is not computed for comparison.
+LARGEST = 2**26
 
 
 class Agreement:
@@ -70,7 +73,7 @@ class Agreement:
             (own,) = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
         if own is None:
             return
-        own = own.double() / scale
+        own = own.to(wide(own.dtype))
         if isinstance(self.likelihood, Categorical):
             own, left = _within_softmax(own, outputs.detach(), self.likelihood.class_dim(outputs, told))
             if left > LEFT:
@@ -81,15 +84,17 @@ class Agreement:
                 )
                 return
         targets = given if given is not None else self._targets(found, told, outputs)
-        if targets is None:
+        if targets is None or outputs.numel() > LARGEST:
             return
         leaf = outputs.detach().requires_grad_()
         with set_aside(), torch.enable_grad():
             seen = self.likelihood.observations(leaf, targets).shape[:-1]
             kept = None if mask is None else placed_mask(mask.to(leaf.device), seen)
             nll = self.likelihood.masked_nll(leaf, targets, kept)
-            mean = torch.autograd.grad(nll, leaf)[0].double() if nll.requires_grad else torch.zeros_like(own)
-        self._parts.append(torch.stack([(own * mean).sum(), mean.square().sum(), own.square().sum()]))
+            mean = torch.autograd.grad(nll, leaf)[0].to(own) if nll.requires_grad else torch.zeros_like(own)
+        pairs = ((own, mean), (mean, mean), (own, own))
+        inner, length, of_loss = (torch.dot(a.flatten(), b.flatten()).double() for a, b in pairs)
+        self._parts.append(torch.stack([inner / scale, length, of_loss / scale**2]))
 
     def conclude(self) -> None:
         """At the step that the micro-batches belong to: warn if the loss is another one."""
@@ -161,7 +166,7 @@ def _within_softmax(own: Tensor, outputs: Tensor, dim: int) -> tuple[Tensor, flo
     """
     total = own.sum(dim, keepdim=True)
     rounding = max(1e-3, 16 * torch.finfo(outputs.dtype).eps)
-    outputs = outputs.double()
+    outputs = outputs.to(own.dtype)
     if bool((outputs.logsumexp(dim).abs() < rounding).all()):
         return own - outputs.exp() * total, 0.0
     size = own.abs().sum()
