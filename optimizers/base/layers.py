@@ -220,10 +220,15 @@ class LayerwiseOptimizer(GroupedOptimizer):
         flags = [*(b.observed for b in blocks), *(b.layer.name in reasons for b in blocks), *own]
         *flags, self._silent, self._saw = communication.anywhere(flags, device)
         if not self._saw:
+            advice = (
+                "tell of each that counts by optimizer.backward or before_backward, as of those before"
+                if self._recorder.passed_over
+                else "call model.train(), and the whole model rather than its parts, before the forward pass (a batch "
+                "without examples shows nothing, either)"
+            )
             warnings.warn(
                 "no backward pass came through the model in training mode since the last step, so its curvature was "
-                "not updated: call model.train(), and the whole model rather than its parts, before the forward pass "
-                "(a batch without examples shows nothing, either).",
+                f"not updated: {advice}.",
                 stacklevel=4,
             )
             return {}

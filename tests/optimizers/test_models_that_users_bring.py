@@ -978,3 +978,14 @@ def test_a_model_in_a_file_needs_no_optimizer(name: str) -> None:
     assert not seen
     copied(torch.randn(2, 4, requires_grad=True)).sum().backward()
     assert seen == ["copy"]
+
+
+def test_a_loop_that_no_longer_tells_is_told() -> None:
+    model, x, y = Stashing(), torch.randn(8, 4), torch.arange(8) % 3
+    optimizer = AdaFisher(model, update_every=1)
+    outputs = model(x)
+    optimizer.backward(F.cross_entropy(outputs, y), outputs)
+    optimizer.step()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match="tell of each that counts by optimizer.backward"):
+        optimizer.step()

@@ -76,6 +76,7 @@ class Recorder(Watcher):
         """Forget what was counted and recorded: a new step begins."""
         self.examples = self.observed = 0
         self.seen = False
+        self.passed_over = False
         self.refused.clear()
         self._unseen.clear()
         self._open.clear()

@@ -40,9 +40,10 @@ class Watcher(ABC):
     Attributes:
         refused: why layers are not shown in this step, by name.
         told: whether backward passes are told of before, so that all others are somebody else's.
+        passed_over: whether there was one of those in this step.
     """
 
-    told = False
+    told = passed_over = False
 
     def __init__(self, root: nn.Module, layers: Sequence[Layer], due: Callable[[], bool], deferred: bool) -> None:
         self._root = root
@@ -268,6 +269,7 @@ class _Arrival:
             return
         # It is for a part of the loss, a penalty on gradients, say; or, where the loop tells of its own, for another.
         if not now.announced and (torch.is_grad_enabled() or recorder.told):
+            recorder.passed_over = True
             return
         record = None if self._record is None else self._record()
         if self._layer is not None and record is None:  # shown and let go of: in a backward pass before this one
