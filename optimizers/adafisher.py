@@ -142,6 +142,11 @@ class AdaFisher(CurvatureOptimizer):
         self._fisher.clear()
         return self._saw
 
+    def _remember(self, scale: float) -> None:
+        """See AnnouncedLosses. Scaled to [0, 1], statistics know of no factor in the loss."""
+        if self.normalize != "minmax":
+            super()._remember(scale)
+
     def _refresh(self, params: list[Tensor], damping: float) -> None:
         """Recompute F~ of the parameters whose factors or Lambda changed."""
         stale = {p for p in params if p in self._owner and self._fisher.get(p, (None,))[0] != damping}

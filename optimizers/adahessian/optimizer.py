@@ -154,6 +154,7 @@ class AdaHessian(CurvatureOptimizer):
             p.grad = g if p.grad is None else p.grad + g
             for hook in list((p._post_accumulate_grad_hooks or {}).values()):  # which no backward pass will call
                 hook(p)
+        self._remember(float(scale))
 
     def _begin_pass(
         self, loss: Tensor, outputs: Any, targets: Tensor | None, mask: Tensor | None, scale: float, retain_graph: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -22,11 +23,12 @@ Scale = float | Callable[[], float]
 class AnnouncedLosses(StatefulOptimizer):
     """An optimizer that can be told of a loss before another calls its ``backward()``. Arguments as of its base."""
 
-    _bound = StatefulOptimizer._bound | {"_following"}
+    _bound = StatefulOptimizer._bound | {"_following", "_largest"}
 
     # Of the class, for pickles of before.
     _begun = False  # whether a backward pass has come since the last step
-    _told_scale = False  # whether a factor that nobody has told of was warned of
+    _told_scale = False  # whether it is known if a loop has a factor that nobody has told of
+    _largest: tuple[Tensor, Tensor] | None = None  # a parameter, and what the largest entry of its gradient was
     _followed: dict[str, Any] | None = None  # arguments of ``follow_model``, once it was called
 
     def _attach(self) -> None:
@@ -169,6 +171,31 @@ class AnnouncedLosses(StatefulOptimizer):
                 f"the loss was multiplied by {factor:.6g} before its backward pass, and so is what is gathered of it: "
                 "tell of the loop's GradScaler by scale=scaler.get_scale, in before_backward or follow_model.",
                 stacklevel=2,
+            )
+
+    def _remember(self, scale: float) -> None:
+        """Behind a backward pass that was told of no factor: how large a gradient is, before a scaler divides it."""
+        if scale != 1.0 or self._told_scale or not self._due():
+            return
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None and p.grad.layout is torch.strided and p.grad.numel():
+                self._largest = p, p.grad.detach().abs().max()
+                return
+
+    def _check_unscaled(self) -> None:
+        """Warn, once, if gradients have been divided since by a large power of two, as scalers have them."""
+        if self._largest is None:
+            return
+        (p, before), self._largest = self._largest, None
+        factor = 0.0 if p.grad is None else float(before / p.grad.abs().max())
+        if not 0 < factor < math.inf:
+            return
+        self._told_scale = True
+        if factor >= 256 and math.log2(factor).is_integer():
+            warnings.warn(
+                f"gradients were divided by {factor:g} between backward and step, as a GradScaler does: tell of it by "
+                "backward(..., scale=scaler.get_scale()), or what is gathered is of the multiplied loss.",
+                stacklevel=4,
             )
 
     # -- steps that were not taken -------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ class CurvatureOptimizer(AnnouncedLosses):
             loss.backward(retain_graph=retain_graph)
         finally:
             self._scale = 1.0
+        self._remember(float(scale))
 
     def _begin_pass(
         self, loss: Tensor, outputs: Any, targets: Tensor | None, mask: Tensor | None, scale: float, retain_graph: bool
@@ -165,6 +166,7 @@ class CurvatureOptimizer(AnnouncedLosses):
             with torch.enable_grad():
                 loss = closure()
         self._come_alive()
+        self._check_unscaled()
         if not self._idle():
             self._refuse_sparse([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None])
             self._follow_model()

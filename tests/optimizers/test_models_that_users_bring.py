@@ -989,3 +989,24 @@ def test_a_loop_that_no_longer_tells_is_told() -> None:
     F.cross_entropy(model(x), y).backward()
     with pytest.warns(UserWarning, match="tell of each that counts by optimizer.backward"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_scaler_that_nobody_tells_of_is_told_of(name: str) -> None:
+    def train(told: bool) -> list[str]:
+        model, x, y = Stashing(), torch.randn(8, 4), torch.arange(8) % 3
+        optimizer, scaler = EVERY[name](model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                optimizer.zero_grad()
+                outputs = model(x)
+                loss = scaler.scale(F.cross_entropy(outputs, y))
+                optimizer.backward(loss, outputs, scale=scaler.get_scale() if told else 1.0)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0 if told else 1e9)
+                scaler.step(optimizer)
+                scaler.update()
+        return [str(one.message) for one in said if "divided by 1024" in str(one.message)]
+
+    assert train(True) == []
+    assert len(train(False)) == (name != "adafisher")  # whose statistics are scaled to [0, 1]
