@@ -156,7 +156,7 @@ def _rows() -> Iterator[Row]:
     yield Row("resnet101", kind="deep", **few)
     yield Row("densenet161", kind="deep", **few)
     yield Row("resnet152", kind="deep", **few)
-    yield Row("vit_base", kind="transformer", **few)
+    yield Row("vit_base", kind="wide", **few)
     yield Row("gpt1", "WikiText-2", "transformer", **few)
     yield Row("swin_b", kind="wide", **few)
     yield Row("swin_l", kind="wide", **few)
