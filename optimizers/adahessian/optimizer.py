@@ -172,12 +172,14 @@ class AdaHessian(CurvatureOptimizer):
         mine = {id(p) for p in params}
         others = [leaf for leaf in leaves if id(leaf) not in mine]
         try:
-            self._check_complete(loss, nodes, leaves, params)
-            grads = torch.autograd.grad(loss, [*params, *others], create_graph=True, allow_unused=True)
+            grads = self._checked(loss, nodes, leaves, params)
+            rest = [*params, *others] if grads is None else others
+            more = torch.autograd.grad(loss, rest, create_graph=True, allow_unused=True) if rest else ()
+            grads = (*(grads or ()), *more)
             found = [(p, g) for p, g in zip([*params, *others], grads, strict=True) if g is not None]
             own = [(p, g) for p, g in found if id(p) in mine]
             self._refuse_sparse([g for _, g in own])
-            del grads
+            del grads, more
             self._collect([p for p, _ in own], [g for _, g in own], scale, retain_graph)
         except RuntimeError as error:
             if "use_reentrant" in str(error):  # torch's own guard, with more advice than applies
@@ -190,24 +192,28 @@ class AdaHessian(CurvatureOptimizer):
             ) from error
         return found
 
-    def _check_complete(self, loss: Tensor, nodes: list[Any], leaves: list[Tensor], params: list[Tensor]) -> None:
+    def _checked(
+        self, loss: Tensor, nodes: list[Any], leaves: list[Tensor], params: list[Tensor]
+    ) -> tuple[Tensor | None, ...] | None:
         """See to it that ``loss.backward()`` reaches no parameters that differentiating by them does not.
 
         Only a function written in Python can hide parameters, in a backward pass of its own. Where the loss has any,
         a plain backward pass tells; once for the same functions and the same parameters found.
+
+        Returns:
+            The gradients by the parameters, with their graph, where it took them; else None.
 
         Raises:
             RuntimeError: it does.
         """
         hiding = [type(node).__name__ for node in nodes if may_hide(node)]
         if not hiding:
-            return
+            return None
         reached = {id(leaf) for leaf in leaves}
         key = (tuple(sorted(set(hiding))), tuple(id(p) in reached for p in params))
         if key in self._complete_losses:
-            return
-        with set_aside([*self._awake(), *params]):
-            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            return None
+        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         inside = [] if self.model is None else list(self.model.parameters())
         touched = list({id(p): p for p in (*params, *leaves, *inside)}.values())
         buffers = [] if self.model is None else list(self.model.buffers())
@@ -228,6 +234,7 @@ class AdaHessian(CurvatureOptimizer):
             if full is not None and (g is None or differ(g.detach(), full)):
                 raise RuntimeError(UNSEEN.format(self._name_of(p)))
         self._complete_losses.add(key)
+        return grads
 
     def _name_of(self, p: Tensor) -> str:
         named = {} if self.model is None else dict(self.model.named_parameters())
