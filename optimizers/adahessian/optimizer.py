@@ -8,6 +8,7 @@ Algorithm 1. With Rademacher z, ``D = |z * (H z)|`` is averaged over blocks of e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -172,14 +173,14 @@ class AdaHessian(CurvatureOptimizer):
         mine = {id(p) for p in params}
         others = [leaf for leaf in leaves if id(leaf) not in mine]
         try:
-            grads = self._checked(loss, nodes, leaves, params)
-            rest = [*params, *others] if grads is None else others
-            more = torch.autograd.grad(loss, rest, create_graph=True, allow_unused=True) if rest else ()
-            grads = (*(grads or ()), *more)
+            with set_aside([*self._awake(), *params]) if others else nullcontext():
+                grads = self._checked(loss, nodes, leaves, params)
+            if grads is None or others:
+                grads = torch.autograd.grad(loss, [*params, *others], create_graph=True, allow_unused=True)
             found = [(p, g) for p, g in zip([*params, *others], grads, strict=True) if g is not None]
             own = [(p, g) for p, g in found if id(p) in mine]
             self._refuse_sparse([g for _, g in own])
-            del grads, more
+            del grads
             self._collect([p for p, _ in own], [g for _, g in own], scale, retain_graph)
         except RuntimeError as error:
             if "use_reentrant" in str(error):  # torch's own guard, with more advice than applies
