@@ -27,7 +27,8 @@ class AnnouncedLosses(StatefulOptimizer):
 
     # Of the class, for pickles of before.
     _begun = False  # whether a backward pass has come since the last step
-    _told_scale = False  # whether it is known if a loop has a factor that nobody has told of
+    _told_scale = False  # whether a factor that nobody has told of was warned of
+    _divided: bool | None = None  # whether gradients are divided behind backward passes; None: not known yet
     _largest: tuple[Tensor, Tensor] | None = None  # a parameter, and what the largest entry of its gradient was
     _followed: dict[str, Any] | None = None  # arguments of ``follow_model``, once it was called
 
@@ -175,7 +176,7 @@ class AnnouncedLosses(StatefulOptimizer):
 
     def _remember(self, scale: float) -> None:
         """Behind a backward pass that was told of no factor: how large a gradient is, before a scaler divides it."""
-        if scale != 1.0 or self._told_scale or not self._due():
+        if scale != 1.0 or self._divided is not None or not self._due():
             return
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.grad is not None and p.grad.layout is torch.strided and p.grad.numel():
@@ -190,8 +191,8 @@ class AnnouncedLosses(StatefulOptimizer):
         factor = 0.0 if p.grad is None else float(before / p.grad.abs().max())
         if not 0 < factor < math.inf:
             return
-        self._told_scale = True
-        if factor >= 256 and math.log2(factor).is_integer():
+        self._divided = factor >= 256 and math.log2(factor).is_integer()
+        if self._divided:
             warnings.warn(
                 f"gradients were divided by {factor:g} between backward and step, as a GradScaler does: tell of it by "
                 "backward(..., scale=scaler.get_scale()), or what is gathered is of the multiplied loss.",
